@@ -71,7 +71,10 @@ class Gradients:
 
 
 class Backend(Protocol):
-    """The three primitives. `labels` is [N] int64 contiguous; `lse` and `row_weight` are [N] in the accumulator type."""
+    """The three primitives. `labels` is [N] int64, `lse` and `row_weight` [N] in the accumulator type; contiguous.
+
+    A backend may also bring `objective` with the signature of `infopo_kernels.objective.objective`, as one launch.
+    """
 
     name: ClassVar[str]
 

@@ -1,0 +1,202 @@
+"""The three primitives in plain PyTorch: any device, any floating type, bounded workspace.
+
+Equations, shapes and contract: `infopo_kernels.backends.base`. Rows are compacted first (on a GPU this synchronises
+with the host); logits exist as one tile of C rows by T vocabulary entries, in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.options import IGNORE_INDEX
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MIN_STORED_ROWS = 64
+"""Below this many rows of whole logits in the workspace, recomputing a wide tile beats storing a narrow one
+(2 cores with AVX-512: a product with 32 rows runs at under half the rate of one with 256)."""
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Sizes of the tiles: C rows of hidden states, T rows of the weight."""
+
+    rows: int
+    vocab: int
+
+    @classmethod
+    def within(cls, workspace_bytes: int, head: Head) -> _Tiles:
+        """A quarter of the workspace for widened hidden states, a quarter for the widened weight, half for logits."""
+        H = head.hidden.shape[1]
+        element = head.accumulator_dtype.itemsize
+        vocab = max(1, min(4096, workspace_bytes // 4 // (2 * H * element)))  # the weight's tile and its gradient's
+        rows = max(1, min(1024, workspace_bytes // 4 // (2 * H * element)))
+        rows = max(1, min(rows, workspace_bytes // 2 // (4 * vocab * element)))  # logits and three temporaries
+        return cls(rows, vocab)
+
+
+def _vocab_tiles(head: Head, size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+    """First entry, weight [T, H] and bias [T] of each tile, in the accumulator type."""
+    for start in range(0, head.weight.shape[0], size):
+        weight = head.weight[start : start + size].to(head.accumulator_dtype)
+        bias = None if head.bias is None else head.bias[start : start + size].to(head.accumulator_dtype)
+        yield start, weight, bias
+
+
+def _logits(head: Head, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """z [C, T] of one tile."""
+    a = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+    if head.softcap is not None:
+        a = a.div_(head.softcap).tanh_().mul_(head.softcap)
+    return a.mul_(head.scale) if head.scale != 1 else a
+
+
+def _logit_gradient_(
+    head: Head, z: torch.Tensor, start: int, y: torch.Tensor, lse: torch.Tensor, c: torch.Tensor
+) -> torch.Tensor:
+    """G [C, T] from z [C, T] (overwritten), with labels y, logsumexp and row weights c [C] of the same rows."""
+    local = y - start
+    inside = (local >= 0) & (local < z.shape[1])
+    chain = (z / (head.softcap * head.scale)).square_().neg_().add_(1) if head.softcap is not None else None
+    g = z.sub_(lse[:, None]).exp_().mul_(-c[:, None])
+    g.scatter_add_(1, local.clamp(0, z.shape[1] - 1)[:, None], torch.where(inside, c, 0.0)[:, None])
+    if chain is not None:
+        g.mul_(chain)
+    return g.mul_(head.scale) if head.scale != 1 else g
+
+
+class TorchBackend:
+    """Plain PyTorch."""
+
+    name: ClassVar[str] = "torch"
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        del device
+        if dtype in _FLOATING:
+            return None
+        return f"plain PyTorch serves {', '.join(map(str, _FLOATING))}, not {dtype}; cast `hidden` and `weight`."
+
+    def logprob(self, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        out_logp = torch.zeros(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
+        out_lse = torch.zeros_like(out_logp)
+        tiles = _Tiles.within(head.workspace_bytes, head)
+        for chunk in torch.split(rows, tiles.rows):
+            x, y = head.hidden[chunk].to(head.accumulator_dtype), labels[chunk]
+            lse = torch.full(chunk.shape, -torch.inf, dtype=x.dtype, device=x.device)
+            target = torch.full_like(lse, torch.nan)  # stays NaN for a label outside the vocabulary
+            for start, weight, bias in _vocab_tiles(head, tiles.vocab):
+                z = _logits(head, x, weight, bias)
+                local = y - start
+                inside = (local >= 0) & (local < z.shape[1])
+                picked = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
+                target = torch.where(inside, picked, target)
+                lse = torch.logaddexp(lse, z.logsumexp(1))
+            # An infinite logsumexp comes of an infinite logit: no probability is defined then.
+            lse = torch.where(lse.isinf(), torch.nan, lse)
+            out_logp[chunk], out_lse[chunk] = target - lse, lse
+        return out_logp, out_lse
+
+    def logprob_and_grad(
+        self, head: Head, labels: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        stored = head.workspace_bytes // 2 // (head.weight.shape[0] * head.accumulator_dtype.itemsize)
+        accumulates = gradients.weight is None or gradients.weight.dtype == head.accumulator_dtype
+        if stored < _MIN_STORED_ROWS or not accumulates:
+            logp, lse = self.logprob(head, labels)
+            self.backward(head, labels, lse, row_weight, gradients)
+            return logp, lse
+        return self._from_stored_logits(head, labels, row_weight, gradients, stored)
+
+    def _from_stored_logits(
+        self, head: Head, labels: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients, stored: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each chunk's logits z [C, V] are formed once, reduced, and turned into G tile by tile."""
+        out_logp = torch.zeros(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
+        out_lse = torch.zeros_like(out_logp)
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        tiles = _Tiles.within(head.workspace_bytes // 2, head)
+        for chunk in torch.split(rows, min(stored, tiles.rows)):
+            x, y, c = head.hidden[chunk].to(head.accumulator_dtype), labels[chunk], row_weight[chunk]
+            z = x.new_empty(len(chunk), head.weight.shape[0])
+            lse = torch.full(chunk.shape, -torch.inf, dtype=x.dtype, device=x.device)
+            for start, weight, bias in _vocab_tiles(head, tiles.vocab):
+                tile = _logits(head, x, weight, bias)
+                z[:, start : start + tiles.vocab] = tile
+                lse = torch.logaddexp(lse, tile.logsumexp(1))
+            lse = torch.where(lse.isinf(), torch.nan, lse)
+            inside = (y >= 0) & (y < z.shape[1])
+            target = z.gather(1, y.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
+            out_logp[chunk], out_lse[chunk] = torch.where(inside, target - lse, torch.nan), lse
+            dx = torch.zeros_like(x)
+            for start, weight, _ in _vocab_tiles(head, tiles.vocab):
+                g = _logit_gradient_(head, z[:, start : start + tiles.vocab], start, y, lse, c)
+                dx.addmm_(g, weight)
+                if gradients.weight is not None:
+                    gradients.weight[start : start + tiles.vocab].addmm_(g.T, x)
+                if gradients.bias is not None:
+                    gradients.bias[start : start + tiles.vocab].add_(g.sum(0))
+            if gradients.hidden is not None:
+                gradients.hidden[chunk] = dx.to(gradients.hidden.dtype)
+        return out_logp, out_lse
+
+    def backward(
+        self, head: Head, labels: torch.Tensor, lse: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients
+    ) -> None:
+        rows = ((labels != IGNORE_INDEX) & (row_weight != 0)).nonzero().squeeze(1)
+        if not len(rows):
+            return
+        accumulator = head.accumulator_dtype
+        dx_bytes = len(rows) * head.hidden.shape[1] * accumulator.itemsize
+        if gradients.hidden is None or gradients.hidden.dtype == accumulator or dx_bytes <= head.workspace_bytes // 4:
+            self._backward_rows(head, labels, lse, row_weight, gradients, rows)
+            return
+        # A 16-bit dX needs an accumulator that the workspace does not hold for all rows: a part of the rows at a time
+        # for dX, then all rows for dW and db, so that each is still rounded once.
+        part = max(1, head.workspace_bytes // 4 // (head.hidden.shape[1] * accumulator.itemsize))
+        for some in torch.split(rows, part):
+            self._backward_rows(head, labels, lse, row_weight, Gradients(gradients.hidden, None, None), some)
+        if gradients.weight is not None or gradients.bias is not None:
+            rest = Gradients(None, gradients.weight, gradients.bias)
+            self._backward_rows(head, labels, lse, row_weight, rest, rows)
+
+    def _backward_rows(
+        self,
+        head: Head,
+        labels: torch.Tensor,
+        lse: torch.Tensor,
+        row_weight: torch.Tensor,
+        gradients: Gradients,
+        rows: torch.Tensor,
+    ) -> None:
+        """Vocabulary outside, rows inside: a tile of dW is finished before the next begins."""
+        accumulator, H = head.accumulator_dtype, head.hidden.shape[1]
+        tiles = _Tiles.within(head.workspace_bytes // 4 * 3, head)
+        in_place = gradients.hidden is not None and gradients.hidden.dtype == accumulator
+        dx = None
+        if gradients.hidden is not None:
+            gradients.hidden.index_fill_(0, rows, 0)
+            dx = None if in_place else torch.zeros(len(rows), H, dtype=accumulator, device=rows.device)
+        for start, weight, bias in _vocab_tiles(head, tiles.vocab):
+            dw = torch.zeros_like(weight) if gradients.weight is not None else None
+            for first in range(0, len(rows), tiles.rows):
+                chunk = rows[first : first + tiles.rows]
+                x = head.hidden[chunk].to(accumulator)
+                z = _logits(head, x, weight, bias)
+                g = _logit_gradient_(head, z, start, labels[chunk], lse[chunk], row_weight[chunk])
+                if dx is not None:
+                    dx[first : first + tiles.rows].addmm_(g, weight)
+                elif gradients.hidden is not None:
+                    gradients.hidden.index_add_(0, chunk, g @ weight)
+                if dw is not None:
+                    dw.addmm_(g.T, x)
+                if gradients.bias is not None:
+                    gradients.bias[start : start + tiles.vocab].add_(g.sum(0))
+            if dw is not None and gradients.weight is not None:
+                gradients.weight[start : start + tiles.vocab].add_(dw)  # added in float32, rounded once
+        if dx is not None and gradients.hidden is not None:
+            gradients.hidden[rows] = dx.to(gradients.hidden.dtype)

@@ -1,0 +1,143 @@
+"""Which rows take which primitive: from a batch in rows to the InfoPO loss and its gradients.
+
+Products of size N V H, by what is trained (C chosen, R rejected rows; `live` rejected rows still have a weight):
+
+    nothing                       logprob on all                                              C + R
+    hidden only (frozen head)     logprob_and_grad on all with unit weights; each
+                                  sequence's dX is scaled when its sum is known               2 (C + R)
+    head, float32 accumulator     logprob_and_grad on chosen rows, whose weight is known;
+                                  logprob on rejected rows, then backward on live ones        3 C + R + 3 live
+    head, 16-bit gradient         logprob on all, then one backward on chosen and live
+                                  rows, so that each dW entry is rounded once                 4 C + R + 3 live
+      with a dX whose float32     logprob_and_grad with unit weights for dX, then backward
+      accumulator is too large    for dW only                                                 4 C + 2 R + 2 live
+
+A 16-bit dW takes the float32 way where a float32 copy of it fits half of the workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.objective import Objective, known_row_weights, objective
+from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions
+from infopo_kernels.packing import row_segments, sequence_sums
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Labels and sequences of a batch in rows."""
+
+    labels: torch.Tensor
+    """[N] int64."""
+    cu_seqlens: torch.Tensor
+    """[S + 1]."""
+    is_chosen: torch.Tensor
+    """[S] bool."""
+    ref_logps: torch.Tensor
+    """[S] float64."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def empty_gradients(head: Head, wanted: Wanted) -> Gradients:
+    """Zeroed result buffers; the bias accumulates in float32."""
+    return Gradients(
+        torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None,
+        torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None,
+        None
+        if not wanted.bias or head.bias is None
+        else torch.zeros_like(head.bias, dtype=head.accumulator_dtype, memory_format=torch.contiguous_format),
+    )
+
+
+def infopo(
+    backend: Backend, head: Head, batch: Batch, options: InfoPOOptions, num_pairs: float, wanted: Wanted
+) -> tuple[Objective, Gradients]:
+    """The objective of `batch` and the gradients of its loss."""
+    gradients = empty_gradients(head, wanted)
+
+    def evaluate(logp: torch.Tensor) -> Objective:
+        own = getattr(backend, "objective", objective)  # a backend may bring it as one launch
+        result: Objective = own(
+            logp, batch.labels, batch.cu_seqlens, batch.is_chosen, batch.ref_logps, options, num_pairs
+        )
+        return result
+
+    if not (wanted.hidden or wanted.weight or wanted.bias):
+        return evaluate(backend.logprob(head, batch.labels)[0]), gradients
+
+    if gradients.hidden is not None and not (wanted.weight or wanted.bias):
+        return _unit_hidden_gradient(backend, head, batch.labels, gradients.hidden, evaluate)[0], gradients
+
+    accumulator, head = _float32_weight_gradient(head, gradients)
+    if accumulator is None:
+        dx_bytes = head.hidden.numel() * head.accumulator_dtype.itemsize
+        if gradients.hidden is not None and dx_bytes > head.workspace_bytes // 4:
+            result, lse = _unit_hidden_gradient(backend, head, batch.labels, gradients.hidden, evaluate)
+            rest = replace(gradients, hidden=None)
+            backend.backward(head, batch.labels, lse, result.row_weight, rest)
+        else:
+            logp, lse = backend.logprob(head, batch.labels)
+            result = evaluate(logp)
+            backend.backward(head, batch.labels, lse, result.row_weight, gradients)
+        return result, gradients
+
+    into = replace(gradients, weight=accumulator if wanted.weight else None)
+    segments = row_segments(batch.cu_seqlens, len(batch.labels))
+    row_is_chosen = batch.is_chosen[segments]
+    chosen = torch.where(row_is_chosen, batch.labels, IGNORE_INDEX)
+    rejected = torch.where(row_is_chosen, IGNORE_INDEX, batch.labels)
+    counts = sequence_sums(batch.labels != IGNORE_INDEX, segments, len(batch.is_chosen))
+    known = known_row_weights(counts, batch.is_chosen, options, num_pairs)[segments].to(head.accumulator_dtype)
+    logp = backend.logprob_and_grad(head, chosen, known, into)[0]
+    rejected_logp, lse = backend.logprob(head, rejected)
+    result = evaluate(logp.add_(rejected_logp))
+    backend.backward(head, rejected, lse, result.row_weight, into)
+    if gradients.weight is not None and gradients.weight is not accumulator:
+        gradients.weight.copy_(accumulator)
+    return result, gradients
+
+
+def _unit_hidden_gradient(
+    backend: Backend,
+    head: Head,
+    labels: torch.Tensor,
+    hidden_gradient: torch.Tensor,
+    evaluate: Callable[[torch.Tensor], Objective],
+) -> tuple[Objective, torch.Tensor]:
+    """dX for unit row weights beside the log-probabilities, scaled once the objective knows the weights; and lse."""
+    ones = torch.ones(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
+    logp, lse = backend.logprob_and_grad(head, labels, ones, Gradients(hidden_gradient, None, None))
+    result = evaluate(logp)
+    scale_rows_(hidden_gradient, result.row_weight)
+    return result, lse
+
+
+def scale_rows_(rows: torch.Tensor, scale: torch.Tensor) -> None:
+    """rows[t] *= scale[t] in place, in float32, a bounded part at a time (a mixed product copies its operands)."""
+    step = max(1, (1 << 18) // rows.shape[1])
+    for part, factor in zip(torch.split(rows, step), torch.split(scale, step), strict=True):
+        part.mul_(factor[:, None])
+
+
+def _float32_weight_gradient(head: Head, gradients: Gradients) -> tuple[torch.Tensor | None, Head]:
+    """A buffer in which dW may be added up over calls, and the head with the workspace that is left; or None."""
+    if gradients.weight is None or gradients.weight.dtype == head.accumulator_dtype:
+        return gradients.weight if gradients.weight is not None else head.weight.new_empty(0), head
+    size = gradients.weight.numel() * head.accumulator_dtype.itemsize
+    if size > head.workspace_bytes // 2:
+        return None, head
+    accumulator = torch.zeros_like(gradients.weight, dtype=head.accumulator_dtype)
+    return accumulator, replace(head, workspace_bytes=head.workspace_bytes - size)
