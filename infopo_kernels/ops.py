@@ -5,7 +5,6 @@
     infopo_kernels::logprob           token log-probabilities [N] (and logsumexp), differentiable
     infopo_kernels::logprob_backward  its gradients
     infopo_kernels::linear_infopo     the InfoPO loss with its gradients, formed in the forward pass; differentiable
-    infopo_kernels::scale_            multiplies those gradients by what comes from above, in place
 
 Each op resolves its backend by name when it runs. Values are checked here (on a CPU), shapes in `functional`.
 """
@@ -277,17 +276,16 @@ def _(
     )
 
 
-@torch.library.custom_op("infopo_kernels::scale_", mutates_args=("gradient",))
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """gradient *= factor, in place; a factor of 1 costs nothing on a CPU."""
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """factor * gradient, in the gradient's own memory: a second copy of the head would cost V * H.
+
+    While a graph is traced (the tensors are subclasses then) out of place: the compiler plans the memory.
+    """
+    if type(gradient) is not Tensor:
+        return (gradient * factor).to(gradient.dtype)
     if factor.device.type == "cpu" and factor.item() == 1:
-        return
-    gradient.mul_(factor)
-
-
-@scale_.register_fake
-def _(gradient: Tensor, factor: Tensor) -> None:
-    return None
+        return gradient
+    return gradient.mul_(factor)
 
 
 def _infopo_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -308,11 +306,9 @@ def _infopo_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | 
             "forward pass and handed over by the first backward(), which retain_graph=True does not keep; call the "
             "loss again, or build it from linear_logps and infopo_loss, which recompute."
         ) from error
-    gradients: list[Tensor | None] = []
-    for gradient, want in zip(saved, ctx.wanted, strict=True):
-        if want and grad is not None:
-            scale_(gradient, grad)
-        gradients.append(gradient if want and grad is not None else None)
+    if grad is None:
+        return (None,) * 19
+    gradients = (_scaled(g, grad) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
     return *gradients, *(None,) * 16
 
 
