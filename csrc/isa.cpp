@@ -1,0 +1,54 @@
+// Which instruction set serves: chosen on the machine that runs, not on the one that built.
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "tile_kernels.h"
+
+namespace infopo {
+
+float half_to_float(uint16_t bits) { return static_cast<float>(c10::Half(bits, c10::Half::from_bits())); }
+uint16_t float_to_half(float x) { return c10::Half(x).x; }
+
+namespace {
+
+bool machine_has(const std::string& isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512") {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return isa == "portable";
+}
+
+const TileKernels* built_kernels(const std::string& isa) {
+  if (isa == "avx512") return avx512_kernels();
+  if (isa == "avx2") return avx2_kernels();
+  return isa == "portable" ? portable_kernels() : nullptr;
+}
+
+}  // namespace
+
+const TileKernels& select_kernels() {
+  const char* forced = std::getenv("INFOPO_KERNELS_CPU_ISA");
+  if (forced && *forced) {
+    const TileKernels* kernels = built_kernels(forced);
+    TORCH_CHECK_VALUE(kernels && machine_has(forced), "INFOPO_KERNELS_CPU_ISA=", forced,
+                      kernels ? " asks for an instruction set that this machine lacks"
+                              : " is not one of avx512, avx2, portable (as far as this build has them)",
+                      "; unset it to let the machine decide.");
+    return *kernels;
+  }
+  for (const char* isa : {"avx512", "avx2"}) {
+    if (built_kernels(isa) && machine_has(isa)) return *built_kernels(isa);
+  }
+  return *portable_kernels();
+}
+
+}  // namespace infopo

@@ -1,0 +1,42 @@
+// The three primitives over rows. With X [N, H], W [V, H], b [V], labels y [N], row weights c [N]:
+//
+//     a_tv  = X_t . W_v + b_v                  z_tv = scale * softcap * tanh(a_tv / softcap)   (scale * a_tv without)
+//     lse_t = log sum_v exp(z_tv)              l_t  = z_{t,y_t} - lse_t
+//     G_tv  = c_t * (1[v = y_t] - exp(z_tv - lse_t)) * dz_tv / da_tv
+//     dX    = G W        dW += G^T X        db += G^T 1
+//
+// Rows with y = kIgnoreIndex cost nothing: their l and lse are 0, their rows of X and dX are not touched. X, W and dX are
+// of one type out of three, dW of that type or float32, the rest float32. Pointers of results that nobody wants are null.
+#pragma once
+
+#include <cstdint>
+
+#include "tile_kernels.h"
+
+namespace infopo {
+
+constexpr int64_t kIgnoreIndex = -100;
+
+struct Head {
+  Matrix hidden;  // [N, H]
+  Matrix weight;  // [V, H]
+  int64_t N, V, H;
+  LogitMap map;
+  int64_t workspace_bytes;  // bound on what a call allocates beyond results and vectors of length N
+};
+
+struct Gradients {
+  void* hidden;        // [N, H] contiguous, type of Head::hidden; rows are assigned
+  void* weight;        // [V, H] contiguous, weight_dtype; added to
+  Dtype weight_dtype;
+  float* bias;         // [V]; added to
+};
+
+void logprob(const Head&, const int64_t* labels, float* l, float* lse);
+
+void logprob_and_grad(const Head&, const int64_t* labels, const float* row_weight, const Gradients&, float* l,
+                      float* lse);
+
+void backward(const Head&, const int64_t* labels, const float* lse, const float* row_weight, const Gradients&);
+
+}  // namespace infopo

@@ -1,0 +1,112 @@
+// What one instruction set offers: products of packed panels and the passes over a tile of logits.
+//
+// Letters: N rows, H hidden size, V vocabulary, C rows of a chunk (tokens), all row-major unless said otherwise.
+//
+// A panel is a strip of `panel` columns, stored [K][width] one after the other; the last strip is as wide as its columns
+// need, rounded up to whole vectors and filled with zeros. So a product
+//
+//     out [M, N] (+)= A [M, K] B [K, N]
+//
+// reads B along panels, one vector after the other, and broadcasts single numbers of A, which is never packed. Tokens are
+// the columns of a tile of logits (Z^T [V, C]): three products need no transposition of it,
+//
+//     Z^T = W X^T        A = W     by row        B = panels of X^T (pack_columns)
+//     dW  = G^T X        A = G^T   by row        B = panels of X   (pack_rows)
+//     dX  = G W          A = G^T   by column     B = panels of W   (pack_rows)
+#pragma once
+
+#include <cstdint>
+
+namespace infopo {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+// Rows of H elements of `dtype`, `stride` elements apart.
+struct Matrix {
+  const void* data;
+  int64_t stride;
+  Dtype dtype;
+};
+
+// z = scale * softcap * tanh((a + b) / softcap), without tanh where softcap is 0; b = bias[v], of any Dtype, or none.
+struct LogitMap {
+  const void* bias;
+  Dtype bias_dtype;
+  float softcap;
+  float scale;
+};
+
+struct Product {
+  int64_t M, N, K;
+  const float* a;
+  int64_t lda;
+  bool a_by_column;   // A[i][k] stands at a[k * lda + i], else at a[i * lda + k]
+  const float* b;     // panels of a matrix [b_rows, N]
+  int64_t b_rows;
+  int64_t b_row0;     // the product takes its rows b_row0 ... b_row0 + K - 1
+  float* const* out;  // M rows of N numbers
+  bool accumulate;
+  int64_t task_begin, task_end;  // of product_tasks(M, N): panel-major pairs (panel, group of rows)
+};
+
+// A tile [rows, C] of Z^T, rows `ld` apart: the logits of vocabulary entries v0 ... v0 + rows - 1.
+// C is a whole number of vectors; columns beyond the chunk's rows hold numbers that nobody reads.
+struct Tile {
+  float* z;
+  int64_t ld;
+  int64_t rows, C;
+  int64_t v0;
+};
+
+struct TileKernels {
+  const char* name;
+  int lanes;      // columns are padded to a multiple of it
+  int row_group;  // rows of A that a register tile takes
+  int panel;      // columns that a register tile takes
+  int depth;      // K block of a product; `logits` stages that many columns of a 16-bit W
+
+  // out: panels of X^T [H, C]; panels p0 ... p1 - 1. rows[c] is the row of X in column c.
+  void (*pack_columns)(const Matrix& X, const int64_t* rows, int64_t C, int64_t H, int64_t p0, int64_t p1, float* out);
+  // out: panels of M [K, H]; its rows k0 ... k1 - 1. rows[k] is the row of M, or row0 + k without `rows`.
+  void (*pack_rows)(const Matrix& M, const int64_t* rows, int64_t row0, int64_t k0, int64_t k1, int64_t K, int64_t H,
+                    float* out);
+  void (*multiply)(const Product&);
+
+  // tile = W[v0 ...] X^T, before bias and map. stage: tile.rows * depth floats, used if W is 16-bit.
+  void (*logits)(const Matrix& W, const float* packed_columns, int64_t H, const Tile&, float* stage);
+  // a -> z in place. With `max` [C]: max = max(max, z), and sum [C], if given, follows: sum *= exp(old max - new max).
+  void (*finish)(const LogitMap&, const Tile&, float* max, double* sum);
+  // sum[c] += sum_v exp(z - ref[c]); with `keep`, z becomes exp(z - ref) * dz/da / scale.
+  void (*exponentials)(const LogitMap&, const Tile&, const float* ref, double* sum, bool keep);
+  // z becomes G^T, coefficient[c] * (exp(z - lse[c]) - 1[v = label]) * dz/da / scale; coefficient = -scale * row weight.
+  // grad_bias[v] += sum_c G if given. scratch: C floats.
+  void (*gradient)(const LogitMap&, const Tile&, int64_t live, const int64_t* labels, const float* lse,
+                   const float* coefficient, float* grad_bias, float* scratch);
+
+  // float row -> row of a result: out = row (or out + row with `add`), rounded once.
+  void (*store_row)(const float* row, int64_t H, bool add, Dtype dtype, void* out);
+  // 16-bit or float row -> float
+  void (*load_row)(const Matrix& M, int64_t row, int64_t H, float* out);
+};
+
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float x);
+
+const TileKernels* portable_kernels();
+const TileKernels* avx2_kernels();    // nullptr where not built for x86-64
+const TileKernels* avx512_kernels();  // likewise
+
+// The kernels for this machine, or those that INFOPO_KERNELS_CPU_ISA names; throws c10::ValueError if it lacks them.
+const TileKernels& select_kernels();
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline int64_t product_tasks(const TileKernels& k, int64_t M, int64_t N) {
+  return ceil_div(N, k.panel) * ceil_div(M, k.row_group);
+}
+
+// Floats that panels of a matrix [K, N] take.
+inline int64_t packed_size(const TileKernels& k, int64_t K, int64_t N) { return K * round_up(N, k.lanes); }
+
+}  // namespace infopo

@@ -1,0 +1,326 @@
+// The kernels of tile_kernels.h, compiled once per instruction set by the tile_kernels_*.cpp that include this file.
+//
+// Nothing of the C++ library is instantiated here: an inline function compiled for AVX-512 must never be the copy that
+// the linker keeps for everyone.
+
+#include "vec_math.h"
+
+namespace infopo::INFOPO_ISA {
+namespace {
+
+// Register tile: kGroup rows x kPanelVectors vectors of accumulators, one row of B, one broadcast number of A.
+// AVX-512 (32 registers): 6 x 4. AVX2 (16 registers): 6 x 2. Baseline (16 registers of 4): 4 x 2.
+#if INFOPO_LANES == 16
+constexpr int kGroup = 6, kPanelVectors = 4;
+#elif INFOPO_LANES == 8
+constexpr int kGroup = 6, kPanelVectors = 2;
+#else
+constexpr int kGroup = 4, kPanelVectors = 2;
+#endif
+constexpr int kPanel = kPanelVectors * kLanes;
+constexpr int kDepth = 256;
+
+INFOPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// out [M, width] (+)= A [M, K] B [K, width], width = NV vectors
+template <int MR, int NV, bool kByColumn>
+void register_tile(int64_t K, const float* a, int64_t lda, const float* b, float* const* out, int64_t column,
+                   bool accumulate) {
+  Vec acc[MR][NV] = {};
+  const float* row[MR];
+  for (int i = 0; i < MR; ++i) row[i] = kByColumn ? a + i : a + i * lda;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < K; ++k) {
+    Vec bk[NV];
+    for (int j = 0; j < NV; ++j) bk[j] = load(b + k * (NV * kLanes) + j * kLanes);
+    for (int i = 0; i < MR; ++i) {
+      const Vec aik = broadcast(kByColumn ? a[i] : row[i][k]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = fma(aik, bk[j], acc[i][j]);
+    }
+    if (kByColumn) a += lda;
+  }
+  for (int i = 0; i < MR; ++i) {
+    float* to = out[i] + column;
+    for (int j = 0; j < NV; ++j) store(to + j * kLanes, accumulate ? load(to + j * kLanes) + acc[i][j] : acc[i][j]);
+  }
+}
+
+using RegisterTile = void (*)(int64_t, const float*, int64_t, const float*, float* const*, int64_t, bool);
+
+template <int MR, bool kByColumn>
+RegisterTile register_tile_of_width(int vectors) {
+  if constexpr (kPanelVectors == 4) {
+    if (vectors == 4) return register_tile<MR, 4, kByColumn>;
+    if (vectors == 3) return register_tile<MR, 3, kByColumn>;
+  }
+  return vectors == 2 ? register_tile<MR, 2, kByColumn> : register_tile<MR, 1, kByColumn>;
+}
+
+template <bool kByColumn>
+RegisterTile register_tile_for(int rows, int vectors) {
+  switch (rows) {
+    case 1: return register_tile_of_width<1, kByColumn>(vectors);
+    case 2: return register_tile_of_width<2, kByColumn>(vectors);
+    case 3: return register_tile_of_width<3, kByColumn>(vectors);
+    case 4: return register_tile_of_width<4, kByColumn>(vectors);
+    case 5: return register_tile_of_width<5, kByColumn>(vectors);
+    default: return register_tile_of_width<6, kByColumn>(vectors);
+  }
+}
+
+void multiply(const Product& p) {
+  const int64_t groups = ceil_div(p.M, kGroup);
+  for (int64_t k0 = 0; k0 < p.K; k0 += kDepth) {
+    const int64_t K = least(kDepth, p.K - k0);
+    const bool accumulate = p.accumulate || k0 > 0;
+    for (int64_t task = p.task_begin; task < p.task_end; ++task) {
+      const int64_t n0 = task / groups * kPanel, m0 = task % groups * kGroup;
+      const int64_t columns = least(kPanel, p.N - n0), width = round_up(columns, kLanes);
+      const int rows = static_cast<int>(least(kGroup, p.M - m0)), vectors = static_cast<int>(width / kLanes);
+      const float* a = p.a_by_column ? p.a + k0 * p.lda + m0 : p.a + m0 * p.lda + k0;
+      const float* b = p.b + n0 * p.b_rows + (p.b_row0 + k0) * width;
+      const RegisterTile tile =
+          p.a_by_column ? register_tile_for<true>(rows, vectors) : register_tile_for<false>(rows, vectors);
+      if (columns == width) {
+        tile(K, a, p.lda, b, p.out + m0, n0, accumulate);
+        continue;
+      }
+      float edge[kGroup][kPanel];  // a result row ends inside this panel: whole vectors would write past it
+      float* edge_rows[kGroup];
+      for (int i = 0; i < rows; ++i) edge_rows[i] = edge[i];
+      tile(K, a, p.lda, b, edge_rows, 0, false);
+      for (int i = 0; i < rows; ++i) {
+        float* to = p.out[m0 + i] + n0;
+        for (int64_t j = 0; j < columns; ++j) to[j] = accumulate ? to[j] + edge[i][j] : edge[i][j];
+      }
+    }
+  }
+}
+
+INFOPO_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+INFOPO_INLINE float load_number(const void* data, int64_t i, Dtype dtype) {
+  if (dtype == Dtype::kFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return dtype == Dtype::kBFloat16 ? bits_to_float(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
+}
+
+// n numbers of row `row` from column h0 on
+INFOPO_INLINE void load_part(const Matrix& m, int64_t row, int64_t h0, int64_t n, float* out) {
+  const int64_t at = row * m.stride + h0;
+  int64_t i = 0;
+  if (m.dtype == Dtype::kFloat32) {
+    const float* p = static_cast<const float*>(m.data) + at;
+    for (; i + kLanes <= n; i += kLanes) store(out + i, load(p + i));
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(m.data) + at;
+    if (m.dtype == Dtype::kBFloat16) {
+      for (; i + kLanes <= n; i += kLanes) store(out + i, widen_bf16(p + i));
+    } else {
+      for (; i + kLanes <= n; i += kLanes) store(out + i, widen_f16(p + i));
+    }
+  }
+  for (; i < n; ++i) out[i] = load_number(m.data, at + i, m.dtype);
+}
+
+void load_row(const Matrix& m, int64_t row, int64_t H, float* out) { load_part(m, row, 0, H, out); }
+
+void pack_rows(const Matrix& m, const int64_t* rows, int64_t row0, int64_t k0, int64_t k1, int64_t K, int64_t H,
+               float* out) {
+  for (int64_t k = k0; k < k1; ++k) {
+    const int64_t row = rows ? rows[k] : row0 + k;
+    for (int64_t h0 = 0; h0 < H; h0 += kPanel) {
+      const int64_t columns = least(kPanel, H - h0), width = round_up(columns, kLanes);
+      float* to = out + h0 * K + k * width;
+      load_part(m, row, h0, columns, to);
+      for (int64_t j = columns; j < width; ++j) to[j] = 0;
+    }
+  }
+}
+
+void pack_columns(const Matrix& X, const int64_t* rows, int64_t C, int64_t H, int64_t p0, int64_t p1, float* out) {
+  constexpr int64_t kBlock = 64;
+  float part[kBlock];
+  for (int64_t c0 = p0 * kPanel; c0 < least(C, p1 * kPanel); c0 += kPanel) {
+    const int64_t columns = least(kPanel, C - c0), width = round_up(columns, kLanes);
+    float* panel = out + c0 * H;
+    for (int64_t h0 = 0; h0 < H; h0 += kBlock) {
+      const int64_t n = least(kBlock, H - h0);
+      for (int64_t j = 0; j < width; ++j) {
+        if (j < columns) {
+          load_part(X, rows[c0 + j], h0, n, part);
+        } else {
+          for (int64_t i = 0; i < n; ++i) part[i] = 0;
+        }
+        for (int64_t i = 0; i < n; ++i) panel[(h0 + i) * width + j] = part[i];
+      }
+    }
+  }
+}
+
+void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile& tile, float* stage) {
+  constexpr int64_t kMostRows = 128;
+  float* out[kMostRows];
+  for (int64_t v = 0; v < tile.rows; ++v) out[v] = tile.z + v * tile.ld;
+  const int64_t tasks = ceil_div(tile.C, kPanel) * ceil_div(tile.rows, kGroup);
+  Product p{tile.rows, tile.C, H, nullptr, W.stride, false, packed_columns, H, 0, out, false, 0, tasks};
+  if (W.dtype == Dtype::kFloat32) {
+    p.a = static_cast<const float*>(W.data) + tile.v0 * W.stride;
+    return multiply(p);
+  }
+  for (int64_t k0 = 0; k0 < H; k0 += kDepth) {
+    p.K = least(kDepth, H - k0);
+    for (int64_t v = 0; v < tile.rows; ++v) load_part(W, tile.v0 + v, k0, p.K, stage + v * kDepth);
+    p.a = stage;
+    p.lda = kDepth;
+    p.b_row0 = k0;
+    p.accumulate = k0 > 0;
+    multiply(p);
+  }
+}
+
+template <bool kSoftcap>
+void finish_as(const LogitMap& map, const Tile& t, float* max, double* sum) {
+  const bool identity = !kSoftcap && map.scale == 1.f && !map.bias;
+  if (identity && !max) return;
+  const float inner = kSoftcap ? 1.f / map.softcap : map.scale;
+  const Vec outer = broadcast(map.scale * map.softcap);
+  for (int64_t c = 0; c < t.C; c += kLanes) {
+    const Vec old = max ? load(max + c) : Vec{};
+    Vec most = old;
+    for (int64_t v = 0; v < t.rows; ++v) {
+      float* at = t.z + v * t.ld + c;
+      Vec z = load(at);
+      if (!identity) {
+        const float b = map.bias ? load_number(map.bias, t.v0 + v, map.bias_dtype) : 0.f;
+        z = (z + broadcast(b)) * broadcast(inner);
+        if (kSoftcap) z = tanh(z) * outer;
+        store(at, z);
+      }
+      most = z > most ? z : most;
+    }
+    if (!max) continue;
+    store(max + c, most);
+    if (!sum) continue;
+    float factor[kLanes];
+    store(factor, exp(old - most));
+    for (int l = 0; l < kLanes; ++l) sum[c + l] = sum[c + l] == 0 ? 0 : sum[c + l] * factor[l];
+  }
+}
+
+void finish(const LogitMap& map, const Tile& t, float* max, double* sum) {
+  map.softcap == 0 ? finish_as<false>(map, t, max, sum) : finish_as<true>(map, t, max, sum);
+}
+
+// dz/da / scale = 1 - tanh^2, from the finished z
+template <bool kSoftcap>
+INFOPO_INLINE Vec slope(Vec z, Vec inverse_range) {
+  if (!kSoftcap) return broadcast(1.f);
+  const Vec t = z * inverse_range;
+  return (broadcast(1.f) - t) * (broadcast(1.f) + t);
+}
+
+template <bool kSoftcap, bool kKeep>
+void exponentials_as(const LogitMap& map, const Tile& t, const float* ref, double* sum) {
+  const Vec inverse_range = broadcast(kSoftcap ? 1.f / (map.scale * map.softcap) : 0.f);
+  for (int64_t c = 0; c < t.C; c += kLanes) {
+    Vec reference = load(ref + c);
+    // a row whose logits are all -inf so far: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
+    reference = reference == broadcast(-__builtin_inff()) ? Vec{} : reference;
+    Vec total = Vec{};
+    for (int64_t v = 0; v < t.rows; ++v) {
+      float* at = t.z + v * t.ld + c;
+      const Vec z = load(at);
+      const Vec e = exp(z - reference);
+      total += e;
+      if (kKeep) store(at, kSoftcap ? e * slope<kSoftcap>(z, inverse_range) : e);
+    }
+    float lanes[kLanes];
+    store(lanes, total);
+    for (int l = 0; l < kLanes; ++l) sum[c + l] += lanes[l];
+  }
+}
+
+void exponentials(const LogitMap& map, const Tile& t, const float* ref, double* sum, bool keep) {
+  if (map.softcap == 0) {
+    keep ? exponentials_as<false, true>(map, t, ref, sum) : exponentials_as<false, false>(map, t, ref, sum);
+  } else {
+    keep ? exponentials_as<true, true>(map, t, ref, sum) : exponentials_as<true, false>(map, t, ref, sum);
+  }
+}
+
+template <bool kSoftcap>
+void gradient_as(const LogitMap& map, const Tile& t, int64_t live, const int64_t* labels, const float* lse,
+                 const float* coefficient, float* grad_bias, float* scratch) {
+  const float inverse = kSoftcap ? 1.f / (map.scale * map.softcap) : 0.f;
+  const Vec inverse_range = broadcast(inverse);
+  for (int64_t c = 0; c < live; ++c) {
+    const int64_t v = labels[c] - t.v0;
+    if (v < 0 || v >= t.rows) continue;
+    const float tanh_a = t.z[v * t.ld + c] * inverse;
+    scratch[c] = coefficient[c] * (1.f - tanh_a) * (1.f + tanh_a);
+  }
+  for (int64_t v = 0; v < t.rows; ++v) {
+    Vec total = Vec{};
+    float* row = t.z + v * t.ld;
+    for (int64_t c = 0; c < t.C; c += kLanes) {
+      const Vec z = load(row + c);
+      Vec g = load(coefficient + c) * exp(z - load(lse + c));
+      if (kSoftcap) g = g * slope<kSoftcap>(z, inverse_range);
+      store(row + c, g);
+      total += g;
+    }
+    if (grad_bias) grad_bias[t.v0 + v] += sum_lanes(total);
+  }
+  for (int64_t c = 0; c < live; ++c) {
+    const int64_t v = labels[c] - t.v0;
+    if (v < 0 || v >= t.rows) continue;
+    t.z[v * t.ld + c] -= scratch[c];
+    if (grad_bias) grad_bias[labels[c]] -= scratch[c];
+  }
+}
+
+void gradient(const LogitMap& map, const Tile& t, int64_t live, const int64_t* labels, const float* lse,
+              const float* coefficient, float* grad_bias, float* scratch) {
+  map.softcap == 0 ? gradient_as<false>(map, t, live, labels, lse, coefficient, grad_bias, scratch)
+                   : gradient_as<true>(map, t, live, labels, lse, coefficient, grad_bias, scratch);
+}
+
+INFOPO_INLINE uint16_t float_to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);  // stays a NaN whatever the low bits were
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void store_row(const float* row, int64_t H, bool add, Dtype dtype, void* out) {
+  if (dtype == Dtype::kFloat32) {
+    float* to = static_cast<float*>(out);
+    for (int64_t h = 0; h < H; ++h) to[h] = add ? to[h] + row[h] : row[h];
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(out);
+  const Matrix old{out, H, dtype};
+  float part[kPanel];
+  for (int64_t h0 = 0; h0 < H; h0 += kPanel) {
+    const int64_t n = least(kPanel, H - h0);
+    if (add) load_part(old, 0, h0, n, part);
+    for (int64_t i = 0; i < n; ++i) part[i] = add ? part[i] + row[h0 + i] : row[h0 + i];
+    if (dtype == Dtype::kBFloat16) {
+      for (int64_t i = 0; i < n; ++i) to[h0 + i] = float_to_bf16(part[i]);
+    } else {
+      narrow_f16(part, n, to + h0);
+    }
+  }
+}
+
+}  // namespace
+
+constexpr TileKernels kKernels{INFOPO_NAME, kLanes, kGroup,  kPanel, kDepth,       pack_columns, pack_rows, multiply,
+                               logits,      finish, exponentials, gradient, store_row, load_row};
+
+}  // namespace infopo::INFOPO_ISA

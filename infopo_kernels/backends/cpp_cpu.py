@@ -1,0 +1,120 @@
+"""The native CPU kernels: the three primitives as calls of `torch.ops.infopo_kernels_cpp` (sources in `csrc/`).
+
+Equations, shapes and contract: `infopo_kernels.backends.base`; how the kernels work: `docs/cpu.md`. The instruction set
+is chosen when a kernel runs; the environment variable INFOPO_KERNELS_CPU_ISA names one instead (`isa` tells which).
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+from infopo_kernels.backends.base import Gradients, Head
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OPS: Any = torch.ops.infopo_kernels_cpp
+
+
+@cache
+def _missing_extension() -> str | None:
+    """Load the extension, which registers its ops; or the reason why that failed."""
+    try:
+        importlib.import_module("infopo_kernels._C")
+    except ImportError as error:
+        return (
+            f"the extension infopo_kernels._C cannot be loaded ({error}); it is built by `pip install "
+            "--no-build-isolation .` where a C++ compiler is present, against the torch that is installed then."
+        )
+    _register_fakes()
+    return None
+
+
+def _register_fakes() -> None:
+    """Shapes and types of the results, for tracing."""
+
+    def per_row(hidden: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+            hidden.new_empty(hidden.shape[0], dtype=torch.float32),
+        )
+
+    torch.library.register_fake("infopo_kernels_cpp::logprob")(per_row)
+    torch.library.register_fake("infopo_kernels_cpp::logprob_and_grad")(per_row)
+    torch.library.register_fake("infopo_kernels_cpp::backward")(lambda *_: None)
+
+
+def isa() -> str:
+    """The instruction set that serves: "avx512", "avx2" or "portable".
+
+    Raises:
+        ImportError: the extension is not there.
+        ValueError: INFOPO_KERNELS_CPU_ISA names one that is unknown or that this machine lacks.
+    """
+    reason = _missing_extension()
+    if reason is not None:
+        raise ImportError(reason)
+    name: str = _OPS.isa()
+    return name
+
+
+class CppBackend:
+    """Native CPU kernels."""
+
+    name: ClassVar[str] = "cpp"
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"the native kernels run on a CPU, not on {device}; move the inputs or pass backend='triton'."
+        if dtype not in _DTYPES:
+            return f"the native kernels serve {', '.join(map(str, _DTYPES))}, not {dtype}; pass backend='torch'."
+        return _missing_extension()
+
+    def logprob(self, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        result: tuple[torch.Tensor, torch.Tensor] = _OPS.logprob(
+            head.hidden, head.weight, head.bias, labels, head.softcap, head.scale, head.workspace_bytes
+        )
+        return result
+
+    def logprob_and_grad(
+        self, head: Head, labels: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        result: tuple[torch.Tensor, torch.Tensor] = _OPS.logprob_and_grad(
+            head.hidden,
+            head.weight,
+            head.bias,
+            labels,
+            row_weight,
+            gradients.hidden,
+            gradients.weight,
+            gradients.bias,
+            head.softcap,
+            head.scale,
+            head.workspace_bytes,
+        )
+        return result
+
+    def backward(
+        self,
+        head: Head,
+        labels: torch.Tensor,
+        lse: torch.Tensor,
+        row_weight: torch.Tensor,
+        gradients: Gradients,
+    ) -> None:
+        _OPS.backward(
+            head.hidden,
+            head.weight,
+            head.bias,
+            labels,
+            lse,
+            row_weight,
+            gradients.hidden,
+            gradients.weight,
+            gradients.bias,
+            head.softcap,
+            head.scale,
+            head.workspace_bytes,
+        )

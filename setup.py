@@ -1,0 +1,58 @@
+"""The optional C++ extension; everything else about the package stands in pyproject.toml.
+
+Without a compiler, without torch at build time, or with INFOPO_KERNELS_SKIP_EXTENSION=1, the package installs without
+its native CPU kernels and says so; plain PyTorch serves on a CPU then.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from typing import Any
+
+from setuptools import setup
+
+EXTENSION = "infopo_kernels._C"
+
+
+def say(message: str) -> None:
+    print(f"infopo_kernels: {message}", file=sys.stderr)
+
+
+def extension_arguments() -> dict[str, Any]:
+    """`ext_modules` and `cmdclass`, or nothing, with the reason printed."""
+    if os.environ.get("INFOPO_KERNELS_SKIP_EXTENSION", "") not in ("", "0"):
+        say("INFOPO_KERNELS_SKIP_EXTENSION is set: installing without the native CPU kernels.")
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        say(
+            f"torch cannot be imported at build time ({error}): installing without the native CPU kernels. "
+            "Install torch first and pass --no-build-isolation to have them."
+        )
+        return {}
+
+    class OptionalBuild(BuildExtension):  # type: ignore[misc]
+        """A build that fails leaves the package without the extension, not without the package."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                self.extensions: list[Any] = []  # what comes after would copy files that are not there
+                say(f"the extension did not build ({error}): installing without the native CPU kernels.")
+
+    windows = sys.platform == "win32"
+    extension = CppExtension(
+        EXTENSION,
+        sorted(glob.glob("csrc/*.cpp")),
+        depends=sorted(glob.glob("csrc/*.h")),
+        extra_compile_args=["/O2", "/std:c++20"] if windows else ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        optional=True,
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+
+
+setup(**extension_arguments())
