@@ -1,0 +1,158 @@
+"""`TritonBackend`: the three primitives and the objective on GPUs (in Triton's interpreter, if TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import ClassVar
+
+import torch
+
+from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.objective import Objective
+from infopo_kernels.options import InfoPOOptions
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OLDEST_CUDA = (8, 0)
+"""Compute capability: bfloat16 products and asynchronous copies to shared memory begin here."""
+
+AMD_ARCHITECTURES = ("gfx942", "gfx950")
+
+
+class TritonBackend:
+    """Triton kernels for NVIDIA GPUs from sm_80 on and AMD gfx942 and gfx950.
+
+    Nothing is read back to the host on the way: the number of scored rows stays on the device. Calls run on the
+    current stream, on the device of their inputs, and can be captured in a CUDA graph once they have run (Triton
+    compiles a kernel when it is first launched).
+
+    Beyond the protocol's contract: `gradients.weight` in a 16-bit type costs `backward` a fourth product where the
+    float32 sums of dX for all rows do not fit the workspace (`gradients.gradients_from_lse`).
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if inputs of this device and type can be served, else why not and what to do, as a sentence."""
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; `pip install triton` (it comes with PyTorch's builds for GPUs)."
+        if device.type not in ("cuda", "cpu"):
+            return f"Triton kernels run on CUDA and ROCm devices, not on {device.type!r}; use backend='torch'."
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            what = "move the inputs to it" if torch.cuda.is_available() else "none is present here"
+            return f"Triton kernels need a GPU and the inputs are on the CPU ({what}); use backend='cpp' or 'torch'."
+        if device.type == "cuda":
+            reason = _device_reason(device)
+            if reason is not None:
+                return reason
+        if dtype not in SUPPORTED_DTYPES:
+            return f"Triton kernels take float32, bfloat16 and float16, not {dtype}; use backend='torch'."
+        return None
+
+    def logprob(self, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token log-probabilities l [N] and logsumexp [N]. One product."""
+        from infopo_kernels.backends.triton.launch import on_device, prepare
+        from infopo_kernels.backends.triton.logprob import launch_logprob
+        from infopo_kernels.backends.triton.rows import find_live_rows
+
+        logp, lse = _outputs(labels)
+        if labels.numel() == 0:
+            return logp, lse
+        with on_device(labels.device):
+            live = find_live_rows(labels, None, skip_zero=False, gain=False, cleared=(logp, lse))
+            launch_logprob(prepare(head), labels, live, logp, lse)
+        return logp, lse
+
+    def logprob_and_grad(
+        self, head: Head, labels: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`logprob`, and the gradients for row weights known beforehand, from one tile of logits.
+
+        Two products with `gradients.hidden` alone, three with a float32 `gradients.weight`. Where that is 16-bit, or
+        the workspace holds too few rows of logits for it to pay (`workspace.py`), `logprob` and `backward` run: four.
+        """
+        from infopo_kernels.backends.triton.gradients import gradients_from_tiles
+        from infopo_kernels.backends.triton.launch import on_device, prepare
+        from infopo_kernels.backends.triton.rows import find_live_rows
+        from infopo_kernels.backends.triton.workspace import plan_tile
+
+        wanted = _wanted(gradients)
+        if labels.numel() == 0 or not any(wanted.values()):
+            return self.logprob(head, labels)
+        launch = prepare(head)
+        in_float32 = gradients.weight is None or gradients.weight.dtype == torch.float32
+        plan = plan_tile(launch, **wanted)
+        if plan is None or not (in_float32 or plan.rows >= launch.rows):
+            logp, lse = self.logprob(head, labels)
+            self.backward(head, labels, lse, row_weight, gradients)
+            return logp, lse
+        logp, lse = _outputs(labels)
+        with on_device(labels.device):
+            gain = head.hidden.dtype == torch.float16
+            live = find_live_rows(labels, row_weight, skip_zero=False, gain=gain, cleared=(logp, lse))
+            gradients_from_tiles(launch, plan, labels, row_weight, live, logp, lse, gradients)
+        return logp, lse
+
+    def backward(
+        self,
+        head: Head,
+        labels: torch.Tensor,
+        lse: torch.Tensor,
+        row_weight: torch.Tensor,
+        gradients: Gradients,
+    ) -> None:
+        """The gradients for row weights c and a known logsumexp; rows with c = 0 are not computed."""
+        from infopo_kernels.backends.triton.gradients import gradients_from_lse
+        from infopo_kernels.backends.triton.launch import on_device, prepare
+        from infopo_kernels.backends.triton.rows import find_live_rows
+
+        if labels.numel() == 0 or not any(_wanted(gradients).values()):
+            return
+        with on_device(labels.device):
+            gain = head.hidden.dtype == torch.float16
+            live = find_live_rows(labels, row_weight, skip_zero=True, gain=gain, cleared=None)
+            gradients_from_lse(prepare(head), labels, lse, row_weight, live, gradients)
+
+    def objective(
+        self,
+        logp: torch.Tensor,
+        labels: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        is_chosen: torch.Tensor,
+        ref_logps: torch.Tensor,
+        options: InfoPOOptions,
+        num_pairs: float,
+    ) -> Objective:
+        """`infopo_kernels.objective.objective` in one launch."""
+        from infopo_kernels.backends.triton.launch import on_device
+        from infopo_kernels.backends.triton.objective import launch_objective
+
+        with on_device(labels.device):
+            return launch_objective(logp, labels, cu_seqlens, is_chosen, ref_logps, options, num_pairs)
+
+
+def _outputs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logp = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+    return logp, torch.empty_like(logp)
+
+
+def _wanted(gradients: Gradients) -> dict[str, bool]:
+    return {name: getattr(gradients, name) is not None for name in ("hidden", "weight", "bias")}
+
+
+def _device_reason(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU; install a driver and a PyTorch build for it."
+    if torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if arch not in AMD_ARCHITECTURES:
+            return f"Triton kernels are tuned and compiled for {', '.join(AMD_ARCHITECTURES)}, not {arch}; use 'torch'."
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CUDA:
+        return (
+            f"Triton kernels need compute capability 8.0 or newer, this device has {capability[0]}.{capability[1]}; "
+            "use backend='torch'."
+        )
+    return None

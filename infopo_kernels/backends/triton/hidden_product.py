@@ -1,0 +1,178 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""dX = G W, accumulated in float32 over pieces of the vocabulary and rounded once.
+
+    part[s, i, h] (+)= sum_{v in slice s of the piece} G_iv W_vh
+    dX[t_i, h]       = (scale / gain) sum_s part[s, i, h]
+
+The sum over the vocabulary is long and the result [C, H] small: slices of it (split-K) fill the device. They are added
+in one order, so two runs agree bitwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from infopo_kernels.backends.triton.launch import Launch, ceil_div
+from infopo_kernels.backends.triton.logits import grouped_tile
+from infopo_kernels.backends.triton.rows import LiveRows
+
+STORE_ROWS, STORE_COLUMNS = 8, 256
+"""Tile of the rounding pass: a warp writes 512 contiguous bytes of one row."""
+
+
+@triton.jit(do_not_specialize=["row0", "C", "v0", "columns", "slice_depth"])
+def hidden_product_kernel(
+    g_ptr,
+    w_ptr,
+    part_ptr,
+    count_ptr,
+    row0,
+    C,
+    v0,
+    columns,
+    slice_depth,
+    ld,
+    H,
+    stride_wv,
+    ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """part[s, i, h] for one tile (i, h) and slice s; added to what is there if ADD."""
+    here = tl.minimum(tl.load(count_ptr) - row0, C)
+    num_n = tl.cdiv(here, BLOCK_N)
+    num_h = tl.cdiv(H, BLOCK_H)
+    pid = tl.program_id(0)
+    if pid >= num_n * num_h:
+        return
+    pid_s = tl.program_id(1)
+    pid_n, pid_h = grouped_tile(pid, num_n, num_h, GROUP)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_v = tl.arange(0, BLOCK_V)
+    row_ok = offs_n < here
+    column_ok = offs_h < H
+    begin = pid_s * slice_depth
+    end = tl.minimum(begin + slice_depth, columns)
+
+    # G is 0 from `columns` to the end of its last tile, so only rows of W need a mask along the sum.
+    g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * ld + (begin + offs_v)[None, :]
+    w_ptrs = w_ptr + (v0 + begin + offs_v).to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for v in range(begin, end, BLOCK_V):
+        g = tl.load(g_ptrs, mask=row_ok[:, None], other=0.0)
+        w = tl.load(w_ptrs, mask=(offs_v < end - v)[:, None] & column_ok[None, :], other=0.0)
+        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        g_ptrs += BLOCK_V
+        w_ptrs += BLOCK_V * stride_wv.to(tl.int64)
+
+    offs_part = (pid_s.to(tl.int64) * C + offs_n)[:, None] * H + offs_h[None, :]
+    ok = row_ok[:, None] & column_ok[None, :]
+    if ADD:
+        acc += tl.load(part_ptr + offs_part, mask=ok, other=0.0)
+    tl.store(part_ptr + offs_part, acc, mask=ok)
+
+
+@triton.jit(do_not_specialize=["row0", "C"])
+def store_hidden_kernel(
+    part_ptr,
+    dx_ptr,
+    rows_ptr,
+    count_ptr,
+    gain_ptr,
+    row0,
+    C,
+    H,
+    scale,
+    SLICES: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """dX[t_i, h] from the slices, rounded once."""
+    here = tl.minimum(tl.load(count_ptr) - row0, C)
+    pid_n = tl.program_id(0)
+    if pid_n * BLOCK_N >= here:
+        return
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row_ok = offs_n < here
+    ok = row_ok[:, None] & (offs_h < H)[None, :]
+    row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
+    total = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for s in tl.static_range(SLICES):
+        offs_part = (tl.cast(s, tl.int64) * C + offs_n)[:, None] * H + offs_h[None, :]
+        total += tl.load(part_ptr + offs_part, mask=ok, other=0.0)
+    if HAS_GAIN:
+        scale = scale / tl.load(gain_ptr)
+    offs_x = row.to(tl.int64)[:, None] * H + offs_h[None, :]
+    tl.store(dx_ptr + offs_x, (total * scale).to(dx_ptr.dtype.element_ty), mask=ok)
+
+
+def slices_of(launch: Launch, rows: int, columns: int) -> int:
+    """Slices of a sum over `columns` so that `rows` rows fill the device twice; a power of two, at most 16."""
+    tile = launch.tiles.hidden
+    tiles = ceil_div(rows, tile.rows) * ceil_div(launch.hidden_size, tile.columns)
+    steps = ceil_div(columns, tile.depth)
+    slices = 1
+    while slices < 16 and slices * tiles < 2 * launch.multiprocessors and 16 * slices < steps:
+        slices *= 2
+    return slices
+
+
+def launch_hidden_product(
+    launch: Launch, live: LiveRows, g: torch.Tensor, part: torch.Tensor, row0: int, v0: int, columns: int, *, add: bool
+) -> None:
+    """Add G [C, ld] times columns v0 .. v0 + columns of the head to `part` [slices, C, H] (or assign it)."""
+    tile = launch.tiles.hidden
+    slices, c, h = part.shape
+    weight = launch.head.weight
+    slice_depth = ceil_div(ceil_div(columns, tile.depth), slices) * tile.depth
+    hidden_product_kernel[(ceil_div(c, tile.rows) * ceil_div(h, tile.columns), slices)](
+        g,
+        weight,
+        part,
+        live.count,
+        row0,
+        c,
+        v0,
+        columns,
+        slice_depth,
+        g.stride(0),
+        h,
+        weight.stride(0),
+        ADD=add,
+        BLOCK_N=tile.rows,
+        BLOCK_H=tile.columns,
+        BLOCK_V=tile.depth,
+        GROUP=tile.group,
+        **launch.product_arguments(tile),
+    )
+
+
+def launch_store_hidden(
+    launch: Launch, live: LiveRows, part: torch.Tensor, hidden_grad: torch.Tensor, row0: int
+) -> None:
+    """Round `part` [slices, C, H] into the rows of dX [N, H] that it stands for."""
+    slices, c, h = part.shape
+    store_hidden_kernel[(ceil_div(c, STORE_ROWS), ceil_div(h, STORE_COLUMNS))](
+        part,
+        hidden_grad,
+        live.index,
+        live.count,
+        live.gain,
+        row0,
+        c,
+        h,
+        launch.head.scale,
+        SLICES=slices,
+        HAS_GAIN=hidden_grad.dtype == torch.float16,
+        BLOCK_N=STORE_ROWS,
+        BLOCK_H=STORE_COLUMNS,
+        num_warps=4,
+    )

@@ -1,0 +1,144 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""The InfoPO objective of `infopo_kernels.objective`, equations (1) to (8), in one launch.
+
+For sequence s, rows cu[s] .. cu[s + 1], n_s of them scored, everything in float64:
+
+    L_s      = sum_t l_t  (or L_s / n_s)                Delta_s = L_s - ref_s           a_s = beta Delta_s - offset
+    term_s   = -beta Delta_s                            chosen
+             = exp(min(a_s, m)) (1 + max(a_s - m, 0))   rejected, m = max_log_weight (inf without a cap)
+    weight_s = beta                                     chosen
+             = beta exp(min(a_s, m))                    rejected; 0 where a_s < min_log_weight
+    dl_t     = -(weight_s k_s + sft / n_s) / P          chosen, k_s = 1 (or 1 / n_s)
+             = weight_s k_s / P                         rejected
+    loss     = (sum_s term_s - sft sum_{chosen} L_s / n_s) / P          bound = -sum_s term_s / P
+
+One program walks all sequences: 8 bytes a row, while a product of the same rows moves thousands. So the sums have one
+order, and no other program has to be waited for.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from infopo_kernels.objective import Objective
+from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions
+
+BLOCK = 4096
+"""Rows a step: 8 warps with 16 loads in flight each."""
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def objective_kernel(
+    logp_ptr,
+    labels_ptr,
+    cu_ptr,
+    chosen_ptr,
+    ref_ptr,
+    totals_ptr,
+    sequences_ptr,
+    scored_ptr,
+    dl_ptr,
+    N,
+    S,
+    beta: tl.float64,
+    offset: tl.float64,
+    max_log_weight: tl.float64,
+    min_log_weight: tl.float64,
+    sft_weight: tl.float64,
+    num_pairs: tl.float64,
+    AVERAGE: tl.constexpr,
+    IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """totals = [loss, bound]; sequences = [L, rewards, weights] x S; scored[s] = n_s; dl[t] = d loss / d l_t."""
+    offs = tl.arange(0, BLOCK)
+    terms = tl.full((), 0.0, tl.float64)
+    sft_terms = tl.full((), 0.0, tl.float64)
+    for s in range(0, S):
+        begin = tl.maximum(tl.load(cu_ptr + s).to(tl.int32), 0)
+        end = tl.minimum(tl.load(cu_ptr + s + 1).to(tl.int32), N)
+        sums = tl.zeros((BLOCK,), tl.float64)
+        counts = tl.zeros((BLOCK,), tl.int32)
+        for start in range(begin, end, BLOCK):
+            offs_n = start + offs
+            inside = offs_n < end
+            scored = tl.load(labels_ptr + offs_n, mask=inside, other=IGNORE) != IGNORE
+            sums += tl.load(logp_ptr + offs_n, mask=scored, other=0.0).to(tl.float64)
+            counts += scored.to(tl.int32)
+        count = tl.sum(counts, axis=0)
+        # A sequence without a scored token has no log-probability; 0 would be a plausible number.
+        total = tl.where(count > 0, tl.sum(sums, axis=0), float("nan"))
+        length = count.to(tl.float64)
+        mean = total / length
+        level = mean if AVERAGE else total
+
+        chosen = tl.load(chosen_ptr + s) != 0
+        reward = beta * (level - tl.load(ref_ptr + s))
+        log_weight = reward - offset
+        # Comparisons are written so that NaN stays: minimum and maximum would drop it.
+        over = log_weight > max_log_weight
+        growth = tl.exp(tl.where(over, max_log_weight, log_weight))
+        term = tl.where(chosen, -reward, growth * (1.0 + tl.where(over, log_weight - max_log_weight, 0.0)))
+        weight = beta * tl.where(chosen, 1.0, tl.where(log_weight < min_log_weight, 0.0, growth))
+        sft = tl.where(chosen, sft_weight, 0.0)
+        per_row = weight / length if AVERAGE else weight
+        per_row = tl.where(chosen, -per_row - sft / length, per_row) / num_pairs
+        terms += term
+        sft_terms += tl.where(chosen, -sft_weight * mean, 0.0)
+
+        tl.store(sequences_ptr + s, level)
+        tl.store(sequences_ptr + S + s, reward)
+        tl.store(sequences_ptr + 2 * S + s, weight)
+        tl.store(scored_ptr + s, count.to(tl.int64))
+        for start in range(begin, end, BLOCK):
+            offs_n = start + offs
+            inside = offs_n < end
+            scored = tl.load(labels_ptr + offs_n, mask=inside, other=IGNORE) != IGNORE
+            tl.store(dl_ptr + offs_n, tl.where(scored, per_row, 0.0).to(dl_ptr.dtype.element_ty), mask=inside)
+    tl.store(totals_ptr, (terms + sft_terms) / num_pairs)
+    tl.store(totals_ptr + 1, -terms / num_pairs)
+
+
+def launch_objective(
+    logp: torch.Tensor,  # [N] float32
+    labels: torch.Tensor,  # [N] int64
+    cu_seqlens: torch.Tensor,  # [S + 1] int32 or int64
+    is_chosen: torch.Tensor,  # [S] bool
+    ref_logps: torch.Tensor,  # [S] float64
+    options: InfoPOOptions,
+    num_pairs: float,
+) -> Objective:
+    """The objective of a call, from its token log-probabilities."""
+    n, s = labels.numel(), is_chosen.numel()
+    totals = torch.empty(2, dtype=torch.float64, device=labels.device)
+    sequences = torch.empty(3, s, dtype=torch.float64, device=labels.device)
+    scored = torch.empty(s, dtype=torch.int64, device=labels.device)
+    row_weight = torch.empty(n, dtype=logp.dtype, device=labels.device)
+    objective_kernel[(1,)](
+        logp,
+        labels,
+        cu_seqlens.contiguous(),
+        is_chosen.contiguous(),
+        ref_logps.contiguous(),
+        totals,
+        sequences,
+        scored,
+        row_weight,
+        n,
+        s,
+        float(options.beta),
+        float(options.offset),
+        math.inf if options.max_log_weight is None else float(options.max_log_weight),
+        -math.inf if options.min_log_weight is None else float(options.min_log_weight),
+        float(options.sft_weight),
+        float(num_pairs),
+        AVERAGE=options.average,
+        IGNORE=IGNORE_INDEX,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return Objective(totals[0], totals[1], sequences[0], sequences[1], sequences[2], scored, row_weight)

@@ -1,0 +1,115 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Which rows are computed: the list of scored rows, their number and a scale for their gradients, all on the device.
+
+    rows  = [t : y_t != IGNORE_INDEX (and c_t != 0, if rows of weight zero are dropped)], ascending
+    count = len(rows)
+    gain  = 2^(GAIN_BITS - ceil(log2(max_t |c_t|)))
+
+No kernel after this one is told the count by the host: its grid is laid out for N rows and programs beyond the count
+leave at once. `gain` lifts gradients to the top of float16's range, whose smallest number (6e-8) would otherwise
+swallow c_t * p_tv; products divide by it in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from infopo_kernels.options import IGNORE_INDEX
+
+GAIN_BITS = tl.constexpr(12)
+"""2^12 leaves 2^3 of float16's range above the largest gradient and takes its smallest to 2^-36 of it."""
+
+BLOCK = 4096
+"""Rows a step: one program walks all of them (a prefix sum over N is short beside one product)."""
+
+
+@dataclass(frozen=True)
+class LiveRows:
+    """The rows that are computed. Both tensors live on the device of the labels."""
+
+    index: torch.Tensor
+    """[N] int32; the first `count` entries hold row numbers, ascending; the others are not defined."""
+    count: torch.Tensor
+    """[1] int32."""
+    gain: torch.Tensor
+    """[1] float32, a power of two; defined only where it was asked for."""
+
+
+@triton.jit(do_not_specialize=["N"])
+def live_rows_kernel(
+    labels_ptr,
+    c_ptr,
+    rows_ptr,
+    count_ptr,
+    gain_ptr,
+    logp_ptr,
+    lse_ptr,
+    N,
+    IGNORE: tl.constexpr,
+    SKIP_ZERO: tl.constexpr,
+    CLEAR: tl.constexpr,
+    GAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """rows, count and gain as above; with CLEAR, l_t = lse_t = 0 for the rows that are left out."""
+    count = 0
+    largest = 0.0
+    for start in range(0, N, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        inside = offs_n < N
+        live = tl.load(labels_ptr + offs_n, mask=inside, other=IGNORE) != IGNORE
+        if SKIP_ZERO or GAIN:
+            c = tl.load(c_ptr + offs_n, mask=inside, other=0.0)
+        if SKIP_ZERO:
+            live = live & (c != 0.0)
+        if GAIN:
+            # A NaN or infinite weight spoils its own row; it must not choose the scale of the others.
+            finite = live & (tl.abs(c) < float("inf"))
+            largest = tl.maximum(largest, tl.max(tl.where(finite, tl.abs(c), 0.0), axis=0))
+        flag = live.to(tl.int32)
+        tl.store(rows_ptr + count + tl.cumsum(flag, axis=0) - flag, offs_n, mask=live)
+        if CLEAR:
+            tl.store(logp_ptr + offs_n, 0.0, mask=inside & (flag == 0))
+            tl.store(lse_ptr + offs_n, 0.0, mask=inside & (flag == 0))
+        count += tl.sum(flag, axis=0)
+    tl.store(count_ptr, count)
+    if GAIN:
+        exponent = GAIN_BITS - tl.ceil(tl.log2(tl.maximum(largest, 1e-30)))
+        tl.store(gain_ptr, tl.where(largest > 0.0, tl.exp2(exponent), 1.0))
+
+
+def find_live_rows(
+    labels: torch.Tensor,
+    row_weight: torch.Tensor | None,
+    *,
+    skip_zero: bool,
+    gain: bool,
+    cleared: tuple[torch.Tensor, torch.Tensor] | None,
+) -> LiveRows:
+    """Launch the kernel; `cleared` are (l, lse), set to 0 in the rows that are left out."""
+    n = labels.numel()
+    index = torch.empty(n, dtype=torch.int32, device=labels.device)
+    count = torch.empty(1, dtype=torch.int32, device=labels.device)
+    scale = torch.empty(1, dtype=torch.float32, device=labels.device)
+    logp, lse = cleared if cleared is not None else (None, None)
+    live_rows_kernel[(1,)](
+        labels,
+        row_weight,
+        index,
+        count,
+        scale,
+        logp,
+        lse,
+        n,
+        IGNORE=IGNORE_INDEX,
+        SKIP_ZERO=skip_zero,
+        CLEAR=cleared is not None,
+        GAIN=gain,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return LiveRows(index, count, scale)

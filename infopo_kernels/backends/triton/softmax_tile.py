@@ -1,0 +1,234 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Logits of a chunk of rows kept once, as unnormalised probabilities, and turned into G when the logsumexp is known.
+
+The first kernel forms the logits and keeps, relative to the maximum m of a row within its own tile T,
+
+    Q_iv = exp(z_iv - m_Ti) * (1 - tanh(a_iv / softcap)^2)      m_Ti, s_Ti = sum_{v in T} exp(z_iv - m_Ti), y_i
+
+whose largest value is 1, so that rounding Q to the input type costs a relative half step like rounding G itself; the
+softmax's sum is taken from float32 before it. With lse from the merge, the second kernel finishes in place
+
+    G_iv = -c_i gain exp(m_Ti - lse_i) Q_iv                     for v != label_i
+    G_iv = c_i gain (1 - exp(l_i)) (1 - (z_iy / (scale softcap))^2),  z_iy = l_i + lse_i,    for v = label_i
+
+(gain from `rows.py`; the factor `scale` is left to the products). One product, where forming G with a known
+logsumexp would need the logits a second time; the price is one pass over Q, 4 bytes an element for 2 H operations.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from infopo_kernels.backends.triton.launch import Launch, ceil_div
+from infopo_kernels.backends.triton.logits import exp, grouped_tile, head_product, to_logits
+from infopo_kernels.backends.triton.rows import LiveRows
+
+NORMALISE_ROWS = 32
+"""Rows a program of the second kernel: 32 x 256 elements in 8 warps are two 16-byte accesses a thread and more."""
+
+
+@triton.jit(do_not_specialize=["row0", "C"])
+def softmax_tile_kernel(
+    x_ptr,
+    w_ptr,
+    b_ptr,
+    labels_ptr,
+    rows_ptr,
+    count_ptr,
+    q_ptr,
+    max_ptr,
+    sum_ptr,
+    target_ptr,
+    row0,
+    C,
+    ld,
+    V,
+    H,
+    stride_xn,
+    stride_wv,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """q[i, v] = Q_iv (0 for V <= v < ld), max[T, i] = m_Ti, sum[T, i] = s_Ti, target[i] = y_i."""
+    here = tl.minimum(tl.load(count_ptr) - row0, C)
+    num_n = tl.cdiv(here, BLOCK_N)
+    num_v = tl.cdiv(V, BLOCK_V)
+    pid = tl.program_id(0)
+    if pid >= num_n * num_v:
+        return
+    pid_n, pid_v = grouped_tile(pid, num_n, num_v, GROUP)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_ok = offs_n < here
+    row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
+    acc = head_product(
+        x_ptr,
+        row.to(tl.int64) * stride_xn,
+        row_ok,
+        w_ptr,
+        stride_wv,
+        offs_v,
+        V,
+        H,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_H,
+        EVEN_H,
+        PRECISION,
+    )
+    z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+
+    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
+    target = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
+    inside = (label >= pid_v * BLOCK_V) & (label < tl.minimum(pid_v * BLOCK_V + BLOCK_V, V))
+    tl.store(target_ptr + offs_n, target, mask=row_ok & inside)
+
+    tile_max = tl.max(z, axis=1)
+    shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
+    q = exp(z - shift[:, None])
+    offs_part = pid_v.to(tl.int64) * C + offs_n
+    tl.store(max_ptr + offs_part, tile_max, mask=row_ok)
+    tl.store(sum_ptr + offs_part, tl.sum(q, axis=1), mask=row_ok)
+    if HAS_SOFTCAP:
+        t = z / (scale * softcap)
+        q = tl.where(offs_v[None, :] < V, q * (1.0 - t * t), 0.0)
+    offs_q = offs_n.to(tl.int64)[:, None] * ld + offs_v[None, :]
+    tl.store(q_ptr + offs_q, q.to(q_ptr.dtype.element_ty), mask=row_ok[:, None])
+
+
+@triton.jit(do_not_specialize=["row0", "C"])
+def normalise_kernel(
+    q_ptr,
+    max_ptr,
+    logp_ptr,
+    lse_ptr,
+    c_ptr,
+    labels_ptr,
+    rows_ptr,
+    count_ptr,
+    gain_ptr,
+    db_part_ptr,
+    row0,
+    C,
+    ld,
+    V,
+    softcap,
+    scale,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """G in place of Q; db_part[block, v] = sum of G_iv / gain over the block's rows, from float32."""
+    here = tl.minimum(tl.load(count_ptr) - row0, C)
+    pid_v = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    if pid_n * BLOCK_N >= here:
+        return
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_ok = offs_n < here
+    row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
+    c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
+    logp = tl.load(logp_ptr + row, mask=row_ok, other=0.0)
+    lse = tl.load(lse_ptr + row, mask=row_ok, other=0.0)
+    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
+    tile_max = tl.load(max_ptr + pid_v.to(tl.int64) * C + offs_n, mask=row_ok, other=float("-inf"))
+    # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well.
+    other_columns = -c * exp(tile_max - lse) + (logp - logp)
+    at_label = c * (1.0 - exp(logp))
+    if HAS_SOFTCAP:
+        t = (logp + lse) / (scale * softcap)
+        at_label = at_label * (1.0 - t * t)
+
+    offs_q = offs_n.to(tl.int64)[:, None] * ld + offs_v[None, :]
+    q = tl.load(q_ptr + offs_q, mask=row_ok[:, None], other=0.0).to(tl.float32)
+    g = tl.where(offs_v[None, :] == label[:, None], at_label[:, None], other_columns[:, None] * q)
+    if BIAS_GRAD:
+        tl.store(db_part_ptr + pid_n.to(tl.int64) * ld + offs_v, tl.sum(g, axis=0))
+    if HAS_GAIN:
+        g = g * tl.load(gain_ptr)
+    tl.store(q_ptr + offs_q, g.to(q_ptr.dtype.element_ty), mask=row_ok[:, None])
+
+
+def launch_softmax_tile(
+    launch: Launch,
+    labels: torch.Tensor,
+    live: LiveRows,
+    q: torch.Tensor,
+    part_max: torch.Tensor,
+    part_sum: torch.Tensor,
+    target: torch.Tensor,
+    row0: int,
+) -> None:
+    """Q [C, ld], (max, sum) [tiles, C] and target [C] for rows row0 .. row0 + C of the list."""
+    tiles, c = part_max.shape
+    head = launch.head
+    softmax_tile_kernel[(ceil_div(c, launch.tiles.logits.rows) * tiles,)](
+        head.hidden,
+        head.weight,
+        head.bias,
+        labels,
+        live.index,
+        live.count,
+        q,
+        part_max,
+        part_sum,
+        target,
+        row0,
+        c,
+        q.stride(0),
+        **launch.logit_arguments,
+    )
+
+
+def launch_normalise(
+    launch: Launch,
+    labels: torch.Tensor,
+    live: LiveRows,
+    q: torch.Tensor,
+    part_max: torch.Tensor,
+    logp: torch.Tensor,
+    lse: torch.Tensor,
+    row_weight: torch.Tensor,
+    bias_part: torch.Tensor,
+    row0: int,
+) -> None:
+    """G in place of Q, and its column sums for each block of rows."""
+    tiles, c = part_max.shape
+    head = launch.head
+    normalise_kernel[(tiles, ceil_div(c, NORMALISE_ROWS))](
+        q,
+        part_max,
+        logp,
+        lse,
+        row_weight,
+        labels,
+        live.index,
+        live.count,
+        live.gain,
+        bias_part,
+        row0,
+        c,
+        q.stride(0),
+        launch.vocabulary,
+        1.0 if head.softcap is None else head.softcap,
+        head.scale,
+        HAS_SOFTCAP=head.softcap is not None,
+        HAS_GAIN=q.dtype == torch.float16,
+        BIAS_GRAD=bias_part.numel() > 0,
+        BLOCK_N=NORMALISE_ROWS,
+        BLOCK_V=launch.tiles.logits.columns,
+        num_warps=8,
+    )

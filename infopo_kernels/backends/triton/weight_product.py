@@ -1,0 +1,165 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""dW += G^T X, summed over the rows of a chunk in float32.
+
+    dW_vh += (scale / gain) sum_i G_iv X_ih
+
+The rows of X are gathered once a chunk into a contiguous [C, H]: along the sum they would otherwise be fetched through
+the list of rows inside the innermost loop, once for every tile of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from infopo_kernels.backends.triton.launch import Launch, ceil_div
+from infopo_kernels.backends.triton.logits import grouped_tile
+from infopo_kernels.backends.triton.rows import LiveRows
+
+GATHER_ROWS, GATHER_COLUMNS = 8, 256
+"""Tile of the gather: a warp reads 512 contiguous bytes of one row."""
+
+
+@triton.jit(do_not_specialize=["row0", "C"])
+def gather_rows_kernel(
+    x_ptr,
+    out_ptr,
+    rows_ptr,
+    count_ptr,
+    row0,
+    C,
+    H,
+    stride_xn,
+    stride_on,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """out[i] = x[t_i] for the rows row0 .. row0 + C of the list."""
+    here = tl.minimum(tl.load(count_ptr) - row0, C)
+    pid_n = tl.program_id(0)
+    if pid_n * BLOCK_N >= here:
+        return
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row_ok = offs_n < here
+    ok = row_ok[:, None] & (offs_h < H)[None, :]
+    row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
+    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_xn + offs_h[None, :], mask=ok)
+    tl.store(out_ptr + offs_n.to(tl.int64)[:, None] * stride_on + offs_h[None, :], x, mask=ok)
+
+
+@triton.jit(do_not_specialize=["row0", "C", "columns"])
+def weight_product_kernel(
+    g_ptr,
+    x_ptr,
+    dw_ptr,
+    count_ptr,
+    gain_ptr,
+    row0,
+    C,
+    columns,
+    ld,
+    H,
+    stride_xn,
+    scale,
+    ADD: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dw[v, h] of one tile, added to what is there if ADD; dw [columns, H] is contiguous and may be 16-bit."""
+    here = tl.minimum(tl.load(count_ptr) - row0, C)
+    if ADD and here <= 0:
+        return
+    num_v = tl.cdiv(columns, BLOCK_V)
+    num_h = tl.cdiv(H, BLOCK_H)
+    pid_v, pid_h = grouped_tile(tl.program_id(0), num_v, num_h, GROUP)
+    offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_h = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_n = tl.arange(0, BLOCK_N)
+    column_ok = offs_h < H
+
+    # Columns of G beyond `columns` exist up to the end of their tile; what they give is not stored.
+    g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * ld + offs_v[None, :]
+    x_ptrs = x_ptr + offs_n.to(tl.int64)[:, None] * stride_xn + offs_h[None, :]
+    acc = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
+    for n in range(0, here, BLOCK_N):
+        row_ok = offs_n < here - n
+        g = tl.load(g_ptrs, mask=row_ok[:, None], other=0.0)
+        x = tl.load(x_ptrs, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
+        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        g_ptrs += BLOCK_N * ld.to(tl.int64)
+        x_ptrs += BLOCK_N * stride_xn.to(tl.int64)
+
+    if HAS_GAIN:
+        scale = scale / tl.load(gain_ptr)
+    acc = acc * scale
+    dw_ptrs = dw_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
+    ok = (offs_v < columns)[:, None] & column_ok[None, :]
+    if ADD:
+        acc += tl.load(dw_ptrs, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=ok)
+
+
+def gathered_stride(hidden_size: int) -> int:
+    """Elements between gathered rows: a multiple of 16, so that every row starts on 16 bytes."""
+    return ceil_div(hidden_size, 16) * 16
+
+
+def launch_gather_rows(launch: Launch, live: LiveRows, gathered: torch.Tensor, row0: int) -> None:
+    """Fill `gathered` [C, >= H] with the rows row0 .. row0 + C of the list."""
+    hidden, c = launch.head.hidden, gathered.shape[0]
+    gather_rows_kernel[(ceil_div(c, GATHER_ROWS), ceil_div(launch.hidden_size, GATHER_COLUMNS))](
+        hidden,
+        gathered,
+        live.index,
+        live.count,
+        row0,
+        c,
+        launch.hidden_size,
+        hidden.stride(0),
+        gathered.stride(0),
+        BLOCK_N=GATHER_ROWS,
+        BLOCK_H=GATHER_COLUMNS,
+        num_warps=4,
+    )
+
+
+def launch_weight_product(
+    launch: Launch,
+    live: LiveRows,
+    g: torch.Tensor,
+    gathered: torch.Tensor,
+    weight_grad: torch.Tensor,
+    row0: int,
+    *,
+    add: bool,
+) -> None:
+    """Add G [C, ld]^T times the gathered rows to `weight_grad` [columns, H] (or assign it)."""
+    tile = launch.tiles.weight
+    columns, h = weight_grad.shape
+    weight_product_kernel[(ceil_div(columns, tile.rows) * ceil_div(h, tile.columns),)](
+        g,
+        gathered,
+        weight_grad,
+        live.count,
+        live.gain,
+        row0,
+        gathered.shape[0],
+        columns,
+        g.stride(0),
+        h,
+        gathered.stride(0),
+        launch.head.scale,
+        ADD=add,
+        HAS_GAIN=g.dtype == torch.float16,
+        BLOCK_V=tile.rows,
+        BLOCK_H=tile.columns,
+        BLOCK_N=tile.depth,
+        GROUP=tile.group,
+        **launch.product_arguments(tile),
+    )
