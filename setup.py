@@ -44,12 +44,14 @@ def extension_arguments() -> dict[str, Any]:
                 self.extensions: list[Any] = []  # what comes after would copy files that are not there
                 say(f"the extension did not build ({error}): installing without the native CPU kernels.")
 
-    windows = sys.platform == "win32"
+    # at::parallel_for is a template over OpenMP: without the flag it compiles to a plain loop. Apple's compiler lacks it.
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     extension = CppExtension(
         EXTENSION,
         sorted(glob.glob("csrc/*.cpp")),
         depends=sorted(glob.glob("csrc/*.h")),
-        extra_compile_args=["/O2", "/std:c++20"] if windows else ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", *openmp],  # torch's headers have those
+        extra_link_args=openmp,
         optional=True,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
