@@ -6,6 +6,7 @@ A process that has trained has freed memory to reuse, which would hide what a ca
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -43,16 +44,25 @@ class HeadShape:
 def _forward_backward(way: Way, shape: HeadShape, hidden: torch.Tensor, weight: torch.Tensor) -> None:
     labels = torch.randint(shape.vocabulary, hidden.shape[:2])
     labels[:, : shape.prompt] = IGNORE_INDEX
+    # About what these random hidden states give. Without a reference the rejected weights would be as good as 0, and
+    # both ways would crawl through denormal numbers.
+    ref_logps = (labels[:, 1:] != IGNORE_INDEX).sum(1).double() * -math.log(shape.vocabulary)
     if way == "fused":
         linear_infopo_loss(
-            hidden, weight, labels, shift=True, backend=shape.backend, workspace_mib=shape.workspace_mib
+            hidden,
+            weight,
+            labels,
+            shift=True,
+            ref_logps=ref_logps,
+            backend=shape.backend,
+            workspace_mib=shape.workspace_mib,
         ).loss.backward()  # type: ignore[no-untyped-call]
         return
     # What a plain training loop does with the output of a model: logits of every position, in float32.
     logits, targets = (hidden @ weight.T)[:, :-1], labels[:, 1:]
     scored = targets != IGNORE_INDEX
     logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-    infopo_loss(*(logps * scored).sum(-1).chunk(2)).loss.backward()  # type: ignore[no-untyped-call]
+    infopo_loss(*(logps * scored).sum(-1).chunk(2), *ref_logps.chunk(2)).loss.backward()  # type: ignore[no-untyped-call]
 
 
 def peak_beyond_gradients_mib(way: Way, shape: HeadShape) -> float | None:
