@@ -85,7 +85,7 @@ class TritonBackend:
         plan = plan_tile(launch, **wanted)
         if plan is None or not (in_float32 or plan.rows >= launch.rows):
             logp, lse = self.logprob(head, labels)
-            self.backward(head, labels, lse, row_weight, gradients)
+            _backward(head, labels, lse, row_weight, gradients, skip_zero=False)
             return logp, lse
         logp, lse = _outputs(labels)
         with on_device(labels.device):
@@ -103,16 +103,7 @@ class TritonBackend:
         gradients: Gradients,
     ) -> None:
         """The gradients for row weights c and a known logsumexp; rows with c = 0 are not computed."""
-        from infopo_kernels.backends.triton.gradients import gradients_from_lse
-        from infopo_kernels.backends.triton.launch import on_device, prepare
-        from infopo_kernels.backends.triton.rows import find_live_rows
-
-        if labels.numel() == 0 or not any(_wanted(gradients).values()):
-            return
-        with on_device(labels.device):
-            gain = head.hidden.dtype == torch.float16
-            live = find_live_rows(labels, row_weight, skip_zero=True, gain=gain, cleared=None)
-            gradients_from_lse(prepare(head), labels, lse, row_weight, live, gradients)
+        _backward(head, labels, lse, row_weight, gradients, skip_zero=True)
 
     def objective(
         self,
@@ -135,6 +126,28 @@ class TritonBackend:
 def _outputs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     logp = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
     return logp, torch.empty_like(logp)
+
+
+def _backward(
+    head: Head,
+    labels: torch.Tensor,
+    lse: torch.Tensor,
+    row_weight: torch.Tensor,
+    gradients: Gradients,
+    *,
+    skip_zero: bool,
+) -> None:
+    """`backward`; without `skip_zero` scored rows of weight zero are written as well (with zeros)."""
+    from infopo_kernels.backends.triton.gradients import gradients_from_lse
+    from infopo_kernels.backends.triton.launch import on_device, prepare
+    from infopo_kernels.backends.triton.rows import find_live_rows
+
+    if labels.numel() == 0 or not any(_wanted(gradients).values()):
+        return
+    with on_device(labels.device):
+        gain = head.hidden.dtype == torch.float16
+        live = find_live_rows(labels, row_weight, skip_zero=skip_zero, gain=gain, cleared=None)
+        gradients_from_lse(prepare(head), labels, lse, row_weight, live, gradients)
 
 
 def _wanted(gradients: Gradients) -> dict[str, bool]:

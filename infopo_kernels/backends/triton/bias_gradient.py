@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import Launch, ceil_div
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
 from infopo_kernels.backends.triton.rows import LiveRows
 
 COLUMNS = 256
@@ -59,4 +59,5 @@ def launch_bias_gradient(
         BLOCK_N=block_rows,
         BLOCK_V=COLUMNS,
         num_warps=4,
+        **FUSED,
     )

@@ -15,8 +15,47 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.logits import exp, grouped_tile, head_product, to_logits
+from infopo_kernels.backends.triton.logits import exp, grouped_tile, halves, head_product, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
+
+
+@triton.jit
+def store_gradient_half(
+    acc,
+    offs_n,
+    offs_k,
+    v0,
+    row_ok,
+    label,
+    lse,
+    c,
+    gain,
+    b_ptr,
+    g_ptr,
+    db_part_ptr,
+    ld,
+    V,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+):
+    """Columns `offs_k` of a block of G, and their sums."""
+    offs_v = v0 + offs_k
+    z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    hit = tl.where(offs_v[None, :] == label[:, None], 1.0, 0.0)
+    g = c[:, None] * (hit - exp(z - lse[:, None]))
+    if HAS_SOFTCAP:
+        t = z / (scale * softcap)
+        g = tl.where(offs_v[None, :] < V, g * (1.0 - t * t), 0.0)
+    if BIAS_GRAD:
+        tl.store(db_part_ptr + offs_k, tl.sum(tl.where(row_ok[:, None], g, 0.0), axis=0))
+    if HAS_GAIN:
+        g = g * gain
+    offs_g = offs_n.to(tl.int64)[:, None] * ld + offs_k[None, :]
+    tl.store(g_ptr + offs_g, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
 @triton.jit(do_not_specialize=["row0", "C", "v0", "columns"])
@@ -64,41 +103,28 @@ def gradient_tile_kernel(
     pid_n, pid_v = grouped_tile(pid, num_n, num_v, GROUP)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    offs_v = v0 + offs_k
     row_ok = offs_n < here
     row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
-    acc = head_product(
-        x_ptr,
-        row.to(tl.int64) * stride_xn,
-        row_ok,
-        w_ptr,
-        stride_wv,
-        offs_v,
-        V,
-        H,
-        BLOCK_N,
-        BLOCK_V,
-        BLOCK_H,
-        EVEN_H,
-        PRECISION,
-    )
-    z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-
     label = tl.load(labels_ptr + row, mask=row_ok, other=0)
     lse = tl.load(lse_ptr + row, mask=row_ok, other=0.0)
     c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
     c = tl.where((label >= 0) & (label < V), c, float("nan"))
-    hit = tl.where(offs_v[None, :] == label[:, None], 1.0, 0.0)
-    g = c[:, None] * (hit - exp(z - lse[:, None]))
-    if HAS_SOFTCAP:
-        t = z / (scale * softcap)
-        g = tl.where(offs_v[None, :] < V, g * (1.0 - t * t), 0.0)
-    if BIAS_GRAD:
-        tl.store(db_part_ptr + pid_n.to(tl.int64) * ld + offs_k, tl.sum(tl.where(row_ok[:, None], g, 0.0), axis=0))
-    if HAS_GAIN:
-        g = g * tl.load(gain_ptr)
-    offs_g = offs_n.to(tl.int64)[:, None] * ld + offs_k[None, :]
-    tl.store(g_ptr + offs_g, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None])
+    gain = tl.load(gain_ptr) if HAS_GAIN else 1.0
+    acc = head_product(
+        x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, v0 + offs_k, V, H,
+        BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
+    )  # fmt: skip
+    left, right = halves(acc, BLOCK_N, BLOCK_V)
+    offs_half = pid_v * BLOCK_V + tl.arange(0, BLOCK_V // 2)
+    offs_part = pid_n.to(tl.int64) * ld
+    store_gradient_half(
+        left, offs_n, offs_half, v0, row_ok, label, lse, c, gain, b_ptr, g_ptr, db_part_ptr + offs_part, ld, V,
+        softcap, scale, HAS_BIAS, HAS_SOFTCAP, HAS_GAIN, BIAS_GRAD,
+    )  # fmt: skip
+    store_gradient_half(
+        right, offs_n, offs_half + BLOCK_V // 2, v0, row_ok, label, lse, c, gain, b_ptr, g_ptr,
+        db_part_ptr + offs_part, ld, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP, HAS_GAIN, BIAS_GRAD,
+    )  # fmt: skip
 
 
 def launch_gradient_tile(

@@ -38,7 +38,7 @@ def gradients_from_tiles(
         head.workspace_bytes,
         labels.device,
         ((plan.rows, ld), dtype),
-        ((2, tiles, plan.rows), single),
+        ((2, 2 * tiles, plan.rows), single),
         ((plan.rows,), single),
         ((plan.slices, plan.rows, h), single) if gradients.hidden is not None else None,
         ((plan.rows, gathered_stride(h)), dtype) if gradients.weight is not None else None,

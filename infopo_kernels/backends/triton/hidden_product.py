@@ -14,12 +14,22 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.logits import grouped_tile
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.logits import grouped_tile, halves
 from infopo_kernels.backends.triton.rows import LiveRows
 
 STORE_ROWS, STORE_COLUMNS = 8, 256
 """Tile of the rounding pass: a warp writes 512 contiguous bytes of one row."""
+
+
+@triton.jit
+def store_sums_half(acc, part_ptr, offs_row, offs_h, row_ok, H, ADD: tl.constexpr):
+    """Columns `offs_h` of a tile of sums."""
+    part_ptrs = part_ptr + offs_row[:, None] + offs_h[None, :]
+    ok = row_ok[:, None] & (offs_h < H)[None, :]
+    if ADD:
+        acc += tl.load(part_ptrs, mask=ok, other=0.0)
+    tl.store(part_ptrs, acc, mask=ok)
 
 
 @triton.jit(do_not_specialize=["row0", "C", "v0", "columns", "slice_depth"])
@@ -71,11 +81,11 @@ def hidden_product_kernel(
         g_ptrs += BLOCK_V
         w_ptrs += BLOCK_V * stride_wv.to(tl.int64)
 
-    offs_part = (pid_s.to(tl.int64) * C + offs_n)[:, None] * H + offs_h[None, :]
-    ok = row_ok[:, None] & column_ok[None, :]
-    if ADD:
-        acc += tl.load(part_ptr + offs_part, mask=ok, other=0.0)
-    tl.store(part_ptr + offs_part, acc, mask=ok)
+    left, right = halves(acc, BLOCK_N, BLOCK_H)
+    offs_row = (pid_s.to(tl.int64) * C + offs_n) * H
+    offs_half = pid_h * BLOCK_H + tl.arange(0, BLOCK_H // 2)
+    store_sums_half(left, part_ptr, offs_row, offs_half, row_ok, H, ADD)
+    store_sums_half(right, part_ptr, offs_row, offs_half + BLOCK_H // 2, row_ok, H, ADD)
 
 
 @triton.jit(do_not_specialize=["row0", "C"])
@@ -175,4 +185,5 @@ def launch_store_hidden(
         BLOCK_N=STORE_ROWS,
         BLOCK_H=STORE_COLUMNS,
         num_warps=4,
+        **FUSED,
     )

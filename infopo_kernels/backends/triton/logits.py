@@ -40,6 +40,13 @@ def grouped_tile(pid, num_n, num_v, GROUP: tl.constexpr):
 
 
 @triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half of a tile of sums. What follows a product takes one after the other: the addresses and
+    intermediates of a whole 128 x 256 tile, beside its sums, are more than a thread's registers hold."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def head_product(
     x_ptr,
     offs_x,

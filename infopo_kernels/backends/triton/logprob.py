@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.logits import exp, grouped_tile, head_product, to_logits
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.logits import exp, grouped_tile, halves, head_product, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
 WAVES = 8
@@ -28,6 +28,17 @@ WAVES = 8
 
 MERGE_ROWS, MERGE_SLICES = 32, 32
 """Tile of the merge: 32 rows are one coalesced 128-byte access, 32 slices keep 32 of them in flight."""
+
+
+@triton.jit
+def online_softmax(z, offs_v, label, running_max, running_sum, target):
+    """Maximum, sum of exponentials and target logit with the columns `offs_v` taken in."""
+    target += tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
+    new_max = tl.maximum(running_max, tl.max(z, axis=1))
+    # Logits that are all -inf so far (a bias may say so) must count 0, not exp(-inf + inf).
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    running_sum = running_sum * exp(running_max - shift) + tl.sum(exp(z - shift[:, None]), axis=1)
+    return new_max, running_sum, target
 
 
 @triton.jit(do_not_specialize=["N", "slice_tiles"])
@@ -80,27 +91,15 @@ def logprob_kernel(
     for start in range(begin, end, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         acc = head_product(
-            x_ptr,
-            offs_x,
-            row_ok,
-            w_ptr,
-            stride_wv,
-            offs_v,
-            V,
-            H,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_H,
-            EVEN_H,
-            PRECISION,
-        )
-        z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-        target += tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
-        new_max = tl.maximum(running_max, tl.max(z, axis=1))
-        # Logits that are all -inf so far (a bias may say so) must count 0, not exp(-inf + inf).
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        running_sum = running_sum * exp(running_max - shift) + tl.sum(exp(z - shift[:, None]), axis=1)
-        running_max = new_max
+            x_ptr, offs_x, row_ok, w_ptr, stride_wv, offs_v, V, H, BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION
+        )  # fmt: skip
+        offs_half = start + tl.arange(0, BLOCK_V // 2)
+        left, right = halves(acc, BLOCK_N, BLOCK_V)
+        z = to_logits(left, b_ptr, offs_half, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        running_max, running_sum, target = online_softmax(z, offs_half, label, running_max, running_sum, target)
+        offs_half += BLOCK_V // 2
+        z = to_logits(right, b_ptr, offs_half, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+        running_max, running_sum, target = online_softmax(z, offs_half, label, running_max, running_sum, target)
 
     offs_part = pid_s.to(tl.int64) * N + offs_n
     tl.store(max_ptr + offs_part, running_max, mask=row_ok)
@@ -218,4 +217,5 @@ def launch_merge(
         BLOCK_N=MERGE_ROWS,
         BLOCK_S=MERGE_SLICES,
         num_warps=4,
+        **FUSED,
     )

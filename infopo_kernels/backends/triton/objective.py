@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from infopo_kernels.backends.triton.launch import FUSED
 from infopo_kernels.objective import Objective
 from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions
 
@@ -140,5 +141,6 @@ def launch_objective(
         IGNORE=IGNORE_INDEX,
         BLOCK=BLOCK,
         num_warps=8,
+        **FUSED,
     )
     return Objective(totals[0], totals[1], sequences[0], sequences[1], sequences[2], scored, row_weight)

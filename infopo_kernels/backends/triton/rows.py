@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from infopo_kernels.backends.triton.launch import FUSED
 from infopo_kernels.options import IGNORE_INDEX
 
 GAIN_BITS = tl.constexpr(12)
@@ -111,5 +112,6 @@ def find_live_rows(
         GAIN=gain,
         BLOCK=BLOCK,
         num_warps=8,
+        **FUSED,
     )
     return LiveRows(index, count, scale)

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """Logits of a chunk of rows kept once, as unnormalised probabilities, and turned into G when the logsumexp is known.
 
-The first kernel forms the logits and keeps, relative to the maximum m of a row within its own tile T,
+The first kernel forms the logits and keeps, relative to the maximum m of a row within its own part T of the vocabulary
+(half a tile),
 
     Q_iv = exp(z_iv - m_Ti) * (1 - tanh(a_iv / softcap)^2)      m_Ti, s_Ti = sum_{v in T} exp(z_iv - m_Ti), y_i
 
@@ -21,12 +22,53 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.logits import exp, grouped_tile, head_product, to_logits
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.logits import exp, grouped_tile, halves, head_product, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
 NORMALISE_ROWS = 32
-"""Rows a program of the second kernel: 32 x 256 elements in 8 warps are two 16-byte accesses a thread and more."""
+"""Rows a program of the second kernel: 32 x 128 elements in 4 warps are four 16-byte accesses a thread."""
+
+
+@triton.jit
+def store_softmax_half(
+    acc,
+    part,
+    offs_n,
+    row_ok,
+    label,
+    b_ptr,
+    q_ptr,
+    max_ptr,
+    sum_ptr,
+    target_ptr,
+    C,
+    ld,
+    V,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Columns part * WIDTH .. (part + 1) * WIDTH of Q, with their maximum and sum."""
+    offs_v = part * WIDTH + tl.arange(0, WIDTH)
+    z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    target = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
+    inside = (label >= part * WIDTH) & (label < tl.minimum(part * WIDTH + WIDTH, V))
+    tl.store(target_ptr + offs_n, target, mask=row_ok & inside)
+
+    part_max = tl.max(z, axis=1)
+    shift = tl.where(part_max == float("-inf"), 0.0, part_max)
+    q = exp(z - shift[:, None])
+    offs_part = part.to(tl.int64) * C + offs_n
+    tl.store(max_ptr + offs_part, part_max, mask=row_ok)
+    tl.store(sum_ptr + offs_part, tl.sum(q, axis=1), mask=row_ok)
+    if HAS_SOFTCAP:
+        t = z / (scale * softcap)
+        q = tl.where(offs_v[None, :] < V, q * (1.0 - t * t), 0.0)
+    offs_q = offs_n.to(tl.int64)[:, None] * ld + offs_v[None, :]
+    tl.store(q_ptr + offs_q, q.to(q_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
 @triton.jit(do_not_specialize=["row0", "C"])
@@ -71,39 +113,20 @@ def softmax_tile_kernel(
     offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row_ok = offs_n < here
     row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
-    acc = head_product(
-        x_ptr,
-        row.to(tl.int64) * stride_xn,
-        row_ok,
-        w_ptr,
-        stride_wv,
-        offs_v,
-        V,
-        H,
-        BLOCK_N,
-        BLOCK_V,
-        BLOCK_H,
-        EVEN_H,
-        PRECISION,
-    )
-    z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-
     label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
-    target = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
-    inside = (label >= pid_v * BLOCK_V) & (label < tl.minimum(pid_v * BLOCK_V + BLOCK_V, V))
-    tl.store(target_ptr + offs_n, target, mask=row_ok & inside)
-
-    tile_max = tl.max(z, axis=1)
-    shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-    q = exp(z - shift[:, None])
-    offs_part = pid_v.to(tl.int64) * C + offs_n
-    tl.store(max_ptr + offs_part, tile_max, mask=row_ok)
-    tl.store(sum_ptr + offs_part, tl.sum(q, axis=1), mask=row_ok)
-    if HAS_SOFTCAP:
-        t = z / (scale * softcap)
-        q = tl.where(offs_v[None, :] < V, q * (1.0 - t * t), 0.0)
-    offs_q = offs_n.to(tl.int64)[:, None] * ld + offs_v[None, :]
-    tl.store(q_ptr + offs_q, q.to(q_ptr.dtype.element_ty), mask=row_ok[:, None])
+    acc = head_product(
+        x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, offs_v, V, H,
+        BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
+    )  # fmt: skip
+    left, right = halves(acc, BLOCK_N, BLOCK_V)
+    store_softmax_half(
+        left, 2 * pid_v, offs_n, row_ok, label, b_ptr, q_ptr, max_ptr, sum_ptr, target_ptr, C, ld, V, softcap, scale,
+        HAS_BIAS, HAS_SOFTCAP, BLOCK_V // 2,
+    )  # fmt: skip
+    store_softmax_half(
+        right, 2 * pid_v + 1, offs_n, row_ok, label, b_ptr, q_ptr, max_ptr, sum_ptr, target_ptr, C, ld, V, softcap,
+        scale, HAS_BIAS, HAS_SOFTCAP, BLOCK_V // 2,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row0", "C"])
@@ -144,9 +167,9 @@ def normalise_kernel(
     logp = tl.load(logp_ptr + row, mask=row_ok, other=0.0)
     lse = tl.load(lse_ptr + row, mask=row_ok, other=0.0)
     label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
-    tile_max = tl.load(max_ptr + pid_v.to(tl.int64) * C + offs_n, mask=row_ok, other=float("-inf"))
+    part_max = tl.load(max_ptr + pid_v.to(tl.int64) * C + offs_n, mask=row_ok, other=float("-inf"))
     # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well.
-    other_columns = -c * exp(tile_max - lse) + (logp - logp)
+    other_columns = -c * exp(part_max - lse) + (logp - logp)
     at_label = c * (1.0 - exp(logp))
     if HAS_SOFTCAP:
         t = (logp + lse) / (scale * softcap)
@@ -172,8 +195,8 @@ def launch_softmax_tile(
     target: torch.Tensor,
     row0: int,
 ) -> None:
-    """Q [C, ld], (max, sum) [tiles, C] and target [C] for rows row0 .. row0 + C of the list."""
-    tiles, c = part_max.shape
+    """Q [C, ld], (max, sum) [parts, C] and target [C] for rows row0 .. row0 + C of the list."""
+    c, tiles = part_max.shape[1], ceil_div(launch.vocabulary, launch.tiles.logits.columns)
     head = launch.head
     softmax_tile_kernel[(ceil_div(c, launch.tiles.logits.rows) * tiles,)](
         head.hidden,
@@ -206,9 +229,9 @@ def launch_normalise(
     row0: int,
 ) -> None:
     """G in place of Q, and its column sums for each block of rows."""
-    tiles, c = part_max.shape
+    parts, c = part_max.shape
     head = launch.head
-    normalise_kernel[(tiles, ceil_div(c, NORMALISE_ROWS))](
+    normalise_kernel[(parts, ceil_div(c, NORMALISE_ROWS))](
         q,
         part_max,
         logp,
@@ -229,6 +252,7 @@ def launch_normalise(
         HAS_GAIN=q.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
         BLOCK_N=NORMALISE_ROWS,
-        BLOCK_V=launch.tiles.logits.columns,
-        num_warps=8,
+        BLOCK_V=launch.tiles.logits.columns // 2,
+        num_warps=4,
+        **FUSED,
     )

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.logits import grouped_tile
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.logits import grouped_tile, halves
 from infopo_kernels.backends.triton.rows import LiveRows
 
 GATHER_ROWS, GATHER_COLUMNS = 8, 256
@@ -47,6 +47,17 @@ def gather_rows_kernel(
     row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_xn + offs_h[None, :], mask=ok)
     tl.store(out_ptr + offs_n.to(tl.int64)[:, None] * stride_on + offs_h[None, :], x, mask=ok)
+
+
+@triton.jit
+def store_weight_half(acc, dw_ptr, offs_v, offs_h, columns, H, scale, ADD: tl.constexpr):
+    """Columns `offs_h` of a tile of dW, rounded once."""
+    acc = acc * scale
+    dw_ptrs = dw_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
+    ok = (offs_v < columns)[:, None] & (offs_h < H)[None, :]
+    if ADD:
+        acc += tl.load(dw_ptrs, mask=ok, other=0.0).to(tl.float32)
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["row0", "C", "columns"])
@@ -97,12 +108,10 @@ def weight_product_kernel(
 
     if HAS_GAIN:
         scale = scale / tl.load(gain_ptr)
-    acc = acc * scale
-    dw_ptrs = dw_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
-    ok = (offs_v < columns)[:, None] & column_ok[None, :]
-    if ADD:
-        acc += tl.load(dw_ptrs, mask=ok, other=0.0).to(tl.float32)
-    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=ok)
+    left, right = halves(acc, BLOCK_V, BLOCK_H)
+    offs_half = pid_h * BLOCK_H + tl.arange(0, BLOCK_H // 2)
+    store_weight_half(left, dw_ptr, offs_v, offs_half, columns, H, scale, ADD)
+    store_weight_half(right, dw_ptr, offs_v, offs_half + BLOCK_H // 2, columns, H, scale, ADD)
 
 
 def gathered_stride(hidden_size: int) -> int:
@@ -126,6 +135,7 @@ def launch_gather_rows(launch: Launch, live: LiveRows, gathered: torch.Tensor, r
         BLOCK_N=GATHER_ROWS,
         BLOCK_H=GATHER_COLUMNS,
         num_warps=4,
+        **FUSED,
     )
 
 
