@@ -39,8 +39,11 @@ def objective_kernel(
     cu_ptr,
     chosen_ptr,
     ref_ptr,
-    totals_ptr,
-    sequences_ptr,
+    loss_ptr,
+    bound_ptr,
+    logps_ptr,
+    rewards_ptr,
+    weights_ptr,
     scored_ptr,
     dl_ptr,
     N,
@@ -55,7 +58,7 @@ def objective_kernel(
     IGNORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """totals = [loss, bound]; sequences = [L, rewards, weights] x S; scored[s] = n_s; dl[t] = d loss / d l_t."""
+    """loss, bound; logps[s] = L_s, rewards[s] = beta Delta_s, weights[s], scored[s] = n_s; dl[t] = d loss / d l_t."""
     offs = tl.arange(0, BLOCK)
     terms = tl.full((), 0.0, tl.float64)
     sft_terms = tl.full((), 0.0, tl.float64)
@@ -91,17 +94,17 @@ def objective_kernel(
         terms += term
         sft_terms += tl.where(chosen, -sft_weight * mean, 0.0)
 
-        tl.store(sequences_ptr + s, level)
-        tl.store(sequences_ptr + S + s, reward)
-        tl.store(sequences_ptr + 2 * S + s, weight)
+        tl.store(logps_ptr + s, level)
+        tl.store(rewards_ptr + s, reward)
+        tl.store(weights_ptr + s, weight)
         tl.store(scored_ptr + s, count.to(tl.int64))
         for start in range(begin, end, BLOCK):
             offs_n = start + offs
             inside = offs_n < end
             scored = tl.load(labels_ptr + offs_n, mask=inside, other=IGNORE) != IGNORE
             tl.store(dl_ptr + offs_n, tl.where(scored, per_row, 0.0).to(dl_ptr.dtype.element_ty), mask=inside)
-    tl.store(totals_ptr, (terms + sft_terms) / num_pairs)
-    tl.store(totals_ptr + 1, -terms / num_pairs)
+    tl.store(loss_ptr, (terms + sft_terms) / num_pairs)
+    tl.store(bound_ptr, -terms / num_pairs)
 
 
 def launch_objective(
@@ -115,8 +118,8 @@ def launch_objective(
 ) -> Objective:
     """The objective of a call, from its token log-probabilities."""
     n, s = labels.numel(), is_chosen.numel()
-    totals = torch.empty(2, dtype=torch.float64, device=labels.device)
-    sequences = torch.empty(3, s, dtype=torch.float64, device=labels.device)
+    loss, bound = (torch.empty((), dtype=torch.float64, device=labels.device) for _ in range(2))
+    logps, rewards, weights = (torch.empty(s, dtype=torch.float64, device=labels.device) for _ in range(3))
     scored = torch.empty(s, dtype=torch.int64, device=labels.device)
     row_weight = torch.empty(n, dtype=logp.dtype, device=labels.device)
     objective_kernel[(1,)](
@@ -125,8 +128,11 @@ def launch_objective(
         cu_seqlens.contiguous(),
         is_chosen.contiguous(),
         ref_logps.contiguous(),
-        totals,
-        sequences,
+        loss,
+        bound,
+        logps,
+        rewards,
+        weights,
         scored,
         row_weight,
         n,
@@ -143,4 +149,4 @@ def launch_objective(
         num_warps=8,
         **FUSED,
     )
-    return Objective(totals[0], totals[1], sequences[0], sequences[1], sequences[2], scored, row_weight)
+    return Objective(loss, bound, logps, rewards, weights, scored, row_weight)

@@ -1,0 +1,174 @@
+"""The public functions and the objective on the Triton backend: the table of cases that every backend passes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests import triton_support as ts
+
+# isort: split
+# Triton is imported by the module above.
+
+from infopo_kernels import InfoPOOptions, dispatch, linear_infopo_loss, objective
+from tests import support
+from tests.support import CASES, Case
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+LONG = ("odd-sizes", "power-of-two")
+"""Half a minute in the interpreter; test_triton_kernels.py has sizes of both kinds."""
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in LONG], ids=str)
+def test_infopo_loss_and_gradients(case: Case) -> None:
+    """float32; what rounding G to a 16-bit type adds has its own budget in test_triton_kernels.py."""
+    inputs = support.make(case, torch.float32)
+    got = support.fused(inputs, backend="triton")
+    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "everything", "frozen-head"])
+def test_loss_from_16_bit_inputs(name: str, dtype: torch.dtype) -> None:
+    """The loss has float32's budget: logits are never rounded to the input's type."""
+    case = next(c for c in CASES if c.name == name)
+    inputs = support.make(case, dtype)
+    got = support.fused(inputs, backend="triton")
+    truth, single = support.plain(inputs, torch.float64), support.plain(inputs, torch.float32)
+    support.assert_close("loss", got.loss, truth.loss, single.loss)
+    same_type = support.plain(inputs, dtype)
+    for key, exact in truth.gradients.items():
+        if exact is not None:
+            ours, theirs = (r.gradients[key].double() - exact for r in (got, same_type))  # type: ignore[union-attr]
+            assert ours.norm() <= 1.1 * theirs.norm() + 2.0**-9 * exact.norm(), f"gradient of {key}"
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("name", ["packed-shift", "bias", "softcap"])
+def test_logps_and_gradients(name: str, reduction: str) -> None:
+    case = next(c for c in CASES if c.name == name)
+    inputs = support.make(case, torch.float32)
+    got = support.fused_logps(inputs, reduction, backend="triton")
+    truth, single = (support.plain_logps(inputs, reduction, d) for d in (torch.float64, torch.float32))
+    support.assert_result(got, truth, single)
+
+
+OPTIONS = [
+    InfoPOOptions(),
+    InfoPOOptions(beta=0.3, offset=0.0, max_log_weight=-1.0, min_log_weight=-3.0, sft_weight=0.5, average=True),
+    InfoPOOptions(beta=2.0, max_log_weight=1.0),
+    InfoPOOptions(beta=5.0, min_log_weight=-4.0, sft_weight=1.0),
+    InfoPOOptions(average=True, sft_weight=0.1),
+]
+
+
+@pytest.mark.parametrize("int_type", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
+def test_objective_in_one_launch(options: InfoPOOptions, int_type: torch.dtype) -> None:
+    """Unequal lengths, kinds in any order, a sequence without a scored token (its own NaN and no other's)."""
+    g = torch.Generator().manual_seed(1)
+    lengths = [5, 1, 4300, 17, 3]
+    n = sum(lengths)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)]).to(int_type)
+    labels = torch.randint(0, 50, (n,), generator=g)
+    labels[torch.rand(n, generator=g) < 0.4] = -100
+    labels[5] = labels[-1] = 3
+    labels[4306:4323] = -100
+    logp = torch.where(labels == -100, 0.0, -torch.rand(n, generator=g))
+    chosen = torch.tensor([True, False, True, False, False])
+    ref = -torch.rand(5, generator=g).double() * torch.tensor([2, 0.5, 1300, 9, 1])
+    arguments = logp, labels, cu, chosen, ref, options, 2.5
+    got, truth = ts.backend().objective(*arguments), objective.objective(*arguments)
+    for name, value, exact in zip(truth._fields, got, truth, strict=True):
+        assert value.dtype == exact.dtype, name
+        torch.testing.assert_close(value, exact, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+    assert got.loss.isnan(), "a sequence without a scored token has no log-probability"
+    assert not got.row_weight[:5].isnan().any()
+
+
+def test_objective_keeps_nan_and_infinity() -> None:
+    logp, labels = torch.tensor([-1.0, float("nan"), -2.0, -3.0]), torch.arange(4)
+    cu, chosen = torch.tensor([0, 2, 4]), torch.tensor([False, False])
+    options = InfoPOOptions(max_log_weight=0.0, min_log_weight=-1.0)
+    got = ts.backend().objective(logp, labels, cu, chosen, torch.tensor([0.0, -1e9]).double(), options, 1.0)
+    assert got.loss.isnan()
+    assert got.weights[0].isnan()
+    assert got.row_weight[:2].isnan().all()
+    assert got.weights[1] == pytest.approx(0.1)
+
+
+def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, cpu = ts.backend(), torch.device("cpu")
+    assert backend.unsupported_reason(cpu, torch.float32) is None
+    assert "float64" in str(backend.unsupported_reason(cpu, torch.float64))
+    assert "'mps'" in str(backend.unsupported_reason(torch.device("mps"), torch.float32))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "GPU" in str(backend.unsupported_reason(cpu, torch.float32))
+    with pytest.raises(ValueError, match=r"triton.*cannot run: Triton kernels need a GPU"):
+        dispatch.resolve("triton", cpu, torch.float32)
+    if not torch.cuda.is_available():
+        assert "no GPU" in str(backend.unsupported_reason(torch.device("cuda"), torch.float32))
+
+
+def test_too_small_a_workspace_is_refused() -> None:
+    inputs = ts.make(ts.Problem("tiny", h=4000), torch.float32, 20_000)
+    with pytest.raises(ValueError, match="`workspace_mib` must hold"):
+        ts.backend().backward(inputs.head, inputs.labels, torch.zeros(37), inputs.c, ts.buffers(inputs, "xw"))
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = (
+        "import sys, torch, infopo_kernels, infopo_kernels.backends.triton as b\n"
+        "b.TritonBackend().unsupported_reason(torch.device('cpu'), torch.float32)\n"
+        "assert 'triton' not in sys.modules"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_unscored_rows_cost_nothing_and_are_never_read() -> None:
+    """The interpreter executes what a device would: with 90 % of the rows unscored, far fewer loads."""
+    loads = []
+    for ignored in (0.0, 0.9):
+        inputs = ts.make(ts.Problem("cost", n=80, ignored=ignored), torch.float32)
+        with ts.checked_addresses() as spaces:
+            ts.backend().logprob_and_grad(inputs.head, inputs.labels, inputs.c, ts.buffers(inputs, "xw"))
+        loads.append(spaces.loads)
+    assert loads[1] < 0.4 * loads[0]
+
+
+def test_underflown_sequences_cost_their_forward_only() -> None:
+    """A rejected sequence whose weight is 0 is dropped on the device: nothing is loaded but the list of rows."""
+    inputs = ts.make(ts.Problem("underflown", ignored=0.0), torch.float32)
+    with ts.checked_addresses() as spaces:
+        ts.backend().backward(inputs.head, inputs.labels, torch.zeros(37), torch.zeros(37), ts.buffers(inputs, "xw"))
+    with ts.checked_addresses() as full:
+        ts.backend().backward(inputs.head, inputs.labels, torch.zeros(37), torch.ones(37), ts.buffers(inputs, "xw"))
+    assert spaces.loads < 0.2 * full.loads
+
+
+def test_halves_of_a_batch_in_two_calls() -> None:
+    """The loss is a sum over sequences: chosen and rejected may come in different calls."""
+    inputs = support.make(Case("halves", packed=True), torch.float32)
+    whole = support.fused(inputs, backend="triton")
+    total = torch.zeros((), dtype=torch.float64)
+    cu = inputs.layout["cu_seqlens"].tolist()
+    for s in range(len(cu) - 1):
+        rows = slice(cu[s], cu[s + 1])
+        hidden, weight = inputs.tensors["hidden"], inputs.tensors["weight"]
+        assert hidden is not None
+        assert weight is not None
+        assert inputs.ref_logps is not None
+        out = linear_infopo_loss(
+            hidden[rows], weight, inputs.labels[rows], cu_seqlens=torch.tensor([0, cu[s + 1] - cu[s]]),
+            is_chosen=inputs.layout["is_chosen"][s : s + 1], ref_logps=inputs.ref_logps[s : s + 1], num_pairs=2,
+            backend="triton",
+        )  # fmt: skip
+        total += out.loss.double()
+    assert total == pytest.approx(float(whole.loss), rel=1e-6)
