@@ -1,0 +1,207 @@
+"""The command line: exit codes, sentences, and what `train` leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infopo_kernels.cli import main
+
+from .training_fixtures import save_tiny_model, write_pairs
+
+for needed in ("transformers", "rich", "matplotlib"):
+    pytest.importorskip(needed)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "pairs.jsonl")
+
+
+def train(model: Any, data: Any, output: Any, *more: str) -> int:
+    return main(["train", "--model", str(model), "--data", str(data), "--output", str(output), *more])
+
+
+def test_train_leaves_a_model_that_loads_and_has_changed(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    output = tmp_path / "tuned"
+    code = train(model, data, output, "--batch", "2", "--held-out", "2", "--lr", "1e-2", "--save-every", "1")
+    assert code == 0
+    tuned, start = (AutoModelForCausalLM.from_pretrained(path) for path in (output, model))
+    assert AutoTokenizer.from_pretrained(output).chat_template
+    changes = [(a - b).abs().max().item() for a, b in zip(tuned.parameters(), start.parameters(), strict=True)]
+    assert all(change > 0 for change in changes)
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["split"] == "train"] == [1, 2], "4 pairs are one epoch of 2 batches"
+    assert [r["step"] for r in records if r["split"] == "held_out"] == [0, 2]
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    AutoModelForCausalLM.from_pretrained(output / "checkpoint-1")
+    printed = capsys.readouterr().out
+    after = next(r for r in reversed(records) if r["split"] == "held_out")
+    assert f"{after['chosen_logps']:.2f}" in printed, "the table shows what the records hold"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--loss", "dpo"],
+        ["--average", "--sft-weight", "0.1", "--max-log-weight", "2", "--beta", "1"],
+        ["--dtype", "bfloat16", "--gradient-checkpointing"],
+        ["--accumulate", "2", "--schedule", "cosine", "--backend", "torch"],
+    ],
+    ids=["dpo", "objective", "bfloat16", "loop"],
+)
+def test_train_takes_its_options(model: Path, data: Path, tmp_path: Path, options: list[str]) -> None:
+    output = tmp_path / "tuned"
+    assert train(model, data, output, "--steps", "2", "--batch", "2", *options) == 0
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    assert all(record["loss"] is not None for record in records)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_train_with_lora(model: Path, data: Path, tmp_path: Path, merge: bool) -> None:
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "tuned"
+    more = ["--lora-rank", "2", "--lr", "1e-2", "--steps", "2", "--batch", "2", *(["--merge-adapter"] if merge else [])]
+    assert train(model, data, output, *more) == 0
+    assert (output / "adapter_config.json").exists() != merge
+    tuned, start = (AutoModelForCausalLM.from_pretrained(path) for path in (output, model))
+    ids = torch.arange(3, 40)[None]
+    assert (tuned(ids).logits - start(ids).logits).abs().max() > 1e-3
+    assert torch.equal(tuned.get_output_embeddings().weight, start.get_output_embeddings().weight)
+
+
+BAD = [
+    (["--beta", "0"], "argument --beta: expected a number above 0, got '0'"),
+    (["--beta", "nan"], "argument --beta: expected a finite number, got 'nan'"),
+    (["--steps", "0"], "argument --steps: expected a whole number from 1, got '0'"),
+    (["--batch", "two"], "argument --batch: expected a whole number from 1, got 'two'"),
+    (["--warmup", "2"], "argument --warmup: expected a number from 0 to 1"),
+    (["--loss", "ppo"], "argument --loss: invalid choice: 'ppo'"),
+    (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["--device", "nonsense"], "--device nonsense:"),
+    (["--sft-weight", "-1"], "`sft_weight` must not be negative"),
+    (["--max-log-weight", "0", "--min-log-weight", "1"], "`min_log_weight` must lie below `max_log_weight`"),
+    (["--loss", "dpo", "--max-log-weight", "1"], "--max-log-weight has no meaning with --loss dpo"),
+    (["--lora-alpha", "1"], "--lora-alpha has no meaning without --lora-rank"),
+    (["--eval-every", "1"], "--eval-every needs pairs to score"),
+    (["--held-out", "6"], "leaves nothing to train on"),
+    (["--held-out", "1", "--eval-data", "x"], "were both given"),
+    (["--max-length", "5"], "no pair has two different responses to score within --max-length 5"),
+    (["--eval-data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+]
+
+
+def run(*words: str) -> int:
+    try:
+        return main(words)
+    except SystemExit as stop:  # argparse's way
+        return int(stop.code or 0)
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD, ids=["-".join(case[0]).strip("-") for case in BAD])
+def test_bad_input_is_one_sentence_and_code_2(
+    model: Path, data: Path, tmp_path: Path, capsys: Any, options: list[str], sentence: str
+) -> None:
+    words = ["train", "--model", str(model), "--data", str(data), "--output", str(tmp_path / "tuned"), *options]
+    assert run(*words) == 2
+    said = capsys.readouterr().err.strip()
+    assert sentence in said
+    assert "\n" not in said
+    assert not (tmp_path / "tuned" / "metrics.jsonl").exists()
+
+
+def test_data_is_checked_before_the_model_is_touched(tmp_path: Path, capsys: Any) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "Q", "chosen": "a"}\n')
+    assert train("/no/such/model", data, tmp_path / "tuned") == 2
+    assert f"{data}, line 1, field `rejected`: is missing" in capsys.readouterr().err
+    assert not (tmp_path / "tuned").exists(), "nothing was written for data that cannot be used"
+    write_pairs(data)
+    assert train("/no/such/model", data, tmp_path / "tuned") == 2
+    assert "`--model /no/such/model` cannot be loaded" in capsys.readouterr().err
+
+
+def test_an_output_that_holds_something_is_left_alone(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "tuned"
+    output.mkdir()
+    (output / "precious").write_text("x")
+    assert train(model, data, output, "--steps", "1") == 2
+    assert "is not empty; pass another directory, or --overwrite" in capsys.readouterr().err
+    assert [p.name for p in output.iterdir()] == ["precious"]
+    assert train(model, data, output, "--steps", "1", "--overwrite") == 0
+    assert (output / "precious").exists()
+
+
+def test_a_path_that_cannot_be_made(model: Path, data: Path, capsys: Any) -> None:
+    assert train(model, data, data / "below-a-file") == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["demo", "--help"], ["--version"]])
+def test_help(words: list[str], capsys: Any) -> None:
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "infopo_kernels" in said
+    if words == ["train", "--help"]:
+        for option in ("--lora-rank", "--max-log-weight", "--data", "--dtype"):
+            assert option in said
+
+
+def test_unknown_and_missing_commands(capsys: Any) -> None:
+    assert run("nonsense") == 2
+    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+    assert run() == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_info_names_versions_and_backends(capsys: Any) -> None:
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in said
+    for backend in ("cpp", "triton", "torch"):
+        assert f"  {backend}: " in said
+    assert "triton: not available: " in said or torch.cuda.is_available()
+
+
+def test_info_needs_torch_only() -> None:
+    code = (
+        "import sys\n"
+        "from infopo_kernels.cli import main\n"
+        "assert main(['info']) == 0\n"
+        "print([m for m in ('transformers', 'rich', 'matplotlib', 'peft', 'trl') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_missing_package_is_named(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["train"]) == 2
+    assert "needs the package `transformers`; run: pip install 'infopo_kernels[train]'" in capsys.readouterr().err
+
+
+def test_an_interruption_is_no_traceback(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("infopo_kernels.training.train_command.run", interrupt)
+    assert train(model, data, tmp_path / "tuned", "--steps", "1") == 130
+    assert "interrupted" in capsys.readouterr().err
