@@ -41,7 +41,8 @@ struct Product {
   const float* a;
   int64_t lda;
   bool a_by_column;   // A[i][k] stands at a[k * lda + i], else at a[i * lda + k]
-  const float* b;     // panels of a matrix [b_rows, N]
+  const float* b;     // panels of a matrix [b_rows, N]; or, with ldb, that matrix itself, its rows ldb apart
+  int64_t ldb;
   int64_t b_rows;
   int64_t b_row0;     // the product takes its rows b_row0 ... b_row0 + K - 1
   float* const* out;  // M rows of N numbers
