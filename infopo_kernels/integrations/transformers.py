@@ -152,7 +152,9 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
     - ``infopo=InfoPOOptions(...)``: `LinearLogpsOutput.loss` and `.infopo`, see `infopo_kernels.linear_infopo_loss`,
       with its `ref_logps`, `is_chosen`, `num_pairs` and `skip_chosen_reference`;
     - with either, ``labels`` in the shape of `input_ids`, not shifted, -100 where a token is not scored; and
-      ``cu_seqlens`` for a packed row (`input_ids` [1, N] with `position_ids` that start anew with each sequence).
+      ``cu_seqlens`` for a packed row (`input_ids` [1, N] with `position_ids` that start anew with each sequence);
+    - ``rows`` [M], for packs in which sequences share a prompt: the row of the hidden states that each of the M
+      `labels` is scored on; then labels [M] and `cu_seqlens` count these, and nothing is shifted.
 
     Without `linear_logps` and `infopo` it is the forward that it was: generation, evaluation and other losses go on.
 
@@ -245,6 +247,7 @@ def _forward(
     ref_logps: Tensor | None = None,
     is_chosen: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    rows: Tensor | None = None,
     num_pairs: float | None = None,
     skip_chosen_reference: bool = False,
     **kwargs: Any,
@@ -253,7 +256,13 @@ def _forward(
     attachment: _Attachment = getattr(self, _ATTACHMENT)
     _check_mode(linear_logps, infopo)
     if linear_logps is None and infopo is None:
-        given = {"ref_logps": ref_logps, "is_chosen": is_chosen, "num_pairs": num_pairs, "cu_seqlens": cu_seqlens}
+        given = {
+            "ref_logps": ref_logps,
+            "is_chosen": is_chosen,
+            "num_pairs": num_pairs,
+            "cu_seqlens": cu_seqlens,
+            "rows": rows,
+        }
         if stray := [name for name, value in given.items() if value is not None]:
             raise TypeError(f"`{stray[0]}` was given without `infopo` or `linear_logps`; pass one of them too.")
         if labels is not None:
@@ -262,7 +271,9 @@ def _forward(
     if labels is None:
         raise TypeError("`labels` is missing: log-probabilities need the input ids, with -100 where not scored.")
     hidden, own = _hidden_states(self, attachment, args, kwargs)
-    shared = {"shift": True, "cu_seqlens": cu_seqlens, **asdict(attachment.logit), **asdict(attachment.kernel)}
+    if rows is not None:
+        hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
+    shared = {"shift": rows is None, "cu_seqlens": cu_seqlens, **asdict(attachment.logit), **asdict(attachment.kernel)}
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
         y = labels.to(hidden.device)

@@ -1,0 +1,213 @@
+"""InfoPOTrainer against a trainer on plain logits; its options, references, packs and metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+peft = pytest.importorskip("peft")
+
+from datasets import Dataset  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
+
+from infopo_kernels import reference_logps  # noqa: E402
+from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer  # noqa: E402
+from infopo_kernels.training.word_problems import word_problems  # noqa: E402
+from tests.training_fixtures import byte_tokenizer, save_tiny_model, write_pairs  # noqa: E402
+
+STEPS = 5
+MAX_LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk, from which policy and reference start."""
+    return save_tiny_model(tmp_path_factory.mktemp("model"), initializer_range=0.1)
+
+
+def dataset(count: int = 12, seed: int = 0) -> Dataset:
+    return Dataset.from_list([pair.row() for pair in word_problems(count, seed)])
+
+
+def config(output: Path, kind: type = InfoPOConfig, **overrides: Any) -> Any:
+    settings: dict[str, Any] = {
+        "output_dir": str(output), "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "logging_steps": 1, "report_to": [], "bf16": False, "use_cpu": True, "save_strategy": "no",
+        "max_length": MAX_LENGTH, "beta": 0.1, "disable_tqdm": True, "model_init_kwargs": {"dtype": "float32"},
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    return kind(**{**settings, **overrides})
+
+
+class PlainTrainer(DPOTrainer):  # type: ignore[misc]
+    """InfoPO from the model's own logits, in float64, by the equations of the paper."""
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        def logps(module: Any) -> torch.Tensor:
+            logits = module(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+            token = logits.double().log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1)
+            return (token * inputs["completion_mask"][:, 1:]).sum(-1)
+
+        with torch.no_grad():
+            if self.ref_model is None:
+                with self.model.disable_adapter():
+                    reference = logps(self.model)
+            else:
+                reference = logps(self.ref_model)
+        chosen, rejected = (self.beta * (logps(model) - reference)).chunk(2)
+        return (-chosen + torch.exp(rejected - 1)).mean()
+
+
+def train(trainer: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of the steps, and how far each trained parameter went."""
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, {name: p.detach() - before[name] for name, p in trained.items()}
+
+
+def lora() -> Any:
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=0.0)
+
+
+def assert_same_run(ours: Any, truth: Any, tolerance: float = 2e-3) -> None:
+    """Adam divides by the size of the gradient, so that entries of it that are mere rounding become whole steps: hence
+    the norm over each parameter, not the largest entry."""
+    assert len(ours[0]) == len(truth[0]) == STEPS
+    assert ours[0] == pytest.approx(truth[0], rel=1e-4, abs=2e-4)
+    moved = 0.0
+    for name, expected in truth[1].items():
+        moved += float(expected.norm())
+        assert float((ours[1][name] - expected).norm()) <= tolerance * float(expected.norm()) + 1e-6, name
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared-prompt"])
+def test_five_steps_are_those_of_plain_logits(start: Path, tmp_path: Path, adapter: bool, layout: str) -> None:
+    options = {"gradient_accumulation_steps": 2, "sync_ref_model": not adapter, "ref_model_sync_steps": 2}
+    given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}
+    extra = {"padded": {}, "packed": {"padding_free": True}}
+    ours = config(tmp_path, **options, **extra.get(layout, {"padding_free": True, "share_prompt": True}))
+    fused = InfoPOTrainer(str(start), args=ours, peft_config=lora() if adapter else None, **given)
+    run = train(fused)
+    plain_args = config(tmp_path, DPOConfig, **options)
+    plain = PlainTrainer(str(start), args=plain_args, peft_config=lora() if adapter else None, **given)
+    assert_same_run(run, train(plain))
+
+    entry = fused.state.log_history[0]
+    for name in ("rewards/chosen", "rewards/accuracies", "logps/rejected", "mi_lower_bound", "rejected_weight/mean"):
+        assert name in entry
+    # Before the first step policy and reference agree: the bound is 0 - e^-1, the weight beta e^-1.
+    assert entry["mi_lower_bound"] == pytest.approx(-0.36788, abs=1e-3)
+    assert entry["rejected_weight/mean"] == pytest.approx(0.036788, abs=1e-4)
+    assert entry["rejected_weight/underflowed"] == 0
+    assert entry["rejected_weight/capped"] == 0
+
+
+def test_bfloat16_checkpointing_and_evaluation(start: Path, tmp_path: Path) -> None:
+    args = config(
+        tmp_path, bf16=True, gradient_checkpointing=True, max_steps=2, eval_strategy="steps", eval_steps=1,
+        per_device_eval_batch_size=3, max_log_weight=-2.0,
+    )  # fmt: skip
+    trainer = InfoPOTrainer(
+        str(start), args=args, train_dataset=dataset(), eval_dataset=dataset(4, 1), processing_class=byte_tokenizer()
+    )
+    trainer.train()
+    evaluation = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluation) == 2
+    assert {"eval_rewards/margins", "eval_mi_lower_bound", "eval_rejected_weight/capped"} <= evaluation[0].keys()
+    assert trainer.state.log_history[0]["rejected_weight/capped"] == 1  # e^-1 lies above e^-2
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["sum", "mean"])
+def test_references_ahead_of_time_change_nothing(start: Path, tmp_path: Path, average: bool) -> None:
+    given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}
+    beta = 2.0 if average else 0.1
+    shared = {"average": average, "beta": beta}
+    truth = train(InfoPOTrainer(str(start), args=config(tmp_path, **shared), **given))
+    ahead = InfoPOTrainer(str(start), args=config(tmp_path, precompute_ref_log_probs=True, **shared), **given)
+    assert ahead.ref_model is None
+    assert_same_run(train(ahead), truth)
+
+    data, output = write_pairs(tmp_path / "pairs.jsonl", 12), tmp_path / "reference.jsonl"
+    command = ["--model", str(start), "--data", str(data), "--output", str(output), "--max-length", str(MAX_LENGTH)]
+    assert reference_logps.main([*command, *(["--average"] if average else [])]) == 0
+    from_file = InfoPOTrainer(str(start), args=config(tmp_path, reference_logps=str(output), **shared), **given)
+    assert from_file.ref_model is None
+    assert_same_run(train(from_file), truth)
+
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="another model"):
+        InfoPOTrainer(str(other), args=config(tmp_path, reference_logps=str(output), **shared), **given)
+    stranger = {**given, "train_dataset": dataset(12, 5)}
+    with pytest.raises(ValueError, match="not in it"):
+        InfoPOTrainer(str(start), args=config(tmp_path, reference_logps=str(output), **shared), **stranger)
+    with pytest.raises(ValueError, match="max_length"):
+        InfoPOTrainer(
+            str(start), args=config(tmp_path, reference_logps=str(output), **{**shared, "max_length": 99}), **given
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"precompute_ref_log_probs": True}])
+def test_skipping_the_chosen_reference_leaves_the_gradient_alone(
+    start: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}
+    truth = train(InfoPOTrainer(str(start), args=config(tmp_path), **given))
+    skipping = InfoPOTrainer(str(start), args=config(tmp_path, skip_chosen_reference=True, **options), **given)
+    moved = train(skipping)[1]
+    for name, expected in truth[1].items():
+        assert float((moved[name] - expected).norm()) <= 2e-3 * float(expected.norm()) + 1e-6, name
+    logged = skipping.state.log_history[0]
+    assert "mi_lower_bound" not in logged
+    assert "rewards/accuracies" not in logged
+    assert "rewards/rejected" in logged
+
+
+def test_reference_free(start: Path, tmp_path: Path) -> None:
+    args = config(tmp_path, reference_free=True, max_steps=1, average=True, beta=1.0)
+    trainer = InfoPOTrainer(str(start), args=args, train_dataset=dataset(), processing_class=byte_tokenizer())
+    assert trainer.ref_model is None
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/chosen"] == pytest.approx(logged["logps/chosen"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "ipo"}, r"`loss_type=\['ipo'\]` has no meaning for InfoPO.*linear_logps"),
+        ({"loss_weights": [0.5]}, "`loss_weights"),
+        ({"label_smoothing": 0.1}, "max_log_weight"),
+        ({"f_divergence_type": "js_divergence"}, "KL divergence"),
+        ({"f_alpha_divergence_coef": 0.2}, "KL divergence"),
+        ({"ld_alpha": 0.5}, "average=True"),
+        ({"use_weighting": True}, "WPO"),
+        ({"discopop_tau": 0.1}, "DiscoPOP"),
+        ({"beta": 0.0}, "`beta`"),
+        ({"backend": "cuda"}, "`backend`"),
+        ({"share_prompt": True}, "padding_free"),
+        ({"truncation_mode": "keep_end"}, "keep_start"),
+        ({"reference_free": True, "skip_chosen_reference": True}, "contradicts"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_options_without_meaning_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
+def test_wrong_use_is_refused(start: Path, tmp_path: Path) -> None:
+    given = {"train_dataset": dataset(4), "processing_class": byte_tokenizer()}
+    with pytest.raises(TypeError, match="InfoPOConfig"):
+        InfoPOTrainer(str(start), args=config(tmp_path, DPOConfig), **given)
+    on_head = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+    with pytest.raises((TypeError, ValueError), match="lm_head"):
+        InfoPOTrainer(str(start), args=config(tmp_path), peft_config=on_head, **given)
