@@ -44,7 +44,7 @@ def extension_arguments() -> dict[str, Any]:
                 self.extensions: list[Any] = []  # what comes after would copy files that are not there
                 say(f"the extension did not build ({error}): installing without the native CPU kernels.")
 
-    # at::parallel_for is a template over OpenMP: without the flag it compiles to a plain loop. Apple's compiler lacks it.
+    # at::parallel_for is a template over OpenMP: without the flag it is a plain loop. Apple's compiler lacks the flag.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     extension = CppExtension(
         EXTENSION,

@@ -1,0 +1,313 @@
+"""What only the native CPU kernels have: instruction sets, threads, schedules chosen by size, a bound on memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.cpp_cpu import CppBackend, isa
+from infopo_kernels.options import IGNORE_INDEX
+
+BACKEND = CppBackend()
+REASON = BACKEND.unsupported_reason(torch.device("cpu"), torch.float32)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = ["portable", "avx2", "avx512"]
+MIB = 1 << 20
+
+
+@pytest.fixture(params=ISAS)
+def each_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("INFOPO_KERNELS_CPU_ISA", request.param)
+    try:
+        assert isa() == request.param
+    except ValueError as error:
+        pytest.skip(str(error))
+    return str(request.param)
+
+
+class Problem:
+    """Inputs, and l, lse, dX, dW, db by plain PyTorch in float64 and in float32 from the same inputs."""
+
+    def __init__(
+        self,
+        N: int,
+        H: int,
+        V: int,
+        dtype: torch.dtype,
+        softcap: float | None = None,
+        scale: float = 1.0,
+        bias: bool = True,
+        workspace: int = 32 * MIB,
+    ) -> None:
+        generator = torch.Generator().manual_seed(N * 1009 + H * 31 + V)
+        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        self.labels = torch.randint(V, (N,), generator=generator)
+        self.labels[torch.rand(N, generator=generator) < 0.3] = IGNORE_INDEX
+        self.labels[-1] = V - 1
+        self.c = normal(N)
+        self.c[torch.rand(N, generator=generator) < 0.2] = 0
+        self.c[-1] = 0.5
+        self.head = Head(
+            normal(N, H).to(dtype),
+            (normal(V, H) * 2 / H**0.5).to(dtype),
+            normal(V).to(dtype) if bias else None,
+            softcap,
+            scale,
+            workspace,
+        )
+        self.truth, self.float32 = self.plain(torch.float64), self.plain(torch.float32)
+
+    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        head = self.head
+        x, w = (t.to(dtype, copy=True).requires_grad_() for t in (head.hidden, head.weight))
+        b = (head.bias if head.bias is not None else torch.zeros(len(w))).to(dtype, copy=True).requires_grad_()
+        a = x @ w.T + b
+        if head.softcap is not None:
+            a = head.softcap * torch.tanh(a / head.softcap)
+        z = a * head.scale
+        scored = self.labels != IGNORE_INDEX
+        lse = z.logsumexp(1)
+        l = torch.where(scored, z.gather(1, self.labels.clamp(min=0)[:, None])[:, 0] - lse, 0)  # noqa: E741
+        (l * self.c).sum().backward()
+        assert x.grad is not None
+        assert w.grad is not None
+        assert b.grad is not None
+        return {
+            "l": l.detach(),
+            "lse": torch.where(scored, lse, 0).detach(),
+            "hidden": x.grad,
+            "weight": w.grad,
+            "bias": b.grad,
+        }
+
+    def run(self, known: bool, wanted: tuple[str, ...], weight_dtype: torch.dtype) -> dict[str, Tensor]:
+        """One primitive into buffers that are poisoned (assigned ones) or hold 1 (those that are added to)."""
+        head = self.head
+        gradients = Gradients(
+            torch.full_like(head.hidden, torch.nan) if "hidden" in wanted else None,
+            torch.ones_like(head.weight, dtype=weight_dtype) if "weight" in wanted else None,
+            torch.ones(len(head.weight)) if "bias" in wanted else None,
+        )
+        scored = self.labels != IGNORE_INDEX
+        if known:
+            l, lse = BACKEND.logprob_and_grad(head, self.labels, self.c, gradients)  # noqa: E741
+            touched = scored
+        else:
+            l, lse = BACKEND.logprob(head, self.labels)  # noqa: E741
+            BACKEND.backward(head, self.labels, lse, self.c, gradients)
+            touched = scored & (self.c != 0)
+        result = {"l": l, "lse": lse}
+        if gradients.hidden is not None:
+            assert gradients.hidden[~touched].isnan().all(), "rows that take no part must not be written"
+            result["hidden"] = gradients.hidden.nan_to_num(0) if touched.any() else gradients.hidden
+            assert gradients.hidden[touched].isfinite().all()
+        if gradients.weight is not None:
+            result["weight"] = gradients.weight.double() - 1
+        if gradients.bias is not None:
+            result["bias"] = gradients.bias.double() - 1
+        return result
+
+    def assert_right(self, got: dict[str, Tensor], weight_dtype: torch.dtype) -> None:
+        """Error at most 4 x that of plain float32, and what one rounding into the result's type costs."""
+        for name, value in got.items():
+            truth = self.truth[name]
+            rounded_to = {"hidden": self.head.hidden.dtype, "weight": weight_dtype}.get(name, torch.float32)
+            size = truth.abs().max() + (1 if name in ("weight", "bias") else 0)  # 1 + gradient is what was rounded
+            budget = 4 * (self.float32[name].double() - truth).abs().max()
+            budget += size * torch.finfo(rounded_to).eps + 4e-6 * truth.abs().max()
+            error = (value.double() - truth).abs().max()
+            assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
+
+
+WANTED = [("hidden", "weight", "bias"), ("hidden",), ("weight",), ("bias",), ("hidden", "bias")]
+SIZES = {
+    "one-unit": {"N": 5, "H": 1, "V": 7},
+    "edges": {"N": 70, "H": 83, "V": 397},
+    "softcap-scale": {"N": 37, "H": 64, "V": 500, "softcap": 3.0, "scale": 0.5},
+    "many-chunks": {"N": 700, "H": 48, "V": 1500, "workspace": MIB},
+    "many-blocks": {"N": 40, "H": 48, "V": 9000, "workspace": MIB},
+    "page-stride": {"N": 40, "H": 1024, "V": 300},
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["weights-known", "lse-known"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_instruction_set_and_schedule(size: str, dtype: torch.dtype, known: bool, each_isa: str) -> None:
+    problem = Problem(dtype=dtype, **SIZES[size])  # type: ignore[arg-type]
+    for wanted, weight_dtype in itertools.product(WANTED, {dtype, torch.float32}):
+        problem.assert_right(problem.run(known, wanted, weight_dtype), weight_dtype)
+
+
+def test_strided_inputs() -> None:
+    problem = Problem(50, 40, 300, torch.bfloat16)
+    head = problem.head
+    wide_x, wide_w = torch.full((50, 57), torch.nan).bfloat16(), torch.full((300, 45), torch.nan).bfloat16()
+    wide_x[:, 3:43], wide_w[:, 2:42] = head.hidden, head.weight
+    problem.head = Head(wide_x[:, 3:43], wide_w[:, 2:42], head.bias, None, 1.0, head.workspace_bytes)
+    problem.assert_right(problem.run(True, ("weight",), torch.float32), torch.float32)
+    l, lse = BACKEND.logprob(problem.head, problem.labels)  # noqa: E741
+    problem.assert_right({"l": l, "lse": lse}, torch.float32)
+
+
+def test_running_reference_follows_a_late_maximum() -> None:
+    """The largest logit of each row stands in the last block, far above all before: sums must shrink to nothing."""
+    problem = Problem(20, 32, 6000, torch.float32, bias=False, workspace=MIB)
+    problem.head.weight[-1] = 40 * problem.head.hidden.sum(0) / problem.head.hidden.norm()
+    problem.head.weight[2500:2600] *= 8
+    problem.truth, problem.float32 = problem.plain(torch.float64), problem.plain(torch.float32)
+    problem.assert_right(problem.run(True, ("hidden",), torch.float32), torch.float32)
+
+
+def test_bias_of_minus_infinity_masks_an_entry() -> None:
+    problem = Problem(20, 16, 100, torch.float32)
+    assert problem.head.bias is not None
+    problem.head.bias[3:40] = -torch.inf
+    problem.labels[problem.labels != IGNORE_INDEX] = 50
+    problem.truth, problem.float32 = problem.plain(torch.float64), problem.plain(torch.float32)
+    for known in (True, False):
+        problem.assert_right(problem.run(known, ("hidden", "weight", "bias"), torch.float32), torch.float32)
+    problem.assert_right(problem.run(True, ("hidden",), torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("label", [100, 10**12, -1, -(10**12)])
+def test_label_outside_the_vocabulary_is_nan_and_reads_nothing(label: int) -> None:
+    problem = Problem(20, 16, 100, torch.float32)
+    problem.labels[4] = label
+    gradients = Gradients(torch.zeros(20, 16), torch.zeros(100, 16), torch.zeros(100))
+    for l in (  # noqa: E741
+        BACKEND.logprob(problem.head, problem.labels)[0],
+        BACKEND.logprob_and_grad(problem.head, problem.labels, problem.c, gradients)[0],
+        BACKEND.logprob_and_grad(problem.head, problem.labels, problem.c, Gradients(gradients.hidden, None, None))[0],
+    ):
+        assert l[4].isnan()
+        assert l.isfinite().sum() == len(l) - 1
+
+
+def test_weight_of_nan_is_not_zero() -> None:
+    problem = Problem(20, 16, 100, torch.float32)
+    problem.labels[2], problem.c[2] = 7, torch.nan
+    got = torch.zeros(20, 16)
+    lse = BACKEND.logprob(problem.head, problem.labels)[1]
+    BACKEND.backward(problem.head, problem.labels, lse, problem.c, Gradients(got, None, None))
+    assert got[2].isnan().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("known", [True, False])
+def test_any_number_of_threads_and_bitwise_equal_runs(threads: int, known: bool) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype, wanted in itertools.product((torch.float32, torch.bfloat16), (WANTED[0], WANTED[1])):
+            problem = Problem(150, 80, 777, dtype, workspace=2 * MIB)
+            first = problem.run(known, wanted, dtype)
+            problem.assert_right(first, dtype)
+            for _ in range(3):
+                again = problem.run(known, wanted, dtype)
+                for name in first:
+                    assert torch.equal(first[name], again[name]), name
+    finally:
+        torch.set_num_threads(before)
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.cpp_cpu import CppBackend
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+mib, known, wanted, dtype = int(sys.argv[1]), sys.argv[2] == "known", sys.argv[3], getattr(torch, sys.argv[4])
+backend = CppBackend()
+assert backend.unsupported_reason(torch.device("cpu"), dtype) is None
+
+def call(N, V):
+    x, w, y = torch.randn(N, 96).to(dtype), torch.randn(V, 96).to(dtype), torch.randint(V, (N,))
+    head, c, lse = Head(x, w, None, None, 1.0, mib << 20), torch.rand(N), torch.full((N,), 9.0)
+    to = Gradients(torch.ones_like(x) if "x" in wanted else None, torch.ones_like(w) if "w" in wanted else None, None)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    backend.logprob_and_grad(head, y, c, to) if known else backend.backward(head, y, lse, c, to)
+    return resident("VmHWM") - before
+
+call(8, 64)
+print(call(3000, 40000))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+@pytest.mark.parametrize("mib", [4, 32])
+@pytest.mark.parametrize(
+    ("known", "wanted", "dtype"),
+    [("known", "xw", "float32"), ("known", "x", "float32"), ("lse", "xw", "float32"), ("lse", "xw", "bfloat16")],
+)
+def test_memory_stays_within_the_workspace(mib: int, known: str, wanted: str, dtype: str) -> None:
+    """Whole logits would take 458 MiB here. Half a MiB is left for vectors of length N and the allocator."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(mib), known, wanted, dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    assert int(done.stdout) <= (mib << 20) + (1 << 19)
+
+
+def test_workspace_too_small_for_one_row_says_so() -> None:
+    problem = Problem(4, 16, 50, torch.float32, workspace=1024)
+    with pytest.raises(ValueError, match="workspace_mib"):
+        BACKEND.logprob(problem.head, problem.labels)
+
+
+def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INFOPO_KERNELS_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match="INFOPO_KERNELS_CPU_ISA=sse9"):
+        isa()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.zeros(50, 15)}, ValueError, "`weight` must be"),
+        ({"weight": torch.zeros(50, 16).bfloat16()}, TypeError, "`weight` must have the type"),
+        ({"hidden": torch.zeros(16, 4).T}, ValueError, "`hidden` must have stride 1"),
+        ({"bias": torch.zeros(49)}, ValueError, "`bias` must be"),
+        ({"labels": torch.zeros(4, dtype=torch.int32)}, TypeError, "`labels` must be"),
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, ValueError, "`labels` must be"),
+    ],
+)
+def test_ops_keep_reads_in_bounds(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    arguments: dict[str, Tensor | None] = {
+        "hidden": torch.zeros(4, 16),
+        "weight": torch.zeros(50, 16),
+        "bias": None,
+        "labels": torch.zeros(4, dtype=torch.int64),
+    }
+    arguments |= change
+    with pytest.raises(error, match=message):
+        torch.ops.infopo_kernels_cpp.logprob(*arguments.values(), None, 1.0, MIB)
+
+
+def test_opcheck() -> None:
+    problem = Problem(6, 8, 20, torch.float32)
+    head, ops = problem.head, torch.ops.infopo_kernels_cpp
+    common = (head.hidden, head.weight, head.bias, problem.labels)
+    lse = ops.logprob(*common, None, 1.0, MIB)[1]
+    buffers = (torch.zeros(6, 8), torch.zeros(20, 8), torch.zeros(20))
+    torch.library.opcheck(ops.logprob.default, (*common, None, 1.0, MIB))
+    torch.library.opcheck(ops.logprob_and_grad.default, (*common, problem.c, *buffers, 3.0, 0.5, MIB))
+    torch.library.opcheck(ops.backward.default, (*common, lse, problem.c, *buffers, None, 1.0, MIB))
