@@ -18,7 +18,7 @@ _COMMANDS: Final = {
 }
 _TRAINING: Final = ("demo", "train")
 
-# Commands of other parts of the package, offered where their module is: module, then what it does.
+# Commands with a `main(words)` of their own, offered where their module is installed: module, then what it does.
 _ELSEWHERE: Final = {
     "kernels": ("infopo_kernels.kernel_report", "compile the GPU kernels for every target and report"),
     "bench": ("infopo_kernels.bench", "measure against other implementations, side by side"),
@@ -38,6 +38,11 @@ def _missing_extra() -> str | None:
     """The first package that training needs and that is not there."""
     needed = ("transformers", "rich", "matplotlib")
     return next((name for name in needed if importlib.util.find_spec(name) is None), None)
+
+
+def _elsewhere() -> dict[str, tuple[str, str]]:
+    """Of `_ELSEWHERE`, what is there."""
+    return {name: entry for name, entry in _ELSEWHERE.items() if importlib.util.find_spec(entry[0]) is not None}
 
 
 def _info() -> None:
@@ -67,7 +72,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
     parser.add_argument("--version", action="version", version=f"infopo_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in _COMMANDS.items():
+    for name, text in {**_COMMANDS, **{name: text for name, (_, text) in _elsewhere().items()}}.items():
         sub = commands.add_parser(name, help=text, description=text)
         if name == command and name in _TRAINING:
             module = importlib.import_module(f"infopo_kernels.training.{name}_command")
@@ -78,6 +83,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 2 for bad input, 130 if interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in (elsewhere := _elsewhere()):
+        return int(importlib.import_module(elsewhere[words[0]][0]).main(words[1:]) or 0)
     command = next((word for word in words if word in _COMMANDS), None)
     if command in _TRAINING and (missing := _missing_extra()) is not None:
         print(f"{command} needs the package `{missing}`; run: pip install 'infopo_kernels[train]'", file=sys.stderr)

@@ -92,12 +92,13 @@ def main(args: argparse.Namespace, console: Console) -> None:
 
     table = result_table(history, LOSSES, average=infopo.average)
     batch = training[: args.batch]
+    vocabulary, width = policies[0].head_shape
     shape = HeadShape(
         sequences=2 * args.batch,
         length=max(len(e.prompt) + max(len(e.chosen), len(e.rejected)) for e in batch),
         prompt=min(len(e.prompt) for e in batch),
-        width=policies[0].width,
-        vocabulary=policies[0].vocabulary,
+        width=width,
+        vocabulary=vocabulary,
         backend=args.backend,
         workspace_mib=args.workspace_mib,
     )

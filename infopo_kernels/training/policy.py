@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infopo_kernels.functional import InfoPOOutput, linear_infopo_loss, linear_logps
-from infopo_kernels.options import InfoPOOptions, KernelOptions, LogitOptions
+from infopo_kernels.functional import InfoPOOutput
+from infopo_kernels.integrations.transformers import attach_linear_logps
+from infopo_kernels.options import InfoPOOptions, KernelOptions
 from infopo_kernels.training.batches import Batch, collate
 from infopo_kernels.training.errors import UserError
 from infopo_kernels.training.smollm2 import SMOLLM2, smollm2_directory
@@ -39,24 +40,17 @@ class Policy:
     """A model from transformers, run without ever forming its logits."""
 
     def __init__(self, model: Any, tokenizer: Any, loading: Loading, kernel: KernelOptions) -> None:
-        """`model` is an `AutoModelForCausalLM`, or a `PeftModel` around one.
+        """`model` is an `AutoModelForCausalLM`, or a `PeftModel` around one; the fused head is attached to it.
 
         Raises:
-            UserError: its head is not a plain linear layer.
+            UserError: its head is not one that the fused op can serve.
         """
-        self.model = model
+        try:
+            self.model = attach_linear_logps(model, kernel=kernel)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
         self.tokenizer = tokenizer
         self.loading = loading
-        self.kernel = kernel
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._decoder: Callable[..., Any] = causal.get_decoder()
-        self._head = causal.get_output_embeddings()
-        if type(self._head) is not nn.Linear:
-            raise UserError(
-                f"the model's head is a {type(self._head).__name__}, not a plain linear layer; its log-probabilities "
-                f"cannot be formed by the fused op. Use a model with an unquantised head and no adapter on it."
-            )
-        self._logit = _logit_options(causal.config.get_text_config())
 
     @classmethod
     def load(cls, name: str, loading: Loading, kernel: KernelOptions, tokenizer: Any = None) -> Policy:
@@ -72,7 +66,9 @@ class Policy:
             AutoModelForCausalLM, name, loading, dtype=loading.dtype if frozen else torch.float32
         ).to(loading.device)
         if loading.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Newer versions of transformers call it by another name, and warn of the old one.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         if frozen:
             model = _with_lora(model, loading)
         return cls(model, tokenizer or load_tokenizer(name, loading), loading, kernel)
@@ -84,14 +80,10 @@ class Policy:
         return int(token) if token is not None else int(self.tokenizer.eos_token_id or 0)
 
     @property
-    def vocabulary(self) -> int:
-        """V."""
-        return int(self._head.weight.shape[0])
-
-    @property
-    def width(self) -> int:
-        """H."""
-        return int(self._head.weight.shape[1])
+    def head_shape(self) -> tuple[int, int]:
+        """V, H."""
+        vocabulary, width = self.model.get_output_embeddings().weight.shape
+        return vocabulary, width
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What the optimiser gets."""
@@ -102,80 +94,45 @@ class Policy:
             return contextlib.nullcontext()
         return torch.autocast(self.loading.device.type, dtype=self.loading.dtype)
 
-    def _head_arguments(self, batch: Batch) -> dict[str, Any]:
-        hidden = self._decoder(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
-        return {
-            "hidden": hidden,
-            "weight": self._head.weight,
-            "labels": batch.labels,
-            "bias": self._head.bias,
-            "shift": True,
-            "softcap": self._logit.softcap,
-            "logit_scale": self._logit.logit_scale,
-            "backend": self.kernel.backend,
-            "workspace_mib": self.kernel.workspace_mib,
-        }
+    def _forward(self, batch: Batch, **request: Any) -> Any:
+        with self._autocast():
+            return self.model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, **request
+            )
 
     def logps(self, batch: Batch, average: bool = False) -> Tensor:
         """Log-probabilities of the responses, [2B] float64, nats: sums, or means over their tokens. Differentiable."""
-        with self._autocast():
-            return linear_logps(**self._head_arguments(batch), reduction="mean" if average else "sum")
+        logps: Tensor = self._forward(batch, linear_logps="mean" if average else "sum").logps
+        return logps
 
-    def infopo(self, batch: Batch, ref_logps: Tensor, options: InfoPOOptions, num_pairs: int) -> InfoPOOutput:
-        """The InfoPO loss of the batch against `ref_logps` [2B], averaged over `num_pairs`."""
-        with self._autocast():
-            return linear_infopo_loss(
-                **self._head_arguments(batch),
-                ref_logps=ref_logps,
-                num_pairs=num_pairs,
-                beta=options.beta,
-                offset=options.offset,
-                max_log_weight=options.max_log_weight,
-                min_log_weight=options.min_log_weight,
-                sft_weight=options.sft_weight,
-                average=options.average,
-            )
+    def infopo(
+        self, batch: Batch, ref_logps: Tensor, options: InfoPOOptions, num_pairs: int
+    ) -> tuple[Tensor, InfoPOOutput]:
+        """The InfoPO loss of the batch against `ref_logps` [2B], averaged over `num_pairs`, and what it consists of.
+
+        The first differs from the second's `loss` by the auxiliary loss of a mixture of experts.
+        """
+        output = self._forward(batch, infopo=options, ref_logps=ref_logps, num_pairs=num_pairs)
+        return output.loss, output.infopo
 
     @torch.no_grad()
-    def check_examples(self, examples: Sequence[Example], tokens: int = 16) -> None:
-        """Compare the fused log-probabilities of a few tokens with the model's own logits.
-
-        A model may do something to its logits that its configuration does not say; training on would be silently wrong.
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        """Run the first of them, so that a model that cannot be served is refused before the work begins.
 
         Raises:
-            UserError: they differ.
+            UserError: the model does something to its logits that is not known; training on would be silently wrong.
         """
-        batch = collate(examples[:1], self.pad_token_id, self.loading.device)
-        ids, mask = batch.input_ids[:1, : tokens + 1], batch.attention_mask[:1, : tokens + 1]
         self.model.eval()
-        with self._autocast():
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            own = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-            fused = linear_logps(**self._head_arguments(Batch(ids, mask, ids)))[:, :-1].float()
-        difference = ((fused - own).abs() * mask[:, 1:]).max().item()
-        # A step of bfloat16 at a logit of 32 is 0.25; the model's own logits carry it, the fused ones do not.
-        allowed = 0.02 if logits.dtype == torch.float32 else 0.5
-        if not difference <= allowed:
-            raise UserError(
-                f"the fused head's log-probabilities differ from the model's own by {difference:.3g} nats (allowed: "
-                f"{allowed}): {type(self.model).__name__} does something to its logits that is not known here."
-            )
+        try:
+            self.logps(collate(examples[:1], self.pad_token_id, self.loading.device))
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
 
     def save(self, directory: Path, merge_adapter: bool = False) -> None:
         """Model (with LoRA: the adapter, or the merged model) and tokenizer, loadable by `from_pretrained`."""
         model = self.model.merge_and_unload() if merge_adapter else self.model
         model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-
-
-def _logit_options(config: Any) -> LogitOptions:
-    """What the families of models do to their logits, under the names of their configurations."""
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return LogitOptions(softcap=getattr(config, "final_logit_softcapping", None), logit_scale=scale)  # Gemma
 
 
 def _from_pretrained(factory: Any, name: str, loading: Loading, **kwargs: Any) -> Any:

@@ -76,8 +76,8 @@ class Trainer:
     def _backward(self, batch: Batch, ref_logps: Tensor, num_pairs: int) -> Tensor:
         """Add the gradients of one batch; its log-probabilities [2B]."""
         if self.options.loss == "infopo":
-            output = self.policy.infopo(batch, ref_logps, self.options.infopo, num_pairs)
-            loss, logps = output.loss, output.logps
+            loss, output = self.policy.infopo(batch, ref_logps, self.options.infopo, num_pairs)
+            logps = output.logps
         else:
             logps = self.policy.logps(batch, self.options.infopo.average)
             loss = dpo_terms(logps - ref_logps, self.options.infopo.beta).sum() / num_pairs
