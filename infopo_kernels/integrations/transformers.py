@@ -270,6 +270,8 @@ def _forward(
         return attachment.forward(*args, **kwargs)
     if labels is None:
         raise TypeError("`labels` is missing: log-probabilities need the input ids, with -100 where not scored.")
+    if rows is not None:
+        _check_shared_prompts(self.config)
     hidden, own = _hidden_states(self, attachment, args, kwargs)
     if rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
@@ -302,6 +304,23 @@ def _check_mode(reduction: Any, infopo: Any) -> None:
         raise TypeError("`linear_logps` and `infopo` were both given; the InfoPO output holds `logps` already.")
     if infopo is not None and not isinstance(infopo, InfoPOOptions):
         raise TypeError(f"`infopo` must be an InfoPOOptions, got {type(infopo).__name__}.")
+
+
+def _check_shared_prompts(config: Any) -> None:
+    """A pack with shared prompts brings a mask [1, 1, N, N] that every layer has to apply as it is."""
+    text = config.get_text_config()
+    if text._attn_implementation != "sdpa":
+        raise ValueError(
+            f"Packs with shared prompts need attn_implementation='sdpa', which takes their mask, got "
+            f"{text._attn_implementation!r}; load the model with it, or pack without share_prompt."
+        )
+    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    windowed = getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None)
+    if windowed or layers != {"full_attention"}:
+        raise ValueError(
+            f"Packs with shared prompts need layers that all attend without a window, got {sorted(layers)}; "
+            f"pack without share_prompt."
+        )
 
 
 def router_coefficient(config: Any) -> float:

@@ -1,0 +1,291 @@
+"""Packed batches say what padded ones say; references of packs; the HF Trainer; two processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from infopo_kernels import InfoPOOptions, linear_infopo_loss  # noqa: E402
+from infopo_kernels.integrations.collators import (  # noqa: E402
+    PackedPreferenceCollator,
+    PreferenceCollator,
+    preference_features,
+)
+from infopo_kernels.integrations.preference_step import (  # noqa: E402
+    metric_sums,
+    metrics,
+    reference_logps,
+    rejected_half,
+    split_inputs,
+)
+from infopo_kernels.integrations.trainer import PreferenceTrainer, compute_infopo_loss  # noqa: E402
+from infopo_kernels.integrations.transformers import attach_linear_logps  # noqa: E402
+from tests.training_fixtures import byte_tokenizer, examples, tiny_model  # noqa: E402
+
+LOSS_KEYS = ("is_chosen", "ref_logps")
+
+
+def features(count: int = 3, references: bool = False) -> list[dict[str, Any]]:
+    made = [{"prompt_ids": e.prompt, "chosen_ids": e.chosen, "rejected_ids": e.rejected} for e in examples(count)]
+    if references:
+        for index, feature in enumerate(made):
+            feature |= {"ref_chosen_logps": -30.0 - index, "ref_rejected_logps": -40.0 - index}
+    return made
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [("llama", "sdpa"), ("llama", "eager"), ("llama", "flex_attention"), ("gemma3_text", "sdpa"), ("gemma2", "eager")],
+)
+def test_packed_log_probabilities_and_gradients_are_the_padded_ones(architecture: str, attention: str) -> None:
+    with torch.compiler.set_stance("force_eager"):  # transformers compiles flex attention, which takes a minute
+        check_packed(architecture, attention)
+
+
+def check_packed(architecture: str, attention: str) -> None:
+    model = attach_linear_logps(tiny_model(architecture, attn_implementation=attention, hidden_size=64))
+    batch = PreferenceCollator(pad_to_multiple_of=8)(features())
+    assert batch["input_ids"].shape[1] % 8 == 0
+    if attention == "flex_attention":  # which has no backward on a CPU
+        model.requires_grad_(False)
+    padded = model(**batch, linear_logps="sum").logps
+    if padded.requires_grad:
+        padded.mul(torch.arange(1, 7)).sum().backward()
+    truth = gradients(model)
+    assert len(truth) > 0 or attention == "flex_attention"
+
+    collators = [PackedPreferenceCollator()]
+    if attention == "sdpa" and architecture == "llama":  # gemma has layers with a window
+        collators.append(PackedPreferenceCollator(share_prompt=True))
+    for collator in collators:
+        pack = {key: value for key, value in collator(features()).items() if key not in LOSS_KEYS}
+        packed = model(**pack, linear_logps="sum").logps
+        torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-4)
+        if packed.requires_grad:
+            packed.mul(torch.arange(1, 7)).sum().backward()
+        for name, gradient in gradients(model).items():
+            assert float((gradient - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()) + 1e-5, name
+
+
+def test_packs_hold_no_padding_and_shared_prompts_one_copy() -> None:
+    made = features(4)
+    lengths = [[len(f["prompt_ids"]), len(f["chosen_ids"]), len(f["rejected_ids"])] for f in made]
+    pack = PackedPreferenceCollator(flash_attention_kwargs=True)(made)
+    assert pack["input_ids"].shape == (1, sum(2 * p + c + r for p, c, r in lengths))
+    assert pack["cu_seq_lens_q"].dtype == torch.int32
+    assert pack["max_length_k"] == max(p + max(c, r) for p, c, r in lengths)
+    shared = PackedPreferenceCollator(share_prompt=True)(made)
+    assert shared["input_ids"].shape == (1, sum(p + c + r for p, c, r in lengths))
+    assert len(shared["rows"]) == sum(c + r for _, c, r in lengths)
+    with pytest.raises(ValueError, match="share_prompt"):
+        PackedPreferenceCollator(share_prompt=True, flash_attention_kwargs=True)
+
+
+def test_a_pair_without_prompt() -> None:
+    model = attach_linear_logps(tiny_model())
+    made = [{"prompt_ids": [], "chosen_ids": [5, 6, 7], "rejected_ids": [8, 9]}, *features(1)]
+    truth = model(**PreferenceCollator()(made), linear_logps="sum").logps
+    for share in (False, True):
+        pack = {k: v for k, v in PackedPreferenceCollator(share_prompt=share)(made).items() if k not in LOSS_KEYS}
+        torch.testing.assert_close(model(**pack, linear_logps="sum").logps, truth, rtol=1e-5, atol=1e-4)
+
+
+def test_shared_prompts_need_an_attention_that_takes_the_mask() -> None:
+    model = attach_linear_logps(tiny_model(attn_implementation="eager"))
+    pack = PackedPreferenceCollator(share_prompt=True)(features())
+    with pytest.raises(ValueError, match="sdpa"):
+        model(**pack, infopo=InfoPOOptions())
+    windowed = attach_linear_logps(tiny_model("gemma3_text", attn_implementation="sdpa"))
+    with pytest.raises(ValueError, match="window"):
+        windowed(**pack, infopo=InfoPOOptions())
+
+
+def test_what_the_cut_leaves_without_a_response_is_named() -> None:
+    with pytest.raises(ValueError, match=r"chosen response of pair 0 .* max_length = 1"):
+        PreferenceCollator(max_length=1)(features())
+
+
+def test_features_of_rows_and_what_is_wrong_with_them() -> None:
+    tokenizer = byte_tokenizer()
+    rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}]
+    (feature,) = preference_features(tokenizer, rows)
+    assert tokenizer.decode(feature["prompt_ids"] + feature["chosen_ids"]) == "2+2=4<|end|>"
+    with pytest.raises(Exception, match="rejected"):
+        preference_features(tokenizer, [{"prompt": "a", "chosen": "b"}])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_rejected_half_alone(packed: bool) -> None:
+    model = attach_linear_logps(tiny_model())
+    collator = PackedPreferenceCollator() if packed else PreferenceCollator()
+    inputs, known = split_inputs(collator(features(references=True)))
+    assert known["ref_logps"].tolist() == [-30.0, -31.0, -32.0, -40.0, -41.0, -42.0]
+    whole = reference_logps(model, inputs, average=True, skip_chosen=False)
+    half = reference_logps(model, inputs, average=True, skip_chosen=True)
+    assert half[:3].isnan().all()
+    torch.testing.assert_close(half[3:], whole[3:], rtol=1e-6, atol=1e-5)
+    assert rejected_half(inputs)["labels"].numel() < inputs["labels"].numel()
+
+
+def test_a_batch_of_another_collator_is_explained() -> None:
+    with pytest.raises(ValueError, match="remove_unused_columns"):
+        split_inputs({"input_ids": torch.zeros(2, 3)})
+
+
+def test_metrics_against_their_definition() -> None:
+    hidden, weight = torch.randn(6, 5, 8), torch.randn(11, 8)
+    options = InfoPOOptions(beta=0.5, max_log_weight=0.5)
+    labels = torch.randint(0, 11, (6, 5))
+    ref_logps = torch.randn(6, dtype=torch.float64) * 4 - 14
+    output = linear_infopo_loss(hidden, weight, labels, ref_logps=ref_logps, **vars(options))
+    # Two processes: metrics are of all pairs.
+    sums = torch.stack([metric_sums(output, options), metric_sums(output, options)])
+    values = metrics(sums)
+    reward = 0.5 * (output.logps - ref_logps)
+    weights = 0.5 * torch.exp((reward[3:] - 1).clamp(max=0.5))
+    expected = {
+        "rewards/chosen": reward[:3].mean(), "rewards/margins": (reward[:3] - reward[3:]).mean(),
+        "rewards/accuracies": (reward[:3] > reward[3:]).double().mean(), "logps/rejected": output.logps[3:].mean(),
+        "mi_lower_bound": -output.loss, "rejected_weight/mean": weights.mean(), "rejected_weight/max": weights.max(),
+        "rejected_weight/capped": (reward[3:] - 1 > 0.5).double().mean(), "scored_tokens": torch.tensor(60.0),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert values[name] == pytest.approx(float(value), rel=1e-5), name
+
+
+class Visited(torch.utils.data.Dataset):
+    """A dataset that notes the order in which it is read."""
+
+    def __init__(self, made: list[dict[str, Any]]) -> None:
+        self.made = made
+        self.order: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        self.order.append(index)
+        return self.made[index]
+
+
+def arguments(output: Path, **overrides: Any) -> Any:
+    settings = {
+        "output_dir": str(output), "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    return transformers.TrainingArguments(**{**settings, **overrides})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hf_trainer_takes_the_steps_of_a_plain_loop(tmp_path: Path, packed: bool) -> None:
+    made, options = features(12), InfoPOOptions(beta=0.1)
+    collator = PackedPreferenceCollator() if packed else PreferenceCollator()
+    model = tiny_model()
+    visited = Visited(made)
+    trainer = PreferenceTrainer(
+        model, arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=visited, eval_dataset=made[:4],
+        data_collator=collator, infopo=options, ref_model=tiny_model(),
+    )  # fmt: skip
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3
+    assert "rejected_weight/mean" in logged[0]
+    assert "eval_mi_lower_bound" in trainer.evaluate()
+
+    # The same steps, written out on logits.
+    plain, reference = tiny_model(), tiny_model()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+
+    def logps(module: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = module(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
+        labels = batch["labels"][:, 1:]
+        token = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        return (token * (labels != -100)).sum(-1)
+
+    losses = []
+    for start in range(0, 12, 4):
+        batch = PreferenceCollator()([made[i] for i in visited.order[start : start + 4]])
+        with torch.no_grad():
+            ref = logps(reference, batch)
+        chosen, rejected = (0.1 * (logps(plain, batch) - ref)).chunk(2)
+        loss = (-chosen + torch.exp(rejected - 1)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert [entry["loss"] for entry in logged] == pytest.approx(losses, rel=1e-3, abs=2e-3)
+
+
+def test_compute_loss_reads_the_reference_from_the_batch_or_the_adapter() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    model = attach_linear_logps(peft.get_peft_model(tiny_model(), lora))
+    inputs = PreferenceCollator()(features())
+    with model.disable_adapter():
+        reference = model(**inputs, linear_logps="sum").logps.detach()
+    by_adapter = compute_infopo_loss(model, inputs)
+    by_batch = compute_infopo_loss(model, {**inputs, "ref_logps": reference})
+    torch.testing.assert_close(by_adapter.loss, by_batch.loss)
+    torch.testing.assert_close(by_adapter.infopo.ref_logps, reference)
+    assert (by_adapter.infopo.logps - reference).abs().min() > 0  # the adapter is on again
+    skipped = compute_infopo_loss(model, inputs, skip_chosen_reference=True)
+    assert skipped.infopo.mi_lower_bound.isnan()
+
+
+_DDP = """
+import sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, {root!r})
+from infopo_kernels import InfoPOOptions
+from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
+from infopo_kernels.integrations.trainer import compute_infopo_loss
+from infopo_kernels.integrations.transformers import attach_linear_logps
+from tests.test_integrations_packing import features
+from tests.training_fixtures import tiny_model
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model = DistributedDataParallel(attach_linear_logps(tiny_model(tie_word_embeddings=True)))
+made = features(4, references=True)[2 * rank : 2 * rank + 2]
+collator = PackedPreferenceCollator() if rank else PreferenceCollator()  # layouts may differ between ranks
+out = compute_infopo_loss(model, collator(made), InfoPOOptions(sft_weight=0.5))
+out.loss.backward()
+if rank == 0:
+    torch.save({{name: p.grad for name, p in model.module.named_parameters()}}, {path!r})
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    path, script = tmp_path / "gradients.pt", tmp_path / "ddp.py"
+    root = str(Path(__file__).parents[1])
+    script.write_text(_DDP.format(root=root, path=str(path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = attach_linear_logps(tiny_model(tie_word_embeddings=True))
+    inputs = PreferenceCollator()(features(4, references=True))
+    compute_infopo_loss(model, inputs, InfoPOOptions(sft_weight=0.5)).loss.backward()
+    truth, found = gradients(model), torch.load(path)
+    assert truth.keys() == found.keys()
+    for name, expected in truth.items():
+        assert float((found[name] - expected).norm()) <= 1e-4 * float(expected.norm()) + 1e-7, name
