@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.logits import exp, grouped_tile, halves, head_product, to_logits
+from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
 
 @triton.jit
-def store_gradient_half(
+def store_gradient_part(
     acc,
     offs_n,
     offs_k,
@@ -39,7 +39,6 @@ def store_gradient_half(
     scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
 ):
     """Columns `offs_k` of a block of G, and their sums."""
@@ -51,9 +50,7 @@ def store_gradient_half(
         t = z / (scale * softcap)
         g = tl.where(offs_v[None, :] < V, g * (1.0 - t * t), 0.0)
     if BIAS_GRAD:
-        tl.store(db_part_ptr + offs_k, tl.sum(tl.where(row_ok[:, None], g, 0.0), axis=0))
-    if HAS_GAIN:
-        g = g * gain
+        tl.store(db_part_ptr + offs_k, tl.sum(tl.where(row_ok[:, None], g, 0.0), axis=0) / gain)
     offs_g = offs_n.to(tl.int64)[:, None] * ld + offs_k[None, :]
     tl.store(g_ptr + offs_g, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None])
 
@@ -89,6 +86,7 @@ def gradient_tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PART: tl.constexpr,
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -105,26 +103,24 @@ def gradient_tile_kernel(
     offs_k = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row_ok = offs_n < here
     row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
+    acc = head_product(
+        x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, v0 + offs_k, V, H,
+        BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
+    )  # fmt: skip
     label = tl.load(labels_ptr + row, mask=row_ok, other=0)
     lse = tl.load(lse_ptr + row, mask=row_ok, other=0.0)
     c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
     c = tl.where((label >= 0) & (label < V), c, float("nan"))
     gain = tl.load(gain_ptr) if HAS_GAIN else 1.0
-    acc = head_product(
-        x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, v0 + offs_k, V, H,
-        BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
-    )  # fmt: skip
-    left, right = halves(acc, BLOCK_N, BLOCK_V)
-    offs_half = pid_v * BLOCK_V + tl.arange(0, BLOCK_V // 2)
+    c = c * gain
     offs_part = pid_n.to(tl.int64) * ld
-    store_gradient_half(
-        left, offs_n, offs_half, v0, row_ok, label, lse, c, gain, b_ptr, g_ptr, db_part_ptr + offs_part, ld, V,
-        softcap, scale, HAS_BIAS, HAS_SOFTCAP, HAS_GAIN, BIAS_GRAD,
-    )  # fmt: skip
-    store_gradient_half(
-        right, offs_n, offs_half + BLOCK_V // 2, v0, row_ok, label, lse, c, gain, b_ptr, g_ptr,
-        db_part_ptr + offs_part, ld, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP, HAS_GAIN, BIAS_GRAD,
-    )  # fmt: skip
+    parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
+    for p in tl.static_range(BLOCK_V // PART):
+        offs_p = pid_v * BLOCK_V + p * PART + tl.arange(0, PART)
+        store_gradient_part(
+            parts[p], offs_n, offs_p, v0, row_ok, label, lse, c, gain, b_ptr, g_ptr, db_part_ptr + offs_part, ld, V,
+            softcap, scale, HAS_BIAS, HAS_SOFTCAP, BIAS_GRAD,
+        )  # fmt: skip
 
 
 def launch_gradient_tile(

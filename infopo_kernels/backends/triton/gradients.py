@@ -33,12 +33,13 @@ def gradients_from_tiles(
     head, v, h, dtype = launch.head, launch.vocabulary, launch.hidden_size, launch.head.hidden.dtype
     tiles = ceil_div(v, launch.tiles.logits.columns)
     ld = tiles * launch.tiles.logits.columns
+    parts = ld // launch.tiles.logits.part
     single = torch.float32
     g, stats, target, part, gathered, bias_part = carve(
         head.workspace_bytes,
         labels.device,
         ((plan.rows, ld), dtype),
-        ((2, 2 * tiles, plan.rows), single),
+        ((2, parts, plan.rows), single),
         ((plan.rows,), single),
         ((plan.slices, plan.rows, h), single) if gradients.hidden is not None else None,
         ((plan.rows, gathered_stride(h)), dtype) if gradients.weight is not None else None,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.logits import grouped_tile, halves
+from infopo_kernels.backends.triton.logits import column_parts, grouped_tile
 from infopo_kernels.backends.triton.rows import LiveRows
 
 STORE_ROWS, STORE_COLUMNS = 8, 256
@@ -23,7 +23,7 @@ STORE_ROWS, STORE_COLUMNS = 8, 256
 
 
 @triton.jit
-def store_sums_half(acc, part_ptr, offs_row, offs_h, row_ok, H, ADD: tl.constexpr):
+def store_sums_part(acc, part_ptr, offs_row, offs_h, row_ok, H, ADD: tl.constexpr):
     """Columns `offs_h` of a tile of sums."""
     part_ptrs = part_ptr + offs_row[:, None] + offs_h[None, :]
     ok = row_ok[:, None] & (offs_h < H)[None, :]
@@ -32,7 +32,7 @@ def store_sums_half(acc, part_ptr, offs_row, offs_h, row_ok, H, ADD: tl.constexp
     tl.store(part_ptrs, acc, mask=ok)
 
 
-@triton.jit(do_not_specialize=["row0", "C", "v0", "columns", "slice_depth"])
+@triton.jit(do_not_specialize=["row0", "C", "v0", "columns", "slice_steps"])
 def hidden_product_kernel(
     g_ptr,
     w_ptr,
@@ -42,7 +42,7 @@ def hidden_product_kernel(
     C,
     v0,
     columns,
-    slice_depth,
+    slice_steps,
     ld,
     H,
     stride_wv,
@@ -50,6 +50,7 @@ def hidden_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PART: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -67,8 +68,9 @@ def hidden_product_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     row_ok = offs_n < here
     column_ok = offs_h < H
-    begin = pid_s * slice_depth
-    end = tl.minimum(begin + slice_depth, columns)
+    # In steps of BLOCK_V, so that the compiler knows G's addresses to be aligned.
+    begin = pid_s * slice_steps * BLOCK_V
+    end = tl.minimum(begin + slice_steps * BLOCK_V, columns)
 
     # G is 0 from `columns` to the end of its last tile, so only rows of W need a mask along the sum.
     g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * ld + (begin + offs_v)[None, :]
@@ -81,11 +83,10 @@ def hidden_product_kernel(
         g_ptrs += BLOCK_V
         w_ptrs += BLOCK_V * stride_wv.to(tl.int64)
 
-    left, right = halves(acc, BLOCK_N, BLOCK_H)
     offs_row = (pid_s.to(tl.int64) * C + offs_n) * H
-    offs_half = pid_h * BLOCK_H + tl.arange(0, BLOCK_H // 2)
-    store_sums_half(left, part_ptr, offs_row, offs_half, row_ok, H, ADD)
-    store_sums_half(right, part_ptr, offs_row, offs_half + BLOCK_H // 2, row_ok, H, ADD)
+    parts = column_parts(acc, BLOCK_N, BLOCK_H, PART)
+    for p in tl.static_range(BLOCK_H // PART):
+        store_sums_part(parts[p], part_ptr, offs_row, pid_h * BLOCK_H + p * PART + tl.arange(0, PART), row_ok, H, ADD)
 
 
 @triton.jit(do_not_specialize=["row0", "C"])
@@ -142,7 +143,6 @@ def launch_hidden_product(
     tile = launch.tiles.hidden
     slices, c, h = part.shape
     weight = launch.head.weight
-    slice_depth = ceil_div(ceil_div(columns, tile.depth), slices) * tile.depth
     hidden_product_kernel[(ceil_div(c, tile.rows) * ceil_div(h, tile.columns), slices)](
         g,
         weight,
@@ -152,7 +152,7 @@ def launch_hidden_product(
         c,
         v0,
         columns,
-        slice_depth,
+        ceil_div(ceil_div(columns, tile.depth), slices),
         g.stride(0),
         h,
         weight.stride(0),
@@ -160,6 +160,7 @@ def launch_hidden_product(
         BLOCK_N=tile.rows,
         BLOCK_H=tile.columns,
         BLOCK_V=tile.depth,
+        PART=tile.part,
         GROUP=tile.group,
         **launch.product_arguments(tile),
     )

@@ -64,6 +64,7 @@ class Launch:
             "BLOCK_N": tile.rows,
             "BLOCK_V": tile.columns,
             "BLOCK_H": tile.depth,
+            "PART": tile.part,
             "EVEN_H": self.hidden_size % tile.depth == 0,
             "GROUP": tile.group,
             **self.product_arguments(tile),

@@ -40,10 +40,18 @@ def grouped_tile(pid, num_n, num_v, GROUP: tl.constexpr):
 
 
 @triton.jit
-def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right half of a tile of sums. What follows a product takes one after the other: the addresses and
-    intermediates of a whole 128 x 256 tile, beside its sums, are more than a thread's registers hold."""
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+def column_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
+    """A tile of sums as parts of PART columns, left to right; COLUMNS / PART is a power of two.
+
+    What follows a product takes one part after the other: the addresses and intermediates of a whole 128 x 256 tile,
+    beside its sums, are more than a thread's registers hold.
+    """
+    if COLUMNS <= PART:
+        parts = (tile,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        parts = column_parts(left, ROWS, COLUMNS // 2, PART) + column_parts(right, ROWS, COLUMNS // 2, PART)
+    return parts
 
 
 @triton.jit

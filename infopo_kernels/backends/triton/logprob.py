@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.logits import exp, grouped_tile, halves, head_product, to_logits
+from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
 WAVES = 8
@@ -66,6 +66,7 @@ def logprob_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PART: tl.constexpr,
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -93,13 +94,11 @@ def logprob_kernel(
         acc = head_product(
             x_ptr, offs_x, row_ok, w_ptr, stride_wv, offs_v, V, H, BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION
         )  # fmt: skip
-        offs_half = start + tl.arange(0, BLOCK_V // 2)
-        left, right = halves(acc, BLOCK_N, BLOCK_V)
-        z = to_logits(left, b_ptr, offs_half, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-        running_max, running_sum, target = online_softmax(z, offs_half, label, running_max, running_sum, target)
-        offs_half += BLOCK_V // 2
-        z = to_logits(right, b_ptr, offs_half, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-        running_max, running_sum, target = online_softmax(z, offs_half, label, running_max, running_sum, target)
+        parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
+        for p in tl.static_range(BLOCK_V // PART):
+            offs_p = start + p * PART + tl.arange(0, PART)
+            z = to_logits(parts[p], b_ptr, offs_p, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+            running_max, running_sum, target = online_softmax(z, offs_p, label, running_max, running_sum, target)
 
     offs_part = pid_s.to(tl.int64) * N + offs_n
     tl.store(max_ptr + offs_part, running_max, mask=row_ok)

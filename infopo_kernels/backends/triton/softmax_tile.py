@@ -2,7 +2,7 @@
 """Logits of a chunk of rows kept once, as unnormalised probabilities, and turned into G when the logsumexp is known.
 
 The first kernel forms the logits and keeps, relative to the maximum m of a row within its own part T of the vocabulary
-(half a tile),
+(64 words),
 
     Q_iv = exp(z_iv - m_Ti) * (1 - tanh(a_iv / softcap)^2)      m_Ti, s_Ti = sum_{v in T} exp(z_iv - m_Ti), y_i
 
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.logits import exp, grouped_tile, halves, head_product, to_logits
+from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
 NORMALISE_ROWS = 32
@@ -31,7 +31,7 @@ NORMALISE_ROWS = 32
 
 
 @triton.jit
-def store_softmax_half(
+def store_softmax_part(
     acc,
     part,
     offs_n,
@@ -49,13 +49,13 @@ def store_softmax_half(
     scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Columns part * WIDTH .. (part + 1) * WIDTH of Q, with their maximum and sum."""
-    offs_v = part * WIDTH + tl.arange(0, WIDTH)
+    """Columns part * PART .. (part + 1) * PART of Q, with their maximum and sum."""
+    offs_v = part * PART + tl.arange(0, PART)
     z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
     target = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
-    inside = (label >= part * WIDTH) & (label < tl.minimum(part * WIDTH + WIDTH, V))
+    inside = (label >= part * PART) & (label < tl.minimum(part * PART + PART, V))
     tl.store(target_ptr + offs_n, target, mask=row_ok & inside)
 
     part_max = tl.max(z, axis=1)
@@ -97,6 +97,7 @@ def softmax_tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PART: tl.constexpr,
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,20 +114,17 @@ def softmax_tile_kernel(
     offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row_ok = offs_n < here
     row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
-    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
     acc = head_product(
         x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, offs_v, V, H,
         BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
     )  # fmt: skip
-    left, right = halves(acc, BLOCK_N, BLOCK_V)
-    store_softmax_half(
-        left, 2 * pid_v, offs_n, row_ok, label, b_ptr, q_ptr, max_ptr, sum_ptr, target_ptr, C, ld, V, softcap, scale,
-        HAS_BIAS, HAS_SOFTCAP, BLOCK_V // 2,
-    )  # fmt: skip
-    store_softmax_half(
-        right, 2 * pid_v + 1, offs_n, row_ok, label, b_ptr, q_ptr, max_ptr, sum_ptr, target_ptr, C, ld, V, softcap,
-        scale, HAS_BIAS, HAS_SOFTCAP, BLOCK_V // 2,
-    )  # fmt: skip
+    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
+    parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
+    for p in tl.static_range(BLOCK_V // PART):
+        store_softmax_part(
+            parts[p], pid_v * (BLOCK_V // PART) + p, offs_n, row_ok, label, b_ptr, q_ptr, max_ptr, sum_ptr, target_ptr,
+            C, ld, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP, PART,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["row0", "C"])
@@ -252,7 +250,7 @@ def launch_normalise(
         HAS_GAIN=q.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
         BLOCK_N=NORMALISE_ROWS,
-        BLOCK_V=launch.tiles.logits.columns // 2,
+        BLOCK_V=launch.tiles.logits.part,
         num_warps=4,
         **FUSED,
     )

@@ -21,6 +21,8 @@ class Tile:
     stages: int
     group: int = 8
     """Row blocks that pass over the columns together (L2 reuse)."""
+    part: int = 64
+    """Columns that what follows the product takes at a time (register pressure)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _same(tile: Tile) -> Products:
 
 # float32 without TF32 runs on the plain FMA units from registers: a thread holds 64 (4 warps x 64 x 128) accumulators,
 # the tile's two operands need 12 KiB a stage, and nothing is gained by a larger one. AMD's float32 MFMA fits as well.
-_SINGLE = _same(Tile(rows=64, columns=128, depth=16, warps=4, stages=2))
+_SINGLE = _same(Tile(rows=64, columns=128, depth=16, warps=8, stages=2))
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -111,7 +113,7 @@ TARGETS: dict[str, Target] = {
             232_448,
             255,
             half=Products(
-                logits=Tile(128, 256, 64, warps=8, stages=3, group=16),
+                logits=Tile(128, 256, 64, warps=8, stages=3, group=16, part=32),
                 hidden=Tile(128, 256, 64, warps=8, stages=3),
                 weight=Tile(128, 256, 64, warps=8, stages=3),
             ),
@@ -168,17 +170,11 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-INTERPRETER = Target(
-    # Small enough that a test of a few dozen rows crosses every tile edge.
-    "interpreter",
-    "cpu",
-    "cpu",
-    32,
-    4,
-    0,
-    0,
-    half=Products(logits=Tile(16, 32, 16, 1, 1, group=2), hidden=Tile(16, 16, 16, 1, 1), weight=Tile(32, 16, 16, 1, 1)),
-    single=Products(
-        logits=Tile(16, 32, 16, 1, 1, group=2), hidden=Tile(16, 16, 16, 1, 1), weight=Tile(32, 16, 16, 1, 1)
-    ),
+_SMALL = Products(
+    logits=Tile(16, 32, 16, warps=1, stages=1, group=2, part=16),
+    hidden=Tile(16, 16, 16, warps=1, stages=1, part=8),
+    weight=Tile(32, 16, 16, warps=1, stages=1, part=4),
 )
+
+# Small enough that a test of a few dozen rows crosses every edge of a tile.
+INTERPRETER = Target("interpreter", "cpu", "cpu", 32, 4, 0, 0, half=_SMALL, single=_SMALL)

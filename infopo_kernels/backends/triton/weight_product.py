@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.logits import grouped_tile, halves
+from infopo_kernels.backends.triton.logits import column_parts, grouped_tile
 from infopo_kernels.backends.triton.rows import LiveRows
 
 GATHER_ROWS, GATHER_COLUMNS = 8, 256
@@ -50,7 +50,7 @@ def gather_rows_kernel(
 
 
 @triton.jit
-def store_weight_half(acc, dw_ptr, offs_v, offs_h, columns, H, scale, ADD: tl.constexpr):
+def store_weight_part(acc, dw_ptr, offs_v, offs_h, columns, H, scale, ADD: tl.constexpr):
     """Columns `offs_h` of a tile of dW, rounded once."""
     acc = acc * scale
     dw_ptrs = dw_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
@@ -79,6 +79,7 @@ def weight_product_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PART: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -108,10 +109,10 @@ def weight_product_kernel(
 
     if HAS_GAIN:
         scale = scale / tl.load(gain_ptr)
-    left, right = halves(acc, BLOCK_V, BLOCK_H)
-    offs_half = pid_h * BLOCK_H + tl.arange(0, BLOCK_H // 2)
-    store_weight_half(left, dw_ptr, offs_v, offs_half, columns, H, scale, ADD)
-    store_weight_half(right, dw_ptr, offs_v, offs_half + BLOCK_H // 2, columns, H, scale, ADD)
+    parts = column_parts(acc, BLOCK_V, BLOCK_H, PART)
+    for p in tl.static_range(BLOCK_H // PART):
+        offs_p = pid_h * BLOCK_H + p * PART + tl.arange(0, PART)
+        store_weight_part(parts[p], dw_ptr, offs_v, offs_p, columns, H, scale, ADD)
 
 
 def gathered_stride(hidden_size: int) -> int:
@@ -170,6 +171,7 @@ def launch_weight_product(
         BLOCK_V=tile.rows,
         BLOCK_H=tile.columns,
         BLOCK_N=tile.depth,
+        PART=tile.part,
         GROUP=tile.group,
         **launch.product_arguments(tile),
     )

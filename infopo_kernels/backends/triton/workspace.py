@@ -80,7 +80,7 @@ def plan_tile(launch: Launch, *, hidden: bool, weight: bool, bias: bool) -> Tile
     ld = tiles * launch.tiles.logits.columns
 
     def bytes_of(rows: int) -> int:
-        total = rows * (ld * size + tiles * 16 + 4)
+        total = rows * (ld * size + 8 * (ld // launch.tiles.logits.part) + 4)
         total += 4 * rows * h * slices_of(launch, rows, launch.vocabulary) if hidden else 0
         total += size * rows * gathered_stride(h) if weight else 0
         total += 4 * ceil_div(rows, NORMALISE_ROWS) * ld if bias else 0

@@ -1,0 +1,103 @@
+"""What a compiled kernel takes and issues, read from its machine code: SASS by Triton's cuobjdump, AMDGCN as text."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from infopo_kernels.backends.triton.tiles import Target
+
+_NVIDIA_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+"""Warps a multiprocessor holds (CUDA programming guide, technical specifications per compute capability)."""
+
+_NVIDIA_SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+"""KiB of shared memory a multiprocessor has; a program takes 1 KiB beyond its own."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One kernel's machine code in numbers."""
+
+    registers: int
+    """A thread (AMD: vector registers a lane, accumulation registers included)."""
+    stack: int
+    """Bytes a thread."""
+    spills: int
+    """Instructions that move registers to and from local memory (AMD: registers spilled)."""
+    shared: int
+    """Bytes a program."""
+    occupancy: int
+    """Programs a multiprocessor can hold at a time."""
+    tensor: str
+    """Tensor-core instructions: their name and number."""
+    wide: int
+    """16-byte accesses to global memory (copies to shared memory included)."""
+
+
+def usage(kernel: Any, target: Target) -> Usage:
+    """Read a CompiledKernel."""
+    return _nvidia(kernel, target) if target.backend == "cuda" else _amd(kernel, target)
+
+
+def _run(tool: Any, *arguments: str) -> str:
+    return subprocess.run([tool.path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _nvidia(kernel: Any, target: Target) -> Usage:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        resources = _run(triton.knobs.nvidia.cuobjdump, "-res-usage", str(cubin))
+        sass = _run(triton.knobs.nvidia.nvdisasm, "-c", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    assert found is not None, resources
+    registers, stack = int(found[1]), int(found[2])
+    names = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA|QGMMA|OMMA)\b", sass)
+    tensor = ", ".join(f"{name} {names.count(name)}" for name in sorted(set(names)))
+    return Usage(
+        registers,
+        stack,
+        len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        kernel.metadata.shared,
+        _nvidia_occupancy(int(target.arch), registers, kernel.metadata.num_warps, kernel.metadata.shared),
+        tensor,
+        len(re.findall(r"\b(?:LDG|STG|LDGSTS)\b[.\w]*\.128\b", sass)),
+    )
+
+
+def _nvidia_occupancy(arch: int, registers: int, warps: int, shared: int) -> int:
+    by_warps = _NVIDIA_WARPS[arch] // warps
+    # A warp's registers are given out in units of 256 of the 65536.
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
+    by_shared = (_NVIDIA_SHARED[arch] << 10) // (shared + 1024)
+    return min(by_warps, by_registers, by_shared, 32)
+
+
+def _amd(kernel: Any, target: Target) -> Usage:
+    text = kernel.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found[1]) if found else 0
+
+    registers = field("vgpr_count")
+    names = re.findall(r"\bv_(?:s?mfma)\w*", text)
+    shared = kernel.metadata.shared
+    # 4 SIMDs of 512 registers a lane, given out in eights, and 8 waves each.
+    waves = min(8, 512 // max(8, -(-registers // 8) * 8))
+    by_registers = 4 * waves // kernel.metadata.num_warps
+    return Usage(
+        registers,
+        field("private_segment_fixed_size"),
+        field("vgpr_spill_count"),
+        shared,
+        max(0, min(by_registers, target.shared_memory // max(shared, 1))),
+        f"mfma {len(names)}" if names else "",
+        len(re.findall(r"\b(?:global|buffer)_(?:load|store)_(?:lds_)?dwordx4\b", text)),
+    )
