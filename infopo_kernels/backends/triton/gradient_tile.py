@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, to_logits
+from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
 
@@ -44,8 +44,8 @@ def store_gradient_part(
     """Columns `offs_k` of a block of G, and their sums."""
     offs_v = v0 + offs_k
     z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-    hit = tl.where(offs_v[None, :] == label[:, None], 1.0, 0.0)
-    g = c[:, None] * (hit - exp(z - lse[:, None]))
+    p = exp(z - lse[:, None])
+    g = c[:, None] * tl.where(offs_v[None, :] == label[:, None], 1.0 - p, -p)
     if HAS_SOFTCAP:
         t = z / (scale * softcap)
         g = tl.where(offs_v[None, :] < V, g * (1.0 - t * t), 0.0)
@@ -107,10 +107,10 @@ def gradient_tile_kernel(
         x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, v0 + offs_k, V, H,
         BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
     )  # fmt: skip
-    label = tl.load(labels_ptr + row, mask=row_ok, other=0)
+    label = load_labels(labels_ptr, row, row_ok, V)
     lse = tl.load(lse_ptr + row, mask=row_ok, other=0.0)
     c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
-    c = tl.where((label >= 0) & (label < V), c, float("nan"))
+    c = tl.where(label >= 0, c, float("nan"))
     gain = tl.load(gain_ptr) if HAS_GAIN else 1.0
     c = c * gain
     offs_part = pid_n.to(tl.int64) * ld

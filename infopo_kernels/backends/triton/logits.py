@@ -40,6 +40,13 @@ def grouped_tile(pid, num_n, num_v, GROUP: tl.constexpr):
 
 
 @triton.jit
+def load_labels(labels_ptr, row, row_ok, V):
+    """Labels of rows, int32 (a 64-bit comparison with every column would double its registers); -1 outside [0, V)."""
+    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
+    return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
+
+
+@triton.jit
 def column_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr):
     """A tile of sums as parts of PART columns, left to right; COLUMNS / PART is a power of two.
 

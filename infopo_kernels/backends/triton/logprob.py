@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, to_logits
+from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
 WAVES = 8
@@ -81,7 +81,7 @@ def logprob_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = offs_n < count
     row = tl.load(rows_ptr + offs_n, mask=row_ok, other=0)
-    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
+    label = load_labels(labels_ptr, row, row_ok, V)
     offs_x = row.to(tl.int64) * stride_xn
 
     running_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -145,9 +145,8 @@ def merge_kernel(
         total_max = new_max
     lse = total_max + tl.log(total_sum)
     row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
-    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
-    in_vocabulary = (label >= 0) & (label < V)
-    target = tl.load(target_ptr + offs_n, mask=row_ok & in_vocabulary, other=float("nan"))
+    label = load_labels(labels_ptr, row, row_ok, V)
+    target = tl.load(target_ptr + offs_n, mask=row_ok & (label >= 0), other=float("nan"))
     tl.store(logp_ptr + row, target - lse, mask=row_ok)
     tl.store(lse_ptr + row, lse, mask=row_ok)
 

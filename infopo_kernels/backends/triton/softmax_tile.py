@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, to_logits
+from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
 NORMALISE_ROWS = 32
@@ -55,7 +55,7 @@ def store_softmax_part(
     offs_v = part * PART + tl.arange(0, PART)
     z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
     target = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
-    inside = (label >= part * PART) & (label < tl.minimum(part * PART + PART, V))
+    inside = (label >= part * PART) & (label < part * PART + PART)
     tl.store(target_ptr + offs_n, target, mask=row_ok & inside)
 
     part_max = tl.max(z, axis=1)
@@ -118,7 +118,7 @@ def softmax_tile_kernel(
         x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, offs_v, V, H,
         BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
     )  # fmt: skip
-    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
+    label = load_labels(labels_ptr, row, row_ok, V)
     parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
     for p in tl.static_range(BLOCK_V // PART):
         store_softmax_part(
@@ -164,7 +164,7 @@ def normalise_kernel(
     c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
     logp = tl.load(logp_ptr + row, mask=row_ok, other=0.0)
     lse = tl.load(lse_ptr + row, mask=row_ok, other=0.0)
-    label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
+    label = load_labels(labels_ptr, row, row_ok, V)
     part_max = tl.load(max_ptr + pid_v.to(tl.int64) * C + offs_n, mask=row_ok, other=float("-inf"))
     # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well.
     other_columns = -c * exp(part_max - lse) + (logp - logp)
