@@ -447,6 +447,10 @@ def infopo_loss(
                 f"`{half}_lengths` must hold {len(own)} integers, one for each of `{half}_logps`, got "
                 f"{list(length.shape)} of {length.dtype}."
             )
+        if length is not None and needed and (length < 1).any():
+            raise ValueError(
+                f"`{half}_lengths` must be at least 1, got {int(length.min())}; drop sequences without a scored token."
+            )
         logps.append(own.to(torch.float64))
         zeros = torch.zeros(len(own), dtype=torch.float64, device=device)
         refs.append(zeros if reference is None else reference.detach().to(torch.float64))

@@ -119,7 +119,7 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
     labels = torch.randint(0, V, (S, T), generator=g)
     labels[labels == case.ignore_index] = 0
     labels[:, : case.prompt] = case.ignore_index
-    if T > case.prompt + 2:
+    if case.prompt + 2 < T:
         labels[0, -2:] = case.ignore_index  # padding
     layout: dict[str, Tensor] = {}
     if case.packed:
