@@ -248,9 +248,10 @@ def test_compute_loss_reads_the_reference_from_the_batch_or_the_adapter() -> Non
     assert skipped.infopo.mi_lower_bound.isnan()
 
 
-_DDP = """
+_DISTRIBUTED = """
 import sys, torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {root!r})
 from infopo_kernels import InfoPOOptions
@@ -262,29 +263,42 @@ from tests.training_fixtures import tiny_model
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-model = DistributedDataParallel(attach_linear_logps(tiny_model(tie_word_embeddings=True)))
+model = attach_linear_logps(tiny_model(tie_word_embeddings={way!r} == "ddp"))
+if {way!r} == "ddp":
+    model = DistributedDataParallel(model)
+else:
+    for unit in (*model.model.layers, *([model.lm_head] if {way!r} == "fsdp2-head" else []), model):
+        fully_shard(unit)
 made = features(4, references=True)[2 * rank : 2 * rank + 2]
 collator = PackedPreferenceCollator() if rank else PreferenceCollator()  # layouts may differ between ranks
 out = compute_infopo_loss(model, collator(made), InfoPOOptions(sft_weight=0.5))
 out.loss.backward()
+# log-probabilities with a gradient need the head's weight again in the backward pass
+inputs = PackedPreferenceCollator()(made)
+logps = model(**{{k: v for k, v in inputs.items() if k not in ("is_chosen", "ref_logps")}}, linear_logps="mean").logps
+logps.sum().backward()
+grads = {{name.removeprefix("module."): p.grad for name, p in model.named_parameters()}}
+grads = {{name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}}
 if rank == 0:
-    torch.save({{name: p.grad for name, p in model.module.named_parameters()}}, {path!r})
+    torch.save(grads, {path!r})
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2-head"])
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path, way: str) -> None:
     path, script = tmp_path / "gradients.pt", tmp_path / "ddp.py"
     root = str(Path(__file__).parents[1])
-    script.write_text(_DDP.format(root=root, path=str(path)))
+    script.write_text(_DISTRIBUTED.format(root=root, path=str(path), way=way))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=root, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    model = attach_linear_logps(tiny_model(tie_word_embeddings=True))
+    model = attach_linear_logps(tiny_model(tie_word_embeddings=way == "ddp"))
     inputs = PreferenceCollator()(features(4, references=True))
     compute_infopo_loss(model, inputs, InfoPOOptions(sft_weight=0.5)).loss.backward()
+    (model(**split_inputs(inputs)[0], linear_logps="mean").logps.sum() / 2).backward()  # gradients are averaged
     truth, found = gradients(model), torch.load(path)
     assert truth.keys() == found.keys()
     for name, expected in truth.items():
