@@ -104,8 +104,8 @@ def mutated(module: Any, name: str, old: str, new: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m[1])
 def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
-    # Rows in a whole number of chunks and no unscored row: nothing but the mask keeps a kernel inside.
-    problem = Problem("mutant", n=35, h=21, v=75, ignored=0.0)
+    # 38 rows, 33 of them with a weight: neither number fills its last block of 16, so a mask is all that stops it.
+    problem = Problem("mutant", n=38, h=21, v=75, ignored=0.0)
     with mutated(*mutation), pytest.raises(Exception, match="OutOfBounds"), ts.checked_addresses():
         run_everything(problem, torch.float32, ts.WORKSPACE)
 

@@ -77,12 +77,11 @@ class TritonBackend:
         from infopo_kernels.backends.triton.rows import find_live_rows
         from infopo_kernels.backends.triton.workspace import plan_tile
 
-        wanted = _wanted(gradients)
-        if labels.numel() == 0 or not any(wanted.values()):
+        if labels.numel() == 0 or not _any(gradients):
             return self.logprob(head, labels)
         launch = prepare(head)
         in_float32 = gradients.weight is None or gradients.weight.dtype == torch.float32
-        plan = plan_tile(launch, **wanted)
+        plan = plan_tile(launch, gradients)
         if plan is None or not (in_float32 or plan.rows >= launch.rows):
             logp, lse = self.logprob(head, labels)
             _backward(head, labels, lse, row_weight, gradients, skip_zero=False)
@@ -142,7 +141,7 @@ def _backward(
     from infopo_kernels.backends.triton.launch import on_device, prepare
     from infopo_kernels.backends.triton.rows import find_live_rows
 
-    if labels.numel() == 0 or not any(_wanted(gradients).values()):
+    if labels.numel() == 0 or not _any(gradients):
         return
     with on_device(labels.device):
         gain = head.hidden.dtype == torch.float16
@@ -150,8 +149,8 @@ def _backward(
         gradients_from_lse(prepare(head), labels, lse, row_weight, live, gradients)
 
 
-def _wanted(gradients: Gradients) -> dict[str, bool]:
-    return {name: getattr(gradients, name) is not None for name in ("hidden", "weight", "bias")}
+def _any(gradients: Gradients) -> bool:
+    return any(buffer is not None for buffer in (gradients.hidden, gradients.weight, gradients.bias))
 
 
 def _device_reason(device: torch.device) -> str | None:

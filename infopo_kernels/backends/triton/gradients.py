@@ -13,7 +13,7 @@ from infopo_kernels.backends.triton.logprob import launch_merge
 from infopo_kernels.backends.triton.rows import LiveRows
 from infopo_kernels.backends.triton.softmax_tile import NORMALISE_ROWS, launch_normalise, launch_softmax_tile
 from infopo_kernels.backends.triton.weight_product import gathered_stride, launch_gather_rows, launch_weight_product
-from infopo_kernels.backends.triton.workspace import PiecePlan, TilePlan, carve, plan_pieces
+from infopo_kernels.backends.triton.workspace import PiecePlan, TilePlan, carve, plan_pieces, tile_layouts
 
 
 def gradients_from_tiles(
@@ -30,20 +30,10 @@ def gradients_from_tiles(
 
     Products: 1 (logits), + 1 (dX), + 1 (dW).
     """
-    head, v, h, dtype = launch.head, launch.vocabulary, launch.hidden_size, launch.head.hidden.dtype
-    tiles = ceil_div(v, launch.tiles.logits.columns)
-    ld = tiles * launch.tiles.logits.columns
-    parts = ld // launch.tiles.logits.part
-    single = torch.float32
-    g, stats, target, part, gathered, bias_part = carve(
-        head.workspace_bytes,
-        labels.device,
-        ((plan.rows, ld), dtype),
-        ((2, parts, plan.rows), single),
-        ((plan.rows,), single),
-        ((plan.slices, plan.rows, h), single) if gradients.hidden is not None else None,
-        ((plan.rows, gathered_stride(h)), dtype) if gradients.weight is not None else None,
-        ((ceil_div(plan.rows, NORMALISE_ROWS), ld), single) if gradients.bias is not None else None,
+    v = launch.vocabulary
+    layouts = tile_layouts(launch, plan.rows, plan.slices, gradients)
+    g, target, bias_part, stats, part, gathered = carve(
+        launch.head.workspace_bytes, labels.device, layouts[:3], shared=layouts[3:]
     )
     for row0 in range(0, launch.rows, plan.rows):
         launch_softmax_tile(launch, labels, live, g, stats[0], stats[1], target, row0)
@@ -99,10 +89,12 @@ def _by_rows(
     g, part, gathered, bias_part = carve(
         launch.head.workspace_bytes,
         labels.device,
-        ((plan.rows, plan.columns), dtype),
-        ((plan.slices, plan.rows, h), torch.float32) if hidden is not None else None,
-        ((plan.rows, gathered_stride(h)), dtype) if weight is not None else None,
-        ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
+        (
+            ((plan.rows, plan.columns), dtype),
+            ((plan.slices, plan.rows, h), torch.float32) if hidden is not None else None,
+            ((plan.rows, gathered_stride(h)), dtype) if weight is not None else None,
+            ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
+        ),
     )
     for row0 in range(0, launch.rows, plan.rows):
         if weight is not None:
@@ -135,10 +127,12 @@ def _by_vocabulary(
     g, gathered, sums, bias_part = carve(
         launch.head.workspace_bytes,
         labels.device,
-        ((plan.rows, plan.columns), dtype),
-        ((plan.rows, gathered_stride(h)), dtype),
-        ((plan.columns, h), torch.float32),
-        ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
+        (
+            ((plan.rows, plan.columns), dtype),
+            ((plan.rows, gathered_stride(h)), dtype),
+            ((plan.columns, h), torch.float32),
+            ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
+        ),
     )
     for v0 in range(0, launch.vocabulary, plan.columns):
         columns = min(plan.columns, launch.vocabulary - v0)

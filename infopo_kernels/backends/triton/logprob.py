@@ -152,13 +152,25 @@ def merge_kernel(
 
 
 def slices_of(launch: Launch) -> tuple[int, int]:
-    """(slices, tiles a slice): enough programs for WAVES, whole tiles, partial results within the workspace."""
+    """(slices, tiles a slice): at least WAVES waves of programs, whole tiles, partial results within the workspace.
+
+    Up to four times as many slices as that asks for, where they fill the last wave better.
+    """
     tile = launch.tiles.logits
     row_blocks = ceil_div(launch.rows, tile.rows)
     tiles = ceil_div(launch.vocabulary, tile.columns)
-    wanted = ceil_div(WAVES * launch.multiprocessors, row_blocks)
     affordable = max(1, launch.head.workspace_bytes // (8 * launch.rows))
-    slice_tiles = ceil_div(tiles, min(wanted, affordable, tiles))
+    most = min(tiles, affordable)
+    wanted = min(ceil_div(WAVES * launch.multiprocessors, row_blocks), most)
+
+    def filled(slice_tiles: int) -> float:
+        """Share of the device that works: tiles over what all slots could take in the time of the longest."""
+        programs = row_blocks * ceil_div(tiles, slice_tiles)
+        waves = ceil_div(programs, launch.multiprocessors)
+        return row_blocks * tiles / (waves * launch.multiprocessors * slice_tiles)
+
+    longest = ceil_div(tiles, wanted)
+    slice_tiles = max(range(ceil_div(tiles, min(4 * wanted, most)), longest + 1), key=filled)
     return ceil_div(tiles, slice_tiles), slice_tiles
 
 

@@ -7,6 +7,7 @@ call; Triton's launcher compiles each kernel for the target and is kept from sta
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,32 @@ def run(shape: Shape) -> None:
     for average in (False, True):
         options = InfoPOOptions(average=average)
         backend.objective(c, labels, empty(9, dtype=torch.int32), chosen, sequences, options, 4.0)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch that the backend asked for: its kernel, its grid and its arguments by name."""
+
+    name: str
+    programs: int
+    arguments: dict[str, Any]
+
+
+@contextmanager
+def recorded(target: Target) -> Iterator[list[Launched]]:
+    """Collect the launches of what runs inside, on meta tensors, as they would be made on `target`; compile nothing."""
+    launches: list[Launched] = []
+    start, find = JITFunction.run, launch.target_of
+
+    def collect(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(Launched(self.__name__, math.prod(grid), arguments))
+
+    JITFunction.run, launch.target_of = collect, lambda device: target
+    try:
+        yield launches
+    finally:
+        JITFunction.run, launch.target_of = start, find
 
 
 @contextmanager

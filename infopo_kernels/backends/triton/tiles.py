@@ -113,7 +113,7 @@ TARGETS: dict[str, Target] = {
             232_448,
             255,
             half=Products(
-                logits=Tile(128, 256, 64, warps=8, stages=3, group=16, part=32),
+                logits=Tile(128, 256, 64, warps=8, stages=3, group=16),
                 hidden=Tile(128, 256, 64, warps=8, stages=3),
                 weight=Tile(128, 256, 64, warps=8, stages=3),
             ),

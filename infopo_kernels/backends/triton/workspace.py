@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from infopo_kernels.backends.base import Gradients
 from infopo_kernels.backends.triton.hidden_product import slices_of
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
 from infopo_kernels.backends.triton.softmax_tile import NORMALISE_ROWS
@@ -28,16 +29,34 @@ ALIGNMENT = 256
 SPARE = 4096
 """Bytes kept back for alignment."""
 
-MIN_ROWS_WITH_WEIGHT = 512
-"""Rows a chunk below which passes over a float32 dW (8 V H bytes a chunk) cost more than a fourth product.
+MAX_SLICES = 8
+"""Of the sum over the vocabulary in dX: each is one more pass over [R, H] sums in float32."""
 
-On H100 (989 TFLOP/s dense bf16 and 3.35 TB/s by its data sheet) a chunk of R rows spends 8 V H / (2 R V H) * 295 =
-1180 / R of a product's time on them where nothing overlaps, and 2 products' time is gained at R = 512 or so where the
-half of them overlaps.
+PASS_ROWS = 870
+"""Rows a chunk at which a pass over a float32 dW (8 V H bytes) takes as long as the product that feeds it (2 R V H).
+
+On H100, with products at 728 TFLOP/s and 3.35 TB/s of memory: 4 * 728 / 3.35. B200 and MI300X lie near (830, 730), H200
+and A100 below (610, 450).
+"""
+
+MIN_ROWS_WITH_WEIGHT = 512
+"""Rows a chunk below which those passes (PASS_ROWS / 512 = 1.7 products) cost more than a fourth product.
+
+With fewer rows gradients are formed in pieces of the vocabulary, from logits that are formed twice, in chunks that do
+not depend on it.
 """
 
 MIN_ROWS_WITHOUT_WEIGHT = 128
 """The same for dX alone: below one tile of rows the head's own bytes, 4 V H a chunk, outweigh the product saved."""
+
+
+Layout = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a temporary."""
+
+
+def size_of(layout: Layout | None) -> int:
+    """Bytes of a temporary, up to the next boundary; 0 for one that is not wanted."""
+    return 0 if layout is None else ceil_div(math.prod(layout[0]) * layout[1].itemsize, ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -73,23 +92,59 @@ def _largest(n: int, most: int, fits: Callable[[int], bool]) -> int | None:
     return next((rows for rows in _chunk_sizes(min(n, most)) if fits(rows)), None)
 
 
-def plan_tile(launch: Launch, *, hidden: bool, weight: bool, bias: bool) -> TilePlan | None:
-    """The largest chunk of rows whose whole width of logits fits, or None where too few rows do."""
-    h, budget, size = launch.hidden_size, launch.head.workspace_bytes - SPARE, launch.head.hidden.element_size()
-    tiles = ceil_div(launch.vocabulary, launch.tiles.logits.columns)
-    ld = tiles * launch.tiles.logits.columns
+def tile_layouts(launch: Launch, rows: int, slices: int, gradients: Gradients) -> tuple[Layout | None, ...]:
+    """What one chunk of rows takes: G, target logits, column sums, and three that are never needed at a time."""
+    h, dtype, tile = launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits
+    ld = ceil_div(launch.vocabulary, tile.columns) * tile.columns
+    return (
+        ((rows, ld), dtype),
+        ((rows,), torch.float32),
+        ((ceil_div(rows, NORMALISE_ROWS), ld), torch.float32) if gradients.bias is not None else None,
+        ((2, ld // tile.part, rows), torch.float32),
+        ((slices, rows, h), torch.float32) if gradients.hidden is not None else None,
+        ((rows, gathered_stride(h)), dtype) if gradients.weight is not None else None,
+    )
 
-    def bytes_of(rows: int) -> int:
-        total = rows * (ld * size + 8 * (ld // launch.tiles.logits.part) + 4)
-        total += 4 * rows * h * slices_of(launch, rows, launch.vocabulary) if hidden else 0
-        total += size * rows * gathered_stride(h) if weight else 0
-        total += 4 * ceil_div(rows, NORMALISE_ROWS) * ld if bias else 0
-        return total
 
-    rows = _largest(launch.rows, max(1, budget // (ld * size)), lambda r: bytes_of(r) <= budget)
-    if rows is None or rows < min(launch.rows, MIN_ROWS_WITH_WEIGHT if weight else MIN_ROWS_WITHOUT_WEIGHT):
-        return None
-    return TilePlan(rows, slices_of(launch, rows, launch.vocabulary) if hidden else 1)
+def plan_tile(launch: Launch, gradients: Gradients) -> TilePlan | None:
+    """Chunks of rows whose whole width of logits fits, or None where too few rows do.
+
+    Of all chunks and slices that fit, those with the least modelled time (`_chunk_time`).
+    """
+    budget = launch.head.workspace_bytes - SPARE
+    steps = ceil_div(launch.vocabulary, launch.tiles.hidden.depth)
+    most_slices = max(1, min(MAX_SLICES, steps // 16)) if gradients.hidden is not None else 1
+    row_bytes = launch.vocabulary * launch.head.hidden.element_size()
+    n, best = launch.rows, None
+    for rows in _chunk_sizes(min(n, max(1, budget // row_bytes))):
+        for slices in range(1, most_slices + 1):
+            *own, stats, part, gathered = tile_layouts(launch, rows, slices, gradients)
+            if sum(map(size_of, own)) + max(map(size_of, (stats, part, gathered))) > budget:
+                break
+            time = n // rows * _chunk_time(launch, rows, slices, gradients)
+            time += _chunk_time(launch, n % rows, slices, gradients) if n % rows else 0.0
+            if best is None or time < best[0]:
+                best = time, TilePlan(rows, slices)
+    least = MIN_ROWS_WITHOUT_WEIGHT if gradients.weight is None else MIN_ROWS_WITH_WEIGHT
+    return best[1] if best is not None and best[1].rows >= min(n, least) else None
+
+
+def _chunk_time(launch: Launch, rows: int, slices: int, gradients: Gradients) -> float:
+    """Modelled time of a chunk, in units of one product of one row.
+
+    Logits cost their whole blocks of rows, dX its blocks over the share of the device that its programs fill, dW its
+    rows or its pass over memory, whichever is longer.
+    """
+    tiles = launch.tiles
+    time = float(ceil_div(rows, tiles.logits.rows) * tiles.logits.rows)
+    if gradients.hidden is not None:
+        blocks = ceil_div(rows, tiles.hidden.rows)
+        programs = blocks * ceil_div(launch.hidden_size, tiles.hidden.columns) * slices
+        waves = ceil_div(programs, launch.multiprocessors)
+        time += blocks * tiles.hidden.rows * waves * launch.multiprocessors / programs * (1 + 0.01 * slices)
+    if gradients.weight is not None:
+        time += max(rows, PASS_ROWS)
+    return time
 
 
 def plan_pieces(launch: Launch, *, hidden: bool, weight: bool, bias: bool, weight_sums: bool = False) -> PiecePlan:
@@ -129,17 +184,20 @@ def plan_pieces(launch: Launch, *, hidden: bool, weight: bool, bias: bool, weigh
     return PiecePlan(rows, columns, slices_of(launch, rows, launch.vocabulary) if hidden else 1)
 
 
-def carve(limit: int, device: torch.device, *wanted: tuple[tuple[int, ...], torch.dtype] | None) -> list[torch.Tensor]:
+def carve(
+    limit: int, device: torch.device, wanted: Sequence[Layout | None], shared: Sequence[Layout | None] = ()
+) -> list[torch.Tensor]:
     """Uninitialised contiguous tensors of these shapes and types, cut from one allocation of at most `limit` bytes.
 
-    What is not wanted (None) is a tensor without elements.
+    Those of `shared` lie over one another, for temporaries that are never needed at a time. What is not wanted (None)
+    is a tensor without elements.
     """
-    layouts = [((0,), torch.uint8) if layout is None else layout for layout in wanted]
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in layouts]
-    begins = list(itertools.accumulate((ceil_div(size, ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-    assert begins[-1] <= limit, f"the plan takes {begins[-1]} bytes of {limit}"
-    buffer = torch.empty(begins[-1], dtype=torch.uint8, device=device)
-    return [
-        buffer[begin : begin + size].view(dtype).view(shape)
-        for (shape, dtype), begin, size in zip(layouts, begins, sizes, strict=False)
-    ]
+    begins = list(itertools.accumulate(map(size_of, wanted), initial=0))
+    total = begins[-1] + max(map(size_of, shared), default=0)
+    assert total <= limit, f"the plan takes {total} bytes of {limit}"
+    buffer = torch.empty(total, dtype=torch.uint8, device=device)
+    tensors = []
+    for layout, begin in zip((*wanted, *shared), (*begins, *[begins[-1]] * (len(shared) - 1)), strict=False):
+        shape, dtype = layout if layout is not None else ((0,), torch.uint8)
+        tensors.append(buffer[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+    return tensors
