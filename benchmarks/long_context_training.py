@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -66,16 +65,15 @@ def step(way: str, args: argparse.Namespace) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(device) - before}
 
 
-def available_mib(device: torch.device) -> float:
-    """Memory that a case may take, with a tenth left to others."""
+def memory_limit_mib(args: argparse.Namespace) -> float:
+    """What a case may take: --memory-gib, or what is free, with a tenth left to others."""
+    device = torch.device(args.device)
+    if args.memory_gib is not None:
+        return float(args.memory_gib * 1024)
     if device.type == "cuda":
         return 0.9 * torch.cuda.mem_get_info(device)[0] / _MIB
-    pages: int = os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 0.9 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
-    except (OSError, StopIteration):
-        return 0.9 * pages * os.sysconf("SC_PAGE_SIZE") / _MIB
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 0.9 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
 
 
 def measure(way: str, tokens: int, rows: list[dict[str, Any]], args: argparse.Namespace, left: float) -> dict[str, Any]:
@@ -86,11 +84,10 @@ def measure(way: str, tokens: int, rows: list[dict[str, Any]], args: argparse.Na
         last = known[-1]
         factor = tokens / last["tokens"]
         needed = last["peak_mib"] * factor  # linear, since activations and logits are
-        # Attention is quadratic; everything else linear. The quadratic bound is the cautious one.
-        slowest = last["seconds"] * factor**2
-        if needed > available_mib(torch.device(args.device)):
-            return {**row, "modelled_peak_mib": needed, "reason": "would not fit in memory"}
-        if slowest > left:
+        least = last["seconds"] * factor  # attention is quadratic, the rest linear; a timeout ends what takes longer
+        if needed > args.limit_mib:
+            return {**row, "modelled_peak_mib": needed, "reason": "would not fit in the memory that it may take"}
+        if least > left:
             return {**row, "modelled_peak_mib": needed, "reason": "would take longer than the time that is left"}
     command = [sys.executable, __file__, "--case", str(tokens), "--way", way, "--device", args.device]
     for name in ("hidden", "layers", "vocabulary"):
@@ -126,7 +123,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 [r["tokens"] for r in hollow], [r["modelled_peak_mib"] / 1024 for r in hollow], "o", color=color,
                 fillstyle="none", label=f"{label}, modelled, not run",
             )  # fmt: skip
-    axes[0].axhline(record["available_mib"] / 1024, color="gray", linestyle="--", label="memory of this machine")
+    axes[0].axhline(record["limit_mib"] / 1024, color="gray", linestyle="--", label="memory that a case may take")
     for axis, text in ((axes[0], "peak memory beyond model and gradients, GiB"), (axes[1], "time per token, ms")):
         axis.set(xscale="log", yscale="log", xlabel="tokens of the step (a pair of sequences)", ylabel=text)
         ticks = sorted({r["tokens"] for r in record["rows"]})
@@ -149,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--minutes", type=float, default=5.0, help="for all cases together (default: 5)")
+    parser.add_argument("--memory-gib", type=float, help="what a case may take (default: what is free)")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=49152)
@@ -163,6 +161,7 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    args.limit_mib = memory_limit_mib(args)
     console, end = Console(width=120), time.perf_counter() + 60 * args.minutes
     rows: list[dict[str, Any]] = []
     for tokens in sorted(args.tokens):
@@ -172,7 +171,7 @@ def main() -> None:
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     record = {
-        "rows": rows, "device": name, "available_mib": available_mib(device), "torch": torch.__version__,
+        "rows": rows, "device": name, "limit_mib": args.limit_mib, "torch": torch.__version__,
         "shape": {"hidden": args.hidden, "layers": args.layers, "vocabulary": args.vocabulary},
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
