@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import Launch, ceil_div
+from infopo_kernels.backends.triton.launch import Launch, ceil_div, start_product
 from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
@@ -138,7 +138,9 @@ def launch_gradient_tile(
     """G [C, ld] for rows row0 .. row0 + C of the list and columns v0 .. v0 + columns, and its column sums."""
     head, tile = launch.head, launch.tiles.logits
     c, ld = g.shape
-    gradient_tile_kernel[(ceil_div(c, tile.rows) * ceil_div(columns, tile.columns),)](
+    start_product(
+        gradient_tile_kernel,
+        (ceil_div(c, tile.rows) * ceil_div(columns, tile.columns),),
         head.hidden,
         head.weight,
         head.bias,
@@ -158,4 +160,5 @@ def launch_gradient_tile(
         HAS_GAIN=g.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
         **launch.logit_arguments,
+        key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )

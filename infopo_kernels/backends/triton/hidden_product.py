@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
 from infopo_kernels.backends.triton.logits import column_parts, grouped_tile
 from infopo_kernels.backends.triton.rows import LiveRows
 
@@ -143,7 +143,9 @@ def launch_hidden_product(
     tile = launch.tiles.hidden
     slices, c, h = part.shape
     weight = launch.head.weight
-    hidden_product_kernel[(ceil_div(c, tile.rows) * ceil_div(h, tile.columns), slices)](
+    start_product(
+        hidden_product_kernel,
+        (ceil_div(c, tile.rows) * ceil_div(h, tile.columns), slices),
         g,
         weight,
         part,
@@ -163,6 +165,8 @@ def launch_hidden_product(
         PART=tile.part,
         GROUP=tile.group,
         **launch.product_arguments(tile),
+        key=("H", "ld", "ADD"),
+        in_place="part_ptr",
     )
 
 

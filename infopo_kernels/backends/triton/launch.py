@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -73,6 +74,39 @@ class Launch:
     def product_arguments(self, tile: Tile) -> dict[str, Any]:
         """Arguments of every kernel with a product."""
         return {"PRECISION": self.precision, "num_warps": tile.warps, "num_stages": tile.stages, **FUSED}
+
+
+def start_product(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, key: tuple[str, ...], in_place: str | None = None, **named: Any
+) -> None:
+    """Start a kernel with a product as the table says, or as Triton's autotuner finds (INFOPO_KERNELS_AUTOTUNE=1).
+
+    `key` names the arguments that a choice depends on, `in_place` the buffer that is added to, which trials have to
+    restore (a copy of it is made then: the first call of a shape is not held to the workspace).
+    """
+    if os.environ.get("INFOPO_KERNELS_AUTOTUNE") == "1" and not INTERPRETED:
+        kernel = _tuned(kernel, key, in_place)
+        named = {name: value for name, value in named.items() if name not in ("GROUP", "num_warps", "num_stages")}
+    kernel[grid](*arguments, **named)
+
+
+@cache
+def _tuned(kernel: Any, key: tuple[str, ...], in_place: str | None) -> Any:
+    """The kernel behind Triton's autotuner, its choices cached on disk.
+
+    Blocks stay those of the table, because layouts of temporaries follow from them.
+    """
+    return triton.autotune(
+        configs=[
+            triton.Config({"GROUP": group}, num_warps=warps, num_stages=stages)
+            for group in (4, 8, 16)
+            for warps in (4, 8)
+            for stages in (2, 3, 4)
+        ],
+        key=list(key),
+        restore_value=[in_place] if in_place is not None else None,
+        cache_results=True,
+    )(kernel)
 
 
 def prepare(head: Head) -> Launch:

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
 from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
@@ -180,7 +180,9 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     slices, slice_tiles = slices_of(launch)
     partial = torch.empty(2, slices, n, dtype=torch.float32, device=labels.device)
     target = torch.empty(n, dtype=torch.float32, device=labels.device)
-    logprob_kernel[(ceil_div(n, launch.tiles.logits.rows) * slices,)](
+    start_product(
+        logprob_kernel,
+        (ceil_div(n, launch.tiles.logits.rows) * slices,),
         head.hidden,
         head.weight,
         head.bias,
@@ -194,6 +196,7 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
         slices,
         slice_tiles,
         **launch.logit_arguments,
+        key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )
     launch_merge(launch, labels, live, partial[0], partial[1], target, logp, lse, row0=0)
 

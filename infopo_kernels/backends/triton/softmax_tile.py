@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
 from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
@@ -196,7 +196,9 @@ def launch_softmax_tile(
     """Q [C, ld], (max, sum) [parts, C] and target [C] for rows row0 .. row0 + C of the list."""
     c, tiles = part_max.shape[1], ceil_div(launch.vocabulary, launch.tiles.logits.columns)
     head = launch.head
-    softmax_tile_kernel[(ceil_div(c, launch.tiles.logits.rows) * tiles,)](
+    start_product(
+        softmax_tile_kernel,
+        (ceil_div(c, launch.tiles.logits.rows) * tiles,),
         head.hidden,
         head.weight,
         head.bias,
@@ -211,6 +213,7 @@ def launch_softmax_tile(
         c,
         q.stride(0),
         **launch.logit_arguments,
+        key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )
 
 

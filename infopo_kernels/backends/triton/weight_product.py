@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
 from infopo_kernels.backends.triton.logits import column_parts, grouped_tile
 from infopo_kernels.backends.triton.rows import LiveRows
 
@@ -153,7 +153,9 @@ def launch_weight_product(
     """Add G [C, ld]^T times the gathered rows to `weight_grad` [columns, H] (or assign it)."""
     tile = launch.tiles.weight
     columns, h = weight_grad.shape
-    weight_product_kernel[(ceil_div(columns, tile.rows) * ceil_div(h, tile.columns),)](
+    start_product(
+        weight_product_kernel,
+        (ceil_div(columns, tile.rows) * ceil_div(h, tile.columns),),
         g,
         gathered,
         weight_grad,
@@ -174,4 +176,6 @@ def launch_weight_product(
         PART=tile.part,
         GROUP=tile.group,
         **launch.product_arguments(tile),
+        key=("H", "ld", "ADD"),
+        in_place="dw_ptr",
     )
