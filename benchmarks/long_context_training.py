@@ -109,7 +109,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
     for way, color in (("fused", "tab:blue"), ("naive", "tab:orange")):
         rows = [r for r in record["rows"] if r["way"] == way]
         measured = [r for r in rows if "peak_mib" in r]
@@ -124,13 +124,15 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 fillstyle="none", label=f"{label}, modelled, not run",
             )  # fmt: skip
     axes[0].axhline(record["limit_mib"] / 1024, color="gray", linestyle="--", label="memory that a case may take")
+    axes[1].set_ylim(bottom=0)
     for axis, text in ((axes[0], "peak memory beyond model and gradients, GiB"), (axes[1], "time per token, ms")):
-        axis.set(xscale="log", yscale="log", xlabel="tokens of the step (a pair of sequences)", ylabel=text)
+        axis.set(xscale="log", xlabel="tokens of the step (a pair of sequences)", ylabel=text)
         ticks = sorted({r["tokens"] for r in record["rows"]})
         axis.set_xticks(ticks, [f"{t // 1024}k" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[0].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     shape = record["shape"]
     figure.suptitle(
         f"One InfoPO step, Llama {shape['layers']} layers x {shape['hidden']}, vocabulary {shape['vocabulary']}, "

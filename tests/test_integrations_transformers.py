@@ -346,3 +346,15 @@ def test_gradient_checkpointing_and_accumulation() -> None:
     for _ in range(2):
         model(**inputs, linear_logps="none").logps.sum().backward()
     assert_same_gradients(gradients(model), truth)
+
+
+def test_compiled_without_a_graph_break() -> None:
+    model, inputs = attach_linear_logps(tiny("llama")), batch()
+    options = {"infopo": InfoPOOptions(beta=0.01)}
+    eager = model(**inputs, **options).loss
+    eager.backward()
+    truth = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs, **options).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled, eager)
+    assert_same_gradients(gradients(model), truth)
