@@ -4,7 +4,8 @@
     python benchmarks/tuning_sweep.py --output FILE --only lora                         # a part of them
 
 Every run starts from the same weights and sees the same pairs of the demo's generator in the same order; the held-out
-pairs are scored before and after. Runs that are in the output already are not repeated. The figures of
+pairs are scored before and after. Runs of the same size that are in the output already are not
+repeated. The figures of
 docs/tuning_guide.md come from here.
 """
 
@@ -186,6 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     console, data = Console(width=120), None
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    size = {"steps": args.steps, "batch": args.batch, "held_out_pairs": args.held_out}
+    results = {name: result for name, result in results.items() if size.items() <= result.items()}
     for setting in (setting for name in args.only or GROUPS for setting in GROUPS[name]):
         if setting.name in results:
             continue
