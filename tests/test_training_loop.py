@@ -185,6 +185,7 @@ def test_time_that_is_up_ends_a_run_for_both_at_the_same_step(tmp_path: Path) ->
     assert history.out_of_time
     for loss in ("infopo", "dpo"):
         assert [r["step"] for r in history.select(loss, "train")] == [1]
+        assert all(math.isfinite(r["loss"]) for r in history.select(loss, "train")), "the first step has its reference"
         assert [r["step"] for r in history.select(loss, "held_out")] == [0, 1]
 
 
