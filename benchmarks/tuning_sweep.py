@@ -4,8 +4,7 @@
     python benchmarks/tuning_sweep.py --output FILE --only lora                         # a part of them
 
 Every run starts from the same weights and sees the same pairs of the demo's generator in the same order; the held-out
-pairs are scored before and after. Runs of the same size that are in the output already are not
-repeated. The figures of
+pairs are scored before and after. Runs of the same size that are in the output already are not repeated. The figures of
 docs/tuning_guide.md come from here.
 """
 

@@ -59,7 +59,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     features = preference_features(tokenizer, rows, max_length=512)
     arguments = TrainingArguments(
-        args.output, max_steps=args.steps, per_device_train_batch_size=2, learning_rate=5e-5, bf16=True,
+        args.output, max_steps=args.steps, per_device_train_batch_size=2, learning_rate=1e-5, bf16=True,
         use_cpu=not torch.cuda.is_available(), remove_unused_columns=False, logging_steps=1, report_to=[],
         save_strategy="no",
     )  # fmt: skip

@@ -34,7 +34,7 @@ def main() -> None:
     config = InfoPOConfig(
         args.output,
         beta=0.1,
-        learning_rate=5e-5 if args.lora_rank is None else 5e-4,
+        learning_rate=1e-5 if args.lora_rank is None else 1e-4,
         max_steps=args.steps,
         per_device_train_batch_size=4,
         per_device_eval_batch_size=8,
