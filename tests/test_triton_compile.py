@@ -1,0 +1,131 @@
+"""Kernels compile for every target and pass the gates of `infopo_kernels.kernel_report`; nothing is read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests import triton_support as ts
+
+# isort: split
+# Triton is imported by the module above.
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infopo_kernels import kernel_report
+from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.triton.launch import Launch, target_for
+from infopo_kernels.backends.triton.logprob import slices_of
+from infopo_kernels.backends.triton.tiles import TARGETS
+from infopo_kernels.backends.triton.workspace import plan_pieces, plan_tile, size_of, tile_layouts
+
+
+def test_sample_of_kernels_passes_the_gates() -> None:
+    """`kernel_report.SAMPLE_RULE` says which; `make kernels` compiles them all."""
+    rows = kernel_report.compile_all(kernel_report.SAMPLE_TARGETS, sample=True)
+    assert {row.target for row in rows} == set(kernel_report.SAMPLE_TARGETS)
+    assert {row.kernel for row in rows} >= set(kernel_report.PRODUCT_KERNELS)
+    failures = [f"{row.name()}: {row.failures()}" for row in rows if row.failures()]
+    assert not failures, "\n".join(failures)
+    assert "| logprob | bfloat16 |" in kernel_report.markdown(rows)
+
+
+def test_gates_can_fail() -> None:
+    good = kernel_report.Row(
+        "sm_90", "logprob_kernel", "bfloat16", False, 1, 64, 1, {}, 8, 3, 200, 0, 0, 1000, 1, "HGMMA 4", 30
+    )  # fmt: skip
+    assert good.failures() == []
+    for change, said in (
+        ({"spills": 3}, "3 spills"),
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"shared": 300_000}, "300000 bytes of shared memory"),
+        ({"tensor": "HMMA 64"}, "no HGMMA"),
+        ({"wide": 0}, "no 16-byte access"),
+    ):
+        assert said in dataclasses.replace(good, **change).failures()[0]
+
+
+def test_backend_never_needs_a_value_on_the_host() -> None:
+    """Tensors on the meta device have none: the whole host side runs on them, so nothing is synchronised on the way."""
+    code = (
+        "from infopo_kernels.backends.triton import offline\n"
+        "from infopo_kernels.backends.triton.tiles import TARGETS\n"
+        "import torch\n"
+        "with offline.recorded(TARGETS['sm_90']) as launches:\n"
+        "    offline.run(offline.Shape(5000, 512, 40000, torch.float16, True))\n"
+        "print(len(launches))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=_without_interpreter()
+    )
+    assert int(done.stdout) > 50
+
+
+def _without_interpreter() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "TRITON_INTERPRET": "0"}
+
+
+def test_devices_find_their_row() -> None:
+    assert target_for("cuda", 80).name == "sm_80"
+    assert target_for("cuda", 87).name == "sm_86"
+    assert target_for("cuda", 103).name == "sm_100"
+    assert target_for("hip", "gfx942:sramecc+:xnack-").name == "gfx942"
+    with pytest.raises(KeyError):
+        target_for("cuda", 75)
+
+
+def a_launch(target: str, n: int, h: int, v: int, dtype: torch.dtype, workspace: int) -> Launch:
+    row = TARGETS[target]
+    hidden, weight = torch.empty(n, h, dtype=dtype, device="meta"), torch.empty(v, h, dtype=dtype, device="meta")
+    tiles = row.single if dtype == torch.float32 else row.half
+    return Launch(Head(hidden, weight, None, None, 1.0, workspace), tiles, "ieee", row.multiprocessors)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(sorted(TARGETS)),
+    st.integers(1, 200_000),
+    st.integers(1, 9000),
+    st.integers(1, 300_000),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.sampled_from([8, 32, 256, 2048]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_plans_fit_any_shape(
+    target: str, n: int, h: int, v: int, dtype: torch.dtype, mib: int, bias: bool, frozen: bool
+) -> None:
+    """Every plan keeps to the workspace and covers the rows; grids stay below 2^31 programs."""
+    launch = a_launch(target, n, h, v, dtype, mib << 20)
+    some = torch.empty(1, device="meta")
+    gradients = Gradients(some, None if frozen else some, some if bias else None)
+    slices, slice_tiles = slices_of(launch)
+    assert 0 <= slices * slice_tiles * launch.tiles.logits.columns - v < slice_tiles * launch.tiles.logits.columns
+    assert 8 * slices * n <= max(8 * n, mib << 20)
+    plan = plan_tile(launch, gradients)
+    if plan is not None:
+        layouts = tile_layouts(launch, plan.rows, plan.slices, gradients)
+        assert sum(map(size_of, layouts[:3])) + max(map(size_of, layouts[3:])) <= mib << 20
+        assert plan.rows * v * dtype.itemsize <= mib << 20
+    pieces = plan_pieces(launch, hidden=True, weight=not frozen, bias=bias)
+    assert 1 <= pieces.rows <= n
+    assert pieces.columns % launch.tiles.logits.columns == 0
+    assert pieces.rows * (pieces.columns * dtype.itemsize + 4 * h) <= mib << 20
+
+
+def test_the_peers_shape_takes_few_passes() -> None:
+    """8192 x 4096 x 151936 in bfloat16 within 256 MiB on an H100: chunks wide enough that dW's passes stay hidden."""
+    launch = a_launch("sm_90", 8192, 4096, 151936, torch.bfloat16, ts.WORKSPACE)
+    some = torch.empty(1, device="meta")
+    plan = plan_tile(launch, Gradients(some, some, None))
+    assert plan is not None
+    assert plan.rows >= 640
+    pieces = plan_pieces(launch, hidden=True, weight=True, bias=False)
+    assert pieces.rows == 8192, "a 16-bit dW of these rows is formed in one go"
