@@ -1,0 +1,20 @@
+"""What the server of fresh processes imports once; only imports, so that no thread runs before it forks."""
+
+import contextlib
+import importlib
+
+import torch._dynamo
+import torch._inductor.compile_fx  # noqa: F401
+
+import infopo_kernels.bench.isolated  # noqa: F401
+
+for _name in (
+    "infopo_kernels._C",
+    "trl.kernels",
+    "liger_kernel.chunked_loss.fused_linear_preference",
+    "cut_cross_entropy",
+    "flash_attn.losses.cross_entropy",
+    "transformers.models.llama.modeling_llama",
+):
+    with contextlib.suppress(Exception):  # a peer that cannot be imported is skipped where it is measured
+        importlib.import_module(_name)

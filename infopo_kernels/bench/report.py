@@ -1,0 +1,351 @@
+"""Tables of the records, as rich prints them and as Markdown: one builder, two renderers."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from infopo_kernels.bench.batches import CASES
+from infopo_kernels.bench.contenders import CONTENDERS, FLOOR, OURS
+from infopo_kernels.bench.plan import PARTS
+from infopo_kernels.bench.shapes import SHAPES
+
+Records = dict[str, dict[str, Any]]
+
+_TITLES: Final = {
+    "speed": "Speed",
+    "memory": "Memory",
+    "long-context": "Long context",
+    "accuracy": "Accuracy",
+    "training": "Training",
+}
+
+
+@dataclass
+class Table:
+    """A title, columns (the first is left-aligned), rows and notes."""
+
+    part: str
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def load(folder: Path) -> Records:
+    """The records of a folder by part.
+
+    Raises:
+        OSError: there are none.
+    """
+    found = {part: folder / f"{part}.json" for part in PARTS if (folder / f"{part}.json").is_file()}
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no record ({', '.join(f'{part}.json' for part in PARTS)}).")
+    return {part: json.loads(path.read_text()) for part, path in found.items()}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Repetitions of one contender at one point."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def spread(self) -> float | None:
+        """Half the interquartile range over the median; None for a single repetition."""
+        if len(self.seconds) < 2:
+            return None
+        low, _, high = quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+
+def timings(record: dict[str, Any]) -> dict[str, dict[str, Timing]]:
+    """Timings of a pytest-benchmark record by point and contender."""
+    result: dict[str, dict[str, Timing]] = defaultdict(dict)
+    for entry in record["benchmarks"]:
+        result[entry["group"]][entry["extra_info"]["contender"]] = Timing(tuple(entry["stats"]["data"]))
+    return dict(result)
+
+
+def points(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is known of each point of a pytest-benchmark record."""
+    return {entry["group"]: entry["extra_info"] for entry in record["benchmarks"]}
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.2f}"
+
+
+def _speed(record: dict[str, Any]) -> list[Table]:
+    tables = []
+    skipped: dict[str, dict[str, str]] = defaultdict(dict)
+    for entry in record.get("skipped", ()):
+        skipped[entry["point"]][entry["contender"]] = entry["reason"]
+    about = points(record)
+    for point, by_contender in timings(record).items():
+        info, ours, floor = about[point], by_contender.get(OURS), by_contender.get(FLOOR)
+        shape, case = SHAPES[info["shape"]], CASES[info["case"]]
+        table = Table(
+            "speed",
+            f"{shape.name} (H {shape.hidden}, V {shape.vocab}), {info['dtype']}, {2 * info['pairs']} sequences of "
+            f"{info['length']} tokens: {case.text}",
+            ["", "median, ms", "spread", "repetitions", "times ours", "times the floor"],
+        )
+        for name in sorted(by_contender, key=lambda name: by_contender[name].median):
+            timing = by_contender[name]
+            table.rows.append(
+                [
+                    name,
+                    _ms(timing.median),
+                    "–" if timing.spread is None else f"± {timing.spread:.1%}",
+                    str(len(timing.seconds)),
+                    f"{timing.median / ours.median:.2f}" if ours else "–",
+                    f"{timing.median / floor.median:.2f}" if floor else "–",
+                ]
+            )
+        table.notes += [f"{name} not run: {reason}" for name, reason in skipped[point].items()]
+        tables.append(table)
+    return tables
+
+
+def _best_peer(by_contender: dict[str, Timing]) -> str | None:
+    peers = [name for name in by_contender if name not in (OURS, FLOOR)]
+    return min(peers, key=lambda name: by_contender[name].median) if peers else None
+
+
+def summary(record: dict[str, Any]) -> Table:
+    """Every point in one row: ours against the best peer and the floor."""
+    table = Table(
+        "speed",
+        "All points: this library against the fastest other implementation of each",
+        ["", "type", "case", "scored tokens", "ours, ms", "fastest other", "its ms", "other / ours", "ours / floor"],
+    )
+    about = points(record)
+    for point, by_contender in timings(record).items():
+        best, ours, floor = _best_peer(by_contender), by_contender.get(OURS), by_contender.get(FLOOR)
+        if best is None or ours is None or floor is None:
+            continue
+        info, case = about[point], CASES[about[point]["case"]]
+        lengths = (1.5 if case.packed else 2) * info["pairs"] * info["length"]
+        table.rows.append(
+            [
+                info["shape"], info["dtype"], info["case"], f"{lengths * (1 - case.prompt):,.0f}", _ms(ours.median),
+                best,
+                _ms(by_contender[best].median), f"{by_contender[best].median / ours.median:.2f}",
+                f"{ours.median / floor.median:.2f}",
+            ]
+        )  # fmt: skip
+    return table
+
+
+def _outcome(row: dict[str, Any], value: str) -> str:
+    """What to print for a measured row: its figure, or why there is none."""
+    for key in ("failed", "skipped", "not_run"):
+        if key in row:
+            return f"{key.replace('_', ' ')}: {row[key]}"
+    return value
+
+
+def _pivot(
+    part: str, title: str, rows: Iterable[dict[str, Any]], column: str, unit: str, figure: str, form: str
+) -> Table:
+    """Contenders down, values of `column` across, `figure` in each cell; a failure's text once, in a note."""
+    rows = list(rows)
+    heads = list(dict.fromkeys(row[column] for row in rows))
+    table = Table(part, title, ["", *(f"{head:,}{unit}" if isinstance(head, int) else f"{head}" for head in heads)])
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        cells = {row[column]: row for row in rows if row["contender"] == name}
+        line = [name]
+        for head in heads:
+            row = cells.get(head)
+            if row is not None and figure in row:
+                line.append(form.format(row[figure]))
+            elif row is None:
+                line.append("–")
+            else:
+                key = next(key for key in ("failed", "skipped", "not_run", "") if not key or key in row)
+                line.append({"failed": "failed", "skipped": "skipped", "not_run": "not run", "": "–"}[key])
+                if key:
+                    table.notes.append(f"{name}, {line[0] and table.columns[len(line) - 1]}: {_outcome(row, '')}")
+        table.rows.append(line)
+    return table
+
+
+def _memory(record: dict[str, Any]) -> list[Table]:
+    rows = record["rows"]
+    peak = [{**row, "column": f"{row['case']}, {row['dtype']}"} for row in rows if row["sweep"] == "peak"]
+    one = peak[0]
+    tables = [
+        _pivot(
+            "memory",
+            f"Peak beyond inputs and gradients, MiB: {one['shape']}, {one['tokens']:,} tokens",
+            peak, "column", "", "peak_mib", "{:,.0f}",
+        )
+    ]  # fmt: skip
+    for sweep, column, unit in (
+        ("tokens", "tokens", " tokens"),
+        ("vocabulary", "vocab", " words"),
+        ("pairs", "pairs", " pairs"),
+    ):
+        chosen = [row for row in rows if row["sweep"] == sweep]
+        if not chosen:
+            continue
+        held = {
+            "tokens": f"2 pairs, V {chosen[0]['vocab']:,}",
+            "vocabulary": f"{chosen[0]['tokens']:,} tokens",
+            "pairs": f"{chosen[0]['length']} tokens a sequence, V {chosen[0]['vocab']:,}",
+        }[sweep]
+        title = f"Peak with growing {sweep}, MiB: step, {chosen[0]['dtype']}, H {chosen[0]['hidden']}, {held}"
+        tables.append(_pivot("memory", title, chosen, column, unit, "peak_mib", "{:,.0f}"))
+    return tables
+
+
+def _long(record: dict[str, Any]) -> list[Table]:
+    rows = [
+        {**row, "microseconds": row["seconds"] / row["tokens"] * 1e6} if "seconds" in row else row
+        for row in record["rows"]
+    ]
+    one = rows[0]
+    what = f"{one['shape']}, {one['dtype']}, one pair, forward and backward; limit {record['memory_gib']:g} GiB"
+    return [
+        _pivot("long-context", f"Time per token, µs: {what}", rows, "tokens", "", "microseconds", "{:,.0f}"),
+        _pivot(
+            "long-context", f"Peak beyond inputs and gradients, MiB: {what}", rows, "tokens", "", "peak_mib", "{:,.0f}"
+        ),
+    ]
+
+
+_ERRORS: Final = {
+    "sequence": "Largest error of a sequence log-probability, nats",
+    "token": "Largest error of a token log-probability, nats",
+    "hidden": "Error of dX over its norm",
+    "weight": "Error of dW over its norm",
+}
+
+
+def _accuracy(record: dict[str, Any]) -> list[Table]:
+    rows = [{**row, "column": f"{row['dtype']}, {row['length']}"} for row in record["rows"]]
+    return [
+        _pivot("accuracy", f"{title}: {rows[0]['shape']}, by type and tokens", rows, "column", "", key, "{:.1e}")
+        for key, title in _ERRORS.items()
+    ]
+
+
+def _training(record: dict[str, Any]) -> list[Table]:
+    one = record["rows"][0]
+    table = Table(
+        "training",
+        f"Whole steps of SmolLM2-135M (AdamW, all weights), {one['sequences']} sequences of {one['length']} tokens",
+        ["", "type", "s a step", "peak beyond weights and optimiser state, MiB", "repetitions"],
+    )
+    for row in record["rows"]:
+        figures = [f"{row['seconds']:.2f}", f"{row['peak_mib']:,.0f}", str(len(row["each"]))] if "each" in row else []
+        table.rows.append([row["contender"], row["dtype"], *(figures or [_outcome(row, ""), "", ""])])
+    return [table]
+
+
+def tables(records: Records) -> list[Table]:
+    """Every table of the records."""
+    builders = {"memory": _memory, "long-context": _long, "accuracy": _accuracy, "training": _training}
+    result = []
+    if "speed" in records and records["speed"]["benchmarks"]:
+        result += [summary(records["speed"]), *_speed(records["speed"])]
+    for part, build in builders.items():
+        if part in records and records[part]["rows"]:
+            result += build(records[part])
+    return result
+
+
+def _machine(info: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    lines = [f"{info['cpu']}, {info['threads']} of {info['cores']} cores, {info['cpu_capability']}, {info['system']}"]
+    if "gpu" in info:
+        lines.append(f"{info['gpu']}, driver {info['driver']}, CUDA {info['cuda']}")
+    lines.append(f"infopo_kernels {info['infopo_kernels']} (backend {info['backend']}), Python {info['python']}")
+    return [*lines, versions]
+
+
+def render(console: Console, tables: Sequence[Table]) -> None:
+    """Print with rich."""
+    for table in tables:
+        out = RichTable(title=table.title, title_justify="left")
+        for i, column in enumerate(table.columns):
+            out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        for row in table.rows:
+            out.add_row(*row, style="bold" if row[0] == OURS else None)
+        console.print(out)
+        for note in table.notes:
+            console.print(f"  {note}")
+
+
+def _markdown_table(table: Table) -> str:
+    head = [f"| {' | '.join(table.columns)} |", "|" + " --- |" + " ---: |" * (len(table.columns) - 1)]
+    body = [
+        f"| {' | '.join(f'**{cell}**' if row[0] == OURS and cell else cell for cell in row)} |" for row in table.rows
+    ]
+    notes = [f"- {note}" for note in table.notes]
+    return "\n".join([f"### {table.title}", "", *head, *body, *([""] if notes else []), *notes, ""])
+
+
+PLOTS: Final = {
+    "speed": ("speed.png",),
+    "memory": ("memory.png",),
+    "long-context": ("long-context.png",),
+    "accuracy": ("accuracy.png",),
+    "training": ("training.png",),
+}
+
+_METHOD: Final = """\
+Random inputs with logits of standard deviation 3, labels at random; reference-free InfoPO on mean log-probabilities, so
+that rejected weights are of order one (or, with a large beta, underflowed). Every contender's loss and gradients are
+checked against plain PyTorch in float32 before it is timed; wrong values are not timed. Repetitions of all contenders
+are interleaved in an order that rotates; a figure is their median, the spread half the interquartile range over it. The
+floor is the bare `torch.mm` products that the case needs (3 of size N V H for a scored token with a trainable head, 2
+with a frozen one, 1 forward), at full size, in the type of the inputs, into memory that is there already. Memory is
+measured in a fresh process for each figure, by the allocator on a GPU and by the resident set on a CPU.
+"""
+
+
+def markdown(records: Records) -> str:
+    """The page `docs/benchmarks.md`."""
+    parts = ["# Benchmarks", ""]
+    parts.append(
+        "Generated by `python -m infopo_kernels bench --show benchmarks/results --docs docs/benchmarks.md` from the"
+    )
+    parts.append("records in `benchmarks/results/`; do not edit. `make bench` measures anew.")
+    parts += ["", _METHOD, "## Contenders", "", "| | interface and setting |", "| --- | --- |"]
+    parts += [f"| {name} | {contender.setting} |" for name, contender in CONTENDERS.items()]
+    parts.append("")
+    all_tables = tables(records)
+    machines: dict[str, list[str]] = {}
+    for part, record in records.items():
+        own = _machine(record["machine_info"])
+        machines.setdefault("\n".join(own), []).append(part)
+    parts += ["## Machine", ""]
+    for text, which in machines.items():
+        parts += [
+            f"{', '.join(_TITLES[part].lower() for part in which)}:",
+            "",
+            *(f"- {x}" for x in text.split("\n")),
+            "",
+        ]
+    for part, title in _TITLES.items():
+        own_tables = [table for table in all_tables if table.part == part]
+        if not own_tables:
+            continue
+        parts += [f"## {title}", ""]
+        parts += [f"![{title}](../benchmarks/results/{name})\n" for name in PLOTS[part]]
+        parts += [_markdown_table(table) for table in own_tables]
+    return "\n".join(parts).rstrip() + "\n"

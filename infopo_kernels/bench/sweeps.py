@@ -1,0 +1,81 @@
+"""Memory and long context: rows of isolated steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from infopo_kernels.bench.isolated import Setup, measure_step
+from infopo_kernels.bench.plan import MAIN_SHAPE, NARROW, Plan
+from infopo_kernels.bench.shapes import SHAPES, Shape
+
+Progress = Callable[[str], None]
+
+
+def _setup(plan: Plan, contender: str, shape: Shape, dtype: str, pairs: int, length: int, case: str = "step") -> Setup:
+    return Setup(contender, shape, case, dtype, pairs, length, plan.device, torch.get_num_threads(), plan.memory_gib)
+
+
+def _row(setup: Setup, **more: Any) -> dict[str, Any]:
+    return {
+        "contender": setup.contender,
+        "shape": setup.shape.name,
+        "hidden": setup.shape.hidden,
+        "vocab": setup.shape.vocab,
+        "case": setup.case,
+        "dtype": setup.dtype,
+        "pairs": setup.pairs,
+        "length": setup.length,
+        "tokens": 2 * setup.pairs * setup.length,
+        **more,
+    }
+
+
+def _memory_setups(plan: Plan) -> Iterator[tuple[str, Setup]]:
+    shape = SHAPES[MAIN_SHAPE]
+    length = shape.tokens_for(plan.product_gflop) // 4
+    for name in plan.peers:
+        for dtype in plan.dtypes:
+            for case in ("step", "frozen"):
+                yield "peak", _setup(plan, name, shape, dtype, 2, length, case)
+        dtype = plan.dtypes[0]
+        for tokens in plan.memory_tokens:
+            yield "tokens", _setup(plan, name, NARROW, dtype, 2, tokens // 4)
+        for vocab in plan.memory_vocab:
+            wide = replace(NARROW, vocab=vocab)
+            yield "vocabulary", _setup(plan, name, wide, dtype, 2, plan.memory_tokens[0] // 4)
+        for pairs in plan.memory_pairs:
+            yield "pairs", _setup(plan, name, NARROW, dtype, pairs, 256)
+
+
+def memory(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
+    """Peak beyond inputs and gradients, and its growth with tokens, vocabulary and pairs of 256 tokens a sequence."""
+    rows = []
+    for sweep, setup in _memory_setups(plan):
+        progress(f"memory: {setup.contender}, {sweep}")
+        rows.append(_row(setup, sweep=sweep, **measure_step(setup)))
+    return rows
+
+
+def long_context(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
+    """One pair of ever longer sequences until each contender fails, or would take too long."""
+    rows = []
+    for name in plan.peers:
+        seconds: float | None = None
+        for tokens in plan.long_lengths:
+            setup = _setup(plan, name, SHAPES[MAIN_SHAPE], plan.dtypes[-1], 1, tokens // 2)
+            if seconds is not None and 2 * seconds > plan.long_seconds:
+                seconds *= 2
+                rows.append(_row(setup, not_run=f"about {seconds:.0f} s expected, limit {plan.long_seconds:.0f} s"))
+                continue
+            progress(f"long context: {name}, {tokens} tokens")
+            # Its first run may compile, or run the small batch, before the one that is timed.
+            result = measure_step(setup, timeout=60 + 8 * plan.long_seconds)
+            rows.append(_row(setup, **result))
+            if "seconds" not in result:
+                break
+            seconds = result["seconds"]
+    return rows
