@@ -37,7 +37,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_named_targets_and_commands_exist() -> None:
-    targets = set(re.findall(r"\bmake ([a-z-]+)", README))
+    targets = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.M))
     rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     assert targets <= rules
     for command in set(re.findall(r"python -m infopo_kernels ([a-z-]+)", README)):
