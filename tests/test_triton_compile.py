@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,8 @@ from infopo_kernels.backends.triton.launch import Launch, target_for
 from infopo_kernels.backends.triton.logprob import slices_of
 from infopo_kernels.backends.triton.tiles import TARGETS
 from infopo_kernels.backends.triton.workspace import plan_pieces, plan_tile, size_of, tile_layouts
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_sample_of_kernels_passes_the_gates() -> None:
@@ -67,9 +72,8 @@ def test_backend_never_needs_a_value_on_the_host() -> None:
 
 
 def _without_interpreter() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "TRITON_INTERPRET": "0"}
+    path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
 
 
 def test_devices_find_their_row() -> None:
@@ -129,3 +133,39 @@ def test_the_peers_shape_takes_few_passes() -> None:
     assert plan.rows >= 640
     pieces = plan_pieces(launch, hidden=True, weight=True, bias=False)
     assert pieces.rows == 8192, "a 16-bit dW of these rows is formed in one go"
+
+
+def test_the_model_counts_the_products_that_are_promised() -> None:
+    """Operations from the launches' own arguments: 2 N V H a product, no more; and the target on the peer's shape."""
+    code = (
+        "import json, roofline as r\n"
+        "h100 = r.DEVICES[1]; shape = (8192, 4096, 151936); out = {}\n"
+        "for work in r.WORK:\n"
+        "    p = r.predict(h100, r.calls(work, h100, *shape), 1.0)\n"
+        "    ratio = p.overlapped / r.bare(h100, work, *shape)\n"
+        "    out[work.name] = [p.cost.operations / (2 * 8192 * 4096 * 151936), ratio]\n"
+        "print(json.dumps(out))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=_without_interpreter(),
+        cwd=BENCHMARKS,
+    )
+    products = {name: row[0] for name, row in json.loads(done.stdout).items()}
+    assert products == pytest.approx(
+        {
+            "log-probabilities": 1,
+            "frozen head: log-probabilities and dX": 2,
+            "known weights (every chosen row), float32 dW": 3,
+            "the same, workspace of 1 GiB": 3,
+            "known weights, 16-bit dW": 4,
+            "InfoPO step, float32 dW, every rejected weight live": 3.5,
+            "InfoPO step, float32 dW, rejected weights underflowed": 2,
+            "InfoPO step, 16-bit dW, every weight live": 4,
+            "InfoPO step, 16-bit dW, rejected underflowed": 2.5,
+        }
+    )
+    assert json.loads(done.stdout)["known weights (every chosen row), float32 dW"][1] <= 1.25

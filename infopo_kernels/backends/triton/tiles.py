@@ -7,7 +7,7 @@ Correct them by measurement with INFOPO_KERNELS_AUTOTUNE=1 and `make bench-gpu`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -62,111 +62,44 @@ def _same(tile: Tile) -> Products:
     return Products(tile, tile, tile)
 
 
-# float32 without TF32 runs on the plain FMA units from registers: a thread holds 64 (4 warps x 64 x 128) accumulators,
-# the tile's two operands need 12 KiB a stage, and nothing is gained by a larger one. AMD's float32 MFMA fits as well.
+# float32 without TF32 runs on the plain FMA units, which take operands from registers: 8 warps share 64 x 128 sums,
+# 32 a thread, because a depth of 16 unrolls into as many operand registers again, and 64 sums a thread spilled.
 _SINGLE = _same(Tile(rows=64, columns=128, depth=16, warps=8, stages=2))
+
+# 99 KiB a program (sm_86, 89, 120): 128 x 128 sums in 8 warps are 64 registers a thread, a depth of 32 in 3 stages is
+# 48 KiB at most, and what follows a product finds registers enough.
+_99_KIB = _same(Tile(128, 128, 32, warps=8, stages=3))
+
+# 128 x 256 sums in two warp groups: wgmma's widest instruction (n = 256), 85 operations a byte of L2 traffic against 64
+# of 128 x 128, which at 700 TFLOP/s is 8 TB/s against 11. 3 stages of 48 KiB; a fourth (192 of 227 KiB) is left to the
+# autotuner. One program a multiprocessor, so that what follows a product is not hidden: 5 to 8 % of it at H = 4096.
+_WIDE = Tile(128, 256, 64, warps=8, stages=3)
+
+# Logits: 16 row blocks share each tile of the head, so that it leaves memory once for 2048 rows; their hidden states
+# (16 MiB at H = 4096 in bfloat16) stay in L2 beside it.
+_WIDE_LOGITS = replace(_WIDE, group=16)
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        # A100: mma.sync reads fragments through registers; 8 warps hold 128 x 256 float32 sums in 128 registers each.
-        # 3 stages x 48 KiB = 144 KiB of 163 KiB. The epilogue (exp) of one program is not hidden, so logits use
-        # 128 x 128 with 4 warps, two programs a multiprocessor: one's exp runs under the other's products.
-        Target(
-            "sm_80",
-            "cuda",
-            80,
-            32,
-            108,
-            166_912,
-            255,
-            half=Products(
-                logits=Tile(128, 128, 64, warps=8, stages=3),
-                hidden=Tile(128, 128, 64, warps=8, stages=3),
-                weight=Tile(128, 128, 64, warps=8, stages=3),
-            ),
-            single=_SINGLE,
-        ),
-        # A10, RTX 30, L4, L40, RTX 40: 99 KiB a program. 128 x 128 x 32 in 3 stages is 48 KiB: two programs fit.
-        Target(
-            "sm_86", "cuda", 86, 32, 84, 101_376, 255, half=_same(Tile(128, 128, 32, warps=8, stages=3)), single=_SINGLE
-        ),
-        Target(
-            "sm_89",
-            "cuda",
-            89,
-            32,
-            142,
-            101_376,
-            255,
-            half=_same(Tile(128, 128, 32, warps=8, stages=3)),
-            single=_SINGLE,
-        ),
-        # H100, H200: wgmma reads both operands from shared memory; two warp groups of 64 x 256 give the widest
-        # instruction (n = 256) and 85 operations a byte of L2 traffic. 4 stages x 48 KiB = 192 KiB of 227 KiB.
-        Target(
-            "sm_90",
-            "cuda",
-            90,
-            32,
-            132,
-            232_448,
-            255,
-            half=Products(
-                logits=Tile(128, 256, 64, warps=8, stages=3, group=16),
-                hidden=Tile(128, 256, 64, warps=8, stages=3),
-                weight=Tile(128, 256, 64, warps=8, stages=3),
-            ),
-            single=_SINGLE,
-        ),
-        # B200: tcgen05 accumulates in tensor memory, 128 x 256 float32 sums being half of it; same shared memory.
-        Target(
-            "sm_100",
-            "cuda",
-            100,
-            32,
-            148,
-            232_448,
-            255,
-            half=_same(Tile(128, 256, 64, warps=8, stages=3, group=16)),
-            single=_SINGLE,
-        ),
-        # RTX 50, RTX PRO 6000: sm_80's instructions with 99 KiB.
-        Target(
-            "sm_120",
-            "cuda",
-            120,
-            32,
-            170,
-            101_376,
-            255,
-            half=_same(Tile(128, 128, 32, warps=8, stages=3)),
-            single=_SINGLE,
-        ),
-        # MI300X: 64 KiB of LDS. Triton keeps one stage in registers, so 2 stages of 128 x 128 x 64 take 32 KiB.
-        Target(
-            "gfx942",
-            "hip",
-            "gfx942",
-            64,
-            304,
-            65_536,
-            512,
-            half=_same(Tile(128, 128, 64, warps=4, stages=2)),
-            single=_SINGLE,
-        ),
-        # MI355X: 160 KiB of LDS.
-        Target(
-            "gfx950",
-            "hip",
-            "gfx950",
-            64,
-            256,
-            163_840,
-            512,
-            half=_same(Tile(128, 128, 64, warps=4, stages=2)),
-            single=_SINGLE,
-        ),
+        # A100: mma.sync takes fragments from registers, so 128 x 256 sums (128 a thread) would leave none for them;
+        # 128 x 128 in 8 warps, and a depth of 64 in 3 stages, 64 of 163 KiB.
+        Target("sm_80", "cuda", 80, 32, 108, 166_912, 255, _same(Tile(128, 128, 64, warps=8, stages=3)), _SINGLE),
+        # A10, RTX 30.
+        Target("sm_86", "cuda", 86, 32, 84, 101_376, 255, _99_KIB, _SINGLE),
+        # L4, L40, RTX 40.
+        Target("sm_89", "cuda", 89, 32, 142, 101_376, 255, _99_KIB, _SINGLE),
+        # H100, H200.
+        Target("sm_90", "cuda", 90, 32, 132, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE),
+        # B200: tcgen05 keeps the sums in tensor memory, of which 128 x 256 float32 are half; else as H100.
+        Target("sm_100", "cuda", 100, 32, 148, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE),
+        # RTX 50, RTX PRO 6000: mma.sync again.
+        Target("sm_120", "cuda", 120, 32, 170, 101_376, 255, _99_KIB, _SINGLE),
+        # MI300X: 64 KiB of LDS, of which 128 x 128 x 64 takes half, so that two programs share a compute unit. 4 waves
+        # hold 64 sums a lane each.
+        Target("gfx942", "hip", "gfx942", 64, 304, 65_536, 512, _same(Tile(128, 128, 64, warps=4, stages=2)), _SINGLE),
+        # MI355X: the same in 160 KiB.
+        Target("gfx950", "hip", "gfx950", 64, 256, 163_840, 512, _same(Tile(128, 128, 64, warps=4, stages=2)), _SINGLE),
     )
 }
 

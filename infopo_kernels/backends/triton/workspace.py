@@ -170,9 +170,12 @@ def plan_pieces(launch: Launch, *, hidden: bool, weight: bool, bias: bool, weigh
     def fits(rows: int, tiles_a_piece: int) -> bool:
         return of_rows(rows) + of_tile(rows) * tiles_a_piece <= budget
 
+    # A pass over the sums of dX (8 R H bytes a piece) hides behind a piece of PASS_ROWS columns, as one over dW does
+    # behind a chunk of as many rows.
+    wide = min(tiles, ceil_div(PASS_ROWS, block.columns))
     most = max(1, budget // (block.columns * size))
-    all_rows = launch.rows if fits(launch.rows, min(tiles, 8)) else None
-    halved = _largest(launch.rows, most, lambda r: of_rows(r) <= budget // 2 and fits(r, min(tiles, 8)))
+    all_rows = launch.rows if fits(launch.rows, wide) else None
+    halved = _largest(launch.rows, most, lambda r: of_rows(r) <= budget // 2 and fits(r, wide))
     rows = all_rows or halved or _largest(launch.rows, most, lambda r: fits(r, 1))
     if rows is None:
         raise ValueError(
