@@ -71,6 +71,25 @@ def test_backend_never_needs_a_value_on_the_host() -> None:
     assert int(done.stdout) > 50
 
 
+@pytest.mark.parametrize("shape", ["20_000_000, 1, 2", "3, 8, 4_000_000", "1, 60_000, 3", "300_000, 4096, 262144"])
+def test_grids_are_within_limits(shape: str) -> None:
+    """CUDA takes 2^31 - 1 programs along x and 65535 along y."""
+    code = (
+        "from infopo_kernels.backends.triton import offline\n"
+        "from infopo_kernels.backends.triton.tiles import TARGETS\n"
+        "import torch\n"
+        "with offline.recorded(TARGETS['sm_90']) as launches:\n"
+        f"    offline.run(offline.Shape({shape}, torch.float16, True))\n"
+        "print(max(x.grid[0] for x in launches), max(max((*x.grid[1:], 1)) for x in launches))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=_without_interpreter()
+    )
+    along_x, along_y = map(int, done.stdout.split())
+    assert along_x < 2**31
+    assert along_y <= 65_535
+
+
 def _without_interpreter() -> dict[str, str]:
     path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}

@@ -81,7 +81,7 @@ def hidden_product_kernel(
         w = tl.load(w_ptrs, mask=(offs_v < end - v)[:, None] & column_ok[None, :], other=0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
         g_ptrs += BLOCK_V
-        w_ptrs += BLOCK_V * stride_wv.to(tl.int64)
+        w_ptrs += tl.cast(stride_wv, tl.int64) * BLOCK_V
 
     offs_row = (pid_s.to(tl.int64) * C + offs_n) * H
     parts = column_parts(acc, BLOCK_N, BLOCK_H, PART)

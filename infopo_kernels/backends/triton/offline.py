@@ -7,7 +7,6 @@ call; Triton's launcher compiles each kernel for the target and is kept from sta
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +69,8 @@ class _Driver:
 
 
 def shapes(target: Target) -> Iterator[Shape]:
-    """The table of shapes: every hidden size x vocabulary x type x options, and one that is aligned to nothing.
+    """The table of shapes: every hidden size x vocabulary x type x options, one that is aligned to nothing, and one of
+    ones, which Triton makes constants of.
 
     16384 rows take every branch (chunks after the first add to what is there); 64 rows split the sums over the
     vocabulary to fill the device.
@@ -79,6 +79,7 @@ def shapes(target: Target) -> Iterator[Shape]:
         for h, v, n in itertools.product(HIDDEN_SIZES, VOCABULARIES, (16384, 64)):
             yield Shape(n, h, v, dtype, options)
         yield Shape(1000, 577, 32003, dtype, options)
+        yield Shape(1, 1, 1, dtype, options)
     if target.backend == "cuda":
         yield Shape(16384, 4096, 128256, torch.float32, True, tf32=True)
 
@@ -116,7 +117,7 @@ class Launched:
     """One launch that the backend asked for: its kernel, its grid and its arguments by name."""
 
     name: str
-    programs: int
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
 
 
@@ -128,7 +129,7 @@ def recorded(target: Target) -> Iterator[list[Launched]]:
 
     def collect(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launches.append(Launched(self.__name__, math.prod(grid), arguments))
+        launches.append(Launched(self.__name__, grid, arguments))
 
     JITFunction.run, launch.target_of = collect, lambda device: target
     try:

@@ -91,8 +91,14 @@ def find_live_rows(
     gain: bool,
     cleared: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> LiveRows:
-    """Launch the kernel; `cleared` are (l, lse), set to 0 in the rows that are left out."""
+    """Launch the kernel; `cleared` are (l, lse), set to 0 in the rows that are left out.
+
+    Raises:
+        ValueError: 2^31 rows or more.
+    """
     n = labels.numel()
+    if n >= 2**31 - BLOCK:
+        raise ValueError(f"`labels` must have fewer than 2^31 - {BLOCK} rows on a GPU, got {n}; split the batch.")
     index = torch.empty(n, dtype=torch.int32, device=labels.device)
     count = torch.empty(1, dtype=torch.int32, device=labels.device)
     scale = torch.empty(1, dtype=torch.float32, device=labels.device)

@@ -153,8 +153,8 @@ def normalise_kernel(
 ):
     """G in place of Q; db_part[block, v] = sum of G_iv / gain over the block's rows, from float32."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
-    pid_v = tl.program_id(0)
-    pid_n = tl.program_id(1)
+    pid_n = tl.program_id(0)
+    pid_v = tl.program_id(1)
     if pid_n * BLOCK_N >= here:
         return
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -232,7 +232,7 @@ def launch_normalise(
     """G in place of Q, and its column sums for each block of rows."""
     parts, c = part_max.shape
     head = launch.head
-    normalise_kernel[(parts, ceil_div(c, NORMALISE_ROWS))](
+    normalise_kernel[(ceil_div(c, NORMALISE_ROWS), parts)](
         q,
         part_max,
         logp,

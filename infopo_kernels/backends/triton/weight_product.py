@@ -104,8 +104,8 @@ def weight_product_kernel(
         g = tl.load(g_ptrs, mask=row_ok[:, None], other=0.0)
         x = tl.load(x_ptrs, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
         acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
-        g_ptrs += BLOCK_N * ld.to(tl.int64)
-        x_ptrs += BLOCK_N * stride_xn.to(tl.int64)
+        g_ptrs += tl.cast(ld, tl.int64) * BLOCK_N
+        x_ptrs += tl.cast(stride_xn, tl.int64) * BLOCK_N
 
     if HAS_GAIN:
         scale = scale / tl.load(gain_ptr)
