@@ -17,6 +17,10 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -50,9 +54,28 @@ constexpr float kLag = 16;
 
 // ---------------------------------------------------------------------------------------------------------- threads
 
+// Subnormal numbers count as 0 while a kernel runs on this thread. A rejected sequence about to underflow (log-weight
+// -70 to -90) fills G with them, each worth a microcode trap: 36 to 56 s for a call that takes 1.7 s without (N 256,
+// H 576, V 49152, Emerald Rapids). What is lost is below 1.2e-38.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // FTZ and DAZ
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned saved_;
+#else
+  FlushSubnormals() {}  // other processors take them at full speed
+#endif
+};
+
 template <typename F>
 void on_threads(int64_t threads, const F& f) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals guard;
     for (int64_t t = begin; t < end; ++t) f(t);
   });
 }
