@@ -118,7 +118,9 @@ void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& 
   backward(head, labels.const_data_ptr<int64_t>(), lse.const_data_ptr<float>(), row_weight.const_data_ptr<float>(), to);
 }
 
-std::string isa() { return select_kernels().name; }
+std::string isa(at::ScalarType dtype) {
+  return select_kernels(dtype == at::kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat32).name;
+}
 
 }  // namespace
 }  // namespace infopo
@@ -135,7 +137,7 @@ TORCH_LIBRARY(infopo_kernels_cpp, m) {
       "backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, Tensor row_weight, "
       "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, float? softcap, float scale, "
       "int workspace_bytes) -> ()");
-  m.def("isa() -> str", &infopo::isa);
+  m.def("isa(ScalarType dtype) -> str", &infopo::isa);
 }
 
 TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {

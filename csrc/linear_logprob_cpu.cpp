@@ -152,10 +152,10 @@ struct Buffers {
     columns = arena.take<float>(packed_size(k, p.H, C));
     rows = want.rows_panels ? arena.take<float>(packed_size(k, C, p.H)) : nullptr;
     weight = want.weight_rows && !reads_weight_in_place(k, p) ? arena.take<float>(packed_size(k, s.Vb, p.H)) : nullptr;
-    z = want.all_logits ? arena.take<float>(p.V * ld) : want.block ? arena.take<float>(s.Vb * ld) : nullptr;
+    z = want.all_logits || want.block ? arena.take<float>(round_up(want.all_logits ? p.V : s.Vb, 2) * ld) : nullptr;
     tiles = want.own_tiles ? arena.take<float>(s.threads * kTile * ld) : nullptr;
     stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * kTile * k.depth);
-    scratch = arena.take<float>(s.threads * C);
+    scratch = arena.take<float>(s.threads * 2 * C);
     max = want.reduce ? arena.take<float>(s.threads * C) : nullptr;
     sum = want.reduce ? arena.take<double>(s.threads * C) : nullptr;
     const int64_t hidden_rows = std::max(want.all_hidden_rows, want.hidden_rows ? s.C : 0);
@@ -251,6 +251,7 @@ class Call {
     }
   }
 
+  float* scratch(int64_t t) const { return b.scratch + t * 2 * C; }
   float* stage(int64_t t) const { return b.stage ? b.stage + t * kTile * k.depth : nullptr; }
   float* max(int64_t t) const { return b.max + t * C; }
   double* sum(int64_t t) const { return b.sum + t * C; }
@@ -297,7 +298,7 @@ class Call {
         k.logits(p.weight, b.columns, p.H, tile, stage(t));
         k.finish(p.map, tile, max(t), sum(t));
         pick_targets(tile);
-        k.exponentials(p.map, tile, max(t), sum(t), false);
+        k.exponentials(p.map, tile, max(t), sum(t), false, nullptr);
       });
     });
     merge_threads(l, lse);
@@ -320,7 +321,7 @@ class Call {
           k.logits(p.weight, b.columns, p.H, tile, stage(t));
           k.finish(p.map, tile, nullptr, nullptr);
         }
-        k.gradient(p.map, tile, live, b.labels, b.lse, b.coefficient, db, b.scratch + t * C);
+        k.gradient(p.map, tile, live, b.labels, b.lse, b.coefficient, db, scratch(t));
         if (dW) {
           float* out[kTile];
           for (int64_t v = 0; v < tile.rows; ++v) out[v] = dW + (tile.v0 - v0 + v) * p.H;
@@ -479,7 +480,7 @@ void hidden_from_one_pass(const TileKernels& k, const Head& p, const int64_t* la
       on_threads(threads, [&](int64_t t) {
         std::fill_n(call.sum(t), call.C, 0.0);
         call.for_own_tiles(t, v0, v1, b.z, [&](const Tile& tile) {
-          k.exponentials(p.map, tile, reference, call.sum(t), true);
+          k.exponentials(p.map, tile, reference, call.sum(t), true, call.scratch(t));
         });
       });
       for (int64_t t = 0; t < threads; ++t) {
@@ -589,7 +590,7 @@ void gradients_from_lse(const TileKernels& k, const Head& p, const int64_t* labe
 }  // namespace
 
 void logprob(const Head& p, const int64_t* labels, float* l, float* lse) {
-  const TileKernels& k = select_kernels();
+  const TileKernels& k = select_kernels(p.hidden.dtype);
   const std::vector<int64_t> rows = scored_rows(p, labels);
   if (rows.empty()) return;
   Want want;
@@ -600,7 +601,7 @@ void logprob(const Head& p, const int64_t* labels, float* l, float* lse) {
 
 void logprob_and_grad(const Head& p, const int64_t* labels, const float* row_weight, const Gradients& to, float* l,
                       float* lse) {
-  const TileKernels& k = select_kernels();
+  const TileKernels& k = select_kernels(p.hidden.dtype);
   const std::vector<int64_t> rows = scored_rows(p, labels);
   if (rows.empty()) return;
   const bool weight_side = to.weight || to.bias;
@@ -621,7 +622,7 @@ void logprob_and_grad(const Head& p, const int64_t* labels, const float* row_wei
 }
 
 void backward(const Head& p, const int64_t* labels, const float* lse, const float* row_weight, const Gradients& to) {
-  const TileKernels& k = select_kernels();
+  const TileKernels& k = select_kernels(p.hidden.dtype);
   const std::vector<int64_t> rows =
       select_rows(p.N, [&](int64_t t) { return labels[t] != kIgnoreIndex && row_weight[t] != 0; });
   if (rows.empty() || !(to.hidden || to.weight || to.bias)) return;

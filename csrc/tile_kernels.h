@@ -13,6 +13,9 @@
 //     Z^T = W X^T        A = W     by row        B = panels of X^T (pack_columns)
 //     dW  = G^T X        A = G^T   by row        B = panels of X   (pack_rows)
 //     dX  = G W          A = G^T   by column     B = panels of W   (pack_rows)
+//
+// What a number of A or of a panel is, is the kernels' own: float, or pairs of bfloat16 (products_bf16.h). Callers hand
+// on what `pack_*`, `exponentials` and `gradient` have written, in buffers measured in floats.
 #pragma once
 
 #include <cstdint>
@@ -78,9 +81,10 @@ struct TileKernels {
   // a -> z in place. With `max` [C]: max = max(max, z), and sum [C], if given, follows: sum *= exp(old max - new max).
   void (*finish)(const LogitMap&, const Tile&, float* max, double* sum);
   // sum[c] += sum_v exp(z - ref[c]); with `keep`, z becomes exp(z - ref) * dz/da / scale.
-  void (*exponentials)(const LogitMap&, const Tile&, const float* ref, double* sum, bool keep);
+  void (*exponentials)(const LogitMap&, const Tile&, const float* ref, double* sum, bool keep,
+                       float* scratch);
   // z becomes G^T, coefficient[c] * (exp(z - lse[c]) - 1[v = label]) * dz/da / scale; coefficient = -scale * row weight.
-  // grad_bias[v] += sum_c G if given. scratch: C floats.
+  // grad_bias[v] += sum_c G if given. scratch here and above: 2 C floats.
   void (*gradient)(const LogitMap&, const Tile&, int64_t live, const int64_t* labels, const float* lse,
                    const float* coefficient, float* grad_bias, float* scratch);
 
@@ -96,9 +100,11 @@ uint16_t float_to_half(float x);
 const TileKernels* portable_kernels();
 const TileKernels* avx2_kernels();    // nullptr where not built for x86-64
 const TileKernels* avx512_kernels();  // likewise
+const TileKernels* avx512_bf16_kernels();  // likewise; for bfloat16 inputs only
 
-// The kernels for this machine, or those that INFOPO_KERNELS_CPU_ISA names; throws c10::ValueError if it lacks them.
-const TileKernels& select_kernels();
+// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names; throws
+// c10::ValueError if the machine lacks them.
+const TileKernels& select_kernels(Dtype);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -107,7 +113,7 @@ inline int64_t product_tasks(const TileKernels& k, int64_t M, int64_t N) {
   return ceil_div(N, k.panel) * ceil_div(M, k.row_group);
 }
 
-// Floats that panels of a matrix [K, N] take.
+// Floats that panels of a matrix [K, N] take at most (bfloat16 pairs: half of K's rounded up to even).
 inline int64_t packed_size(const TileKernels& k, int64_t K, int64_t N) { return K * round_up(N, k.lanes); }
 
 }  // namespace infopo

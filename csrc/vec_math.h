@@ -101,6 +101,25 @@ INFOPO_INLINE void narrow_f16(const float* from, int64_t n, uint16_t* to) {
   for (; i < n; ++i) to[i] = float_to_half(from[i]);
 }
 
+#ifdef INFOPO_BF16_DOT
+// c + a_0 b_0 + a_1 b_1 for pairs of bfloat16; `pair` holds a_0 in its low half, for every lane
+INFOPO_INLINE Vec dot_pairs(uint32_t pair, const uint16_t* b, Vec c) {
+  const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+}
+
+// kLanes floats rounded to bfloat16, each in the low half of a lane
+INFOPO_INLINE Bits round_to_bf16(Vec x) {
+  const Halves halves = reinterpret_cast<Halves>(_mm512_cvtneps_pbh(x));
+  return __builtin_convertvector(halves, Bits);
+}
+
+INFOPO_INLINE void store_low_halves(uint16_t* p, Bits x) {
+  const Halves halves = __builtin_convertvector(x, Halves);
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+#endif
+
 // Zero below -87 (no subnormals), infinity above 88.
 INFOPO_INLINE Vec exp(Vec x) {
   const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it leaves round(x / ln 2) in the low bits

@@ -46,8 +46,8 @@ def _register_fakes() -> None:
     torch.library.register_fake("infopo_kernels_cpp::backward")(lambda *_: None)
 
 
-def isa() -> str:
-    """The instruction set that serves: "avx512", "avx2" or "portable".
+def isa(dtype: torch.dtype = torch.float32) -> str:
+    """The instruction set that serves inputs of `dtype`: "avx512_bf16", "avx512", "avx2" or "portable".
 
     Raises:
         ImportError: the extension is not there.
@@ -56,7 +56,7 @@ def isa() -> str:
     reason = _missing_extension()
     if reason is not None:
         raise ImportError(reason)
-    name: str = _OPS.isa()
+    name: str = _OPS.isa(dtype)
     return name
 
 

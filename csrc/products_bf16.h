@@ -1,0 +1,202 @@
+// Products of pairs of bfloat16 with float accumulators (vdpbf16ps). Everything that is paired runs along K:
+//
+//     panels            [K / 2][width][2], a last odd row filled up with zeros
+//     W for the logits  its rows as they stand (pairs of neighbours), or staged where H is odd
+//     a settled tile    what was rows v, v + 1 (v even) of float G^T, `ld` floats apart, is rounded once to bfloat16 and
+//                       kept in the two ways in which it is read, in the memory that the floats had:
+//                         row v:      [G_v][G_v+1]     each ld numbers long: pairs along the tokens, A by row
+//                         row v + 1:  [C][2]           pairs along the vocabulary, A by column
+
+namespace infopo::INFOPO_ISA {
+namespace {
+
+// Register tile and K block: as for floats, a pair in the place of a number.
+constexpr int kGroup = 6, kPanelVectors = 4;
+constexpr int kPanel = kPanelVectors * kLanes;
+constexpr int kDepth = 384;
+
+INFOPO_INLINE uint32_t load_pair(const uint16_t* p) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return pair;
+}
+
+// out [MR, width] (+)= A B over `pairs` of K; pair k of A's row i stands at rows[i] + k * step
+template <int MR, int NV>
+void register_tile(int64_t pairs, const uint16_t* const* rows, int64_t step, const uint16_t* b, float* const* out,
+                   int64_t column, bool accumulate) {
+  if (accumulate) {
+    for (int i = 0; i < MR; ++i) {
+      for (int j = 0; j < NV; ++j) __builtin_prefetch(out[i] + column + j * kLanes, 1);
+    }
+  }
+  Vec acc[MR][NV] = {};
+  const uint16_t* a[MR];
+  for (int i = 0; i < MR; ++i) a[i] = rows[i];
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < pairs; ++k) {
+    for (int i = 0; i < MR; ++i) {
+      const uint32_t pair = load_pair(a[i]);
+      for (int j = 0; j < NV; ++j) acc[i][j] = dot_pairs(pair, b + j * 2 * kLanes, acc[i][j]);
+      a[i] += step;
+    }
+    b += NV * 2 * kLanes;
+  }
+  for (int i = 0; i < MR; ++i) {
+    float* to = out[i] + column;
+    for (int j = 0; j < NV; ++j) store(to + j * kLanes, accumulate ? load(to + j * kLanes) + acc[i][j] : acc[i][j]);
+  }
+}
+
+using RegisterTile = void (*)(int64_t, const uint16_t* const*, int64_t, const uint16_t*, float* const*, int64_t, bool);
+
+template <int MR>
+RegisterTile register_tile_of_width(int vectors) {
+  switch (vectors) {
+    case 1: return register_tile<MR, 1>;
+    case 2: return register_tile<MR, 2>;
+    case 3: return register_tile<MR, 3>;
+    default: return register_tile<MR, 4>;
+  }
+}
+
+RegisterTile register_tile_for(int rows, int vectors) {
+  switch (rows) {
+    case 1: return register_tile_of_width<1>(vectors);
+    case 2: return register_tile_of_width<2>(vectors);
+    case 3: return register_tile_of_width<3>(vectors);
+    case 4: return register_tile_of_width<4>(vectors);
+    case 5: return register_tile_of_width<5>(vectors);
+    default: return register_tile_of_width<6>(vectors);
+  }
+}
+
+// row_at(m): where row m of A starts
+template <typename RowAt>
+INFOPO_INLINE void multiply_rows(const Product& p, int64_t step, const RowAt& row_at) {
+  const int64_t groups = ceil_div(p.M, kGroup), all_pairs = ceil_div(p.K, 2);
+  const int64_t depth = ceil_div(all_pairs, ceil_div(all_pairs, kDepth / 2));
+  for (int64_t k0 = 0; k0 < all_pairs; k0 += depth) {
+    const int64_t pairs = least(depth, all_pairs - k0);
+    const bool accumulate = p.accumulate || k0 > 0;
+    for (int64_t task = p.task_begin; task < p.task_end; ++task) {
+      const int64_t n0 = task / groups * kPanel, m0 = task % groups * kGroup;
+      const int64_t columns = least(kPanel, p.N - n0), width = round_up(columns, kLanes);
+      const int rows = static_cast<int>(least(kGroup, p.M - m0)), vectors = static_cast<int>(width / kLanes);
+      const uint16_t* row[kGroup];
+      for (int i = 0; i < rows; ++i) row[i] = row_at(m0 + i) + k0 * step;
+      const uint16_t* b = reinterpret_cast<const uint16_t*>(p.b) + n0 * round_up(p.b_rows, 2) +
+                          (p.b_row0 / 2 + k0) * 2 * width;
+      const RegisterTile tile = register_tile_for(rows, vectors);
+      if (columns == width) {
+        tile(pairs, row, step, b, p.out + m0, n0, accumulate);
+        continue;
+      }
+      float edge[kGroup][kPanel];  // a result row ends inside this panel: whole vectors would write past it
+      float* edge_rows[kGroup];
+      for (int i = 0; i < rows; ++i) edge_rows[i] = edge[i];
+      tile(pairs, row, step, b, edge_rows, 0, false);
+      for (int i = 0; i < rows; ++i) {
+        float* to = p.out[m0 + i] + n0;
+        for (int64_t j = 0; j < columns; ++j) to[j] = accumulate ? to[j] + edge[i][j] : edge[i][j];
+      }
+    }
+  }
+}
+
+// A is a settled tile.
+void multiply(const Product& p) {
+  const uint16_t* tile = reinterpret_cast<const uint16_t*>(p.a);
+  const int64_t row = 2 * p.lda;  // bfloat16 numbers in the place of a row of floats
+  if (p.a_by_column) {
+    multiply_rows(p, 2 * row, [=](int64_t m) { return tile + row + 2 * m; });
+  } else {
+    multiply_rows(p, 2, [=](int64_t m) { return tile + (m & ~int64_t{1}) * row + (m & 1) * p.lda; });
+  }
+}
+
+void settle(const Tile& t, float* scratch) {
+  float *even = scratch, *odd = scratch + t.C;
+  for (int64_t v = 0; v < t.rows; v += 2) {
+    float* row = t.z + v * t.ld;
+    for (int64_t c = 0; c < t.C; c += kLanes) {
+      store(even + c, load(row + c));
+      store(odd + c, v + 1 < t.rows ? load(row + t.ld + c) : Vec{});
+    }
+    uint16_t* halves = reinterpret_cast<uint16_t*>(row);
+    for (int64_t c = 0; c < t.C; c += kLanes) {
+      const Bits first = round_to_bf16(load(even + c)), second = round_to_bf16(load(odd + c));
+      store_low_halves(halves + c, first);
+      store_low_halves(halves + t.ld + c, second);
+      store(row + t.ld + c, reinterpret_cast<Vec>(first | (second << 16)));
+    }
+  }
+}
+
+void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile& tile, float* stage) {
+  constexpr int64_t kMostRows = 128;
+  float* out[kMostRows];
+  for (int64_t v = 0; v < tile.rows; ++v) out[v] = tile.z + v * tile.ld;
+  const int64_t tasks = ceil_div(tile.C, kPanel) * ceil_div(tile.rows, kGroup);
+  const uint16_t* rows = static_cast<const uint16_t*>(W.data) + tile.v0 * W.stride;
+  Product p{tile.rows, tile.C, H, nullptr, 0, false, packed_columns, 0, H, 0, out, false, 0, tasks};
+  if (H % 2 == 0) return multiply_rows(p, 2, [=](int64_t m) { return rows + m * W.stride; });
+  uint16_t* staged = reinterpret_cast<uint16_t*>(stage);  // the pair of the last number must be a zero
+  for (int64_t k0 = 0; k0 < H; k0 += kDepth) {
+    p.K = least(kDepth, H - k0);
+    for (int64_t v = 0; v < tile.rows; ++v) {
+      for (int64_t k = 0; k < p.K; ++k) staged[v * kDepth + k] = rows[v * W.stride + k0 + k];
+      if (p.K % 2) staged[v * kDepth + p.K] = 0;
+    }
+    p.b_row0 = k0;
+    p.accumulate = k0 > 0;
+    multiply_rows(p, 2, [=](int64_t m) { return staged + m * kDepth; });
+  }
+}
+
+INFOPO_INLINE const uint16_t* row_of(const Matrix& m, int64_t row) {
+  return static_cast<const uint16_t*>(m.data) + row * m.stride;
+}
+
+void pack_rows(const Matrix& m, const int64_t* rows, int64_t row0, int64_t k0, int64_t k1, int64_t K, int64_t H,
+               float* out) {
+  const int64_t padded_K = round_up(K, 2);
+  for (int64_t k = k0; k < k1;) {
+    const uint16_t* row = row_of(m, rows ? rows[k] : row0 + k);
+    const bool whole_pair = k % 2 == 0 && (k + 1 < k1 || k + 1 == K);  // else its other half is another thread's
+    const bool has_second = whole_pair && k + 1 < K;
+    const uint16_t* second = has_second ? row_of(m, rows ? rows[k + 1] : row0 + k + 1) : row;
+    const uint32_t mask = has_second ? 0xffff0000u : 0u;
+    for (int64_t h0 = 0; h0 < H; h0 += kPanel) {
+      const int64_t columns = least(kPanel, H - h0), width = round_up(columns, kLanes);
+      uint16_t* to = reinterpret_cast<uint16_t*>(out) + h0 * padded_K + k / 2 * 2 * width;
+      if (whole_pair) {
+        uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
+        for (int64_t j = 0; j < columns; ++j) {
+          pairs[j] = row[h0 + j] | ((static_cast<uint32_t>(second[h0 + j]) << 16) & mask);
+        }
+        for (int64_t j = columns; j < width; ++j) pairs[j] = 0;
+      } else {
+        for (int64_t j = 0; j < width; ++j) to[2 * j + k % 2] = j < columns ? row[h0 + j] : 0;
+      }
+    }
+    k += whole_pair ? 2 : 1;
+  }
+}
+
+void pack_columns(const Matrix& X, const int64_t* rows, int64_t C, int64_t H, int64_t p0, int64_t p1, float* out) {
+  const int64_t padded_H = round_up(H, 2);
+  for (int64_t c0 = p0 * kPanel; c0 < least(C, p1 * kPanel); c0 += kPanel) {
+    const int64_t columns = least(kPanel, C - c0), width = round_up(columns, kLanes);
+    uint32_t* panel = reinterpret_cast<uint32_t*>(reinterpret_cast<uint16_t*>(out) + c0 * padded_H);
+    for (int64_t j = 0; j < width; ++j) {
+      const uint16_t* row = j < columns ? row_of(X, rows[c0 + j]) : nullptr;
+      for (int64_t h = 0; h < padded_H; h += 2) {
+        panel[h / 2 * width + j] = !row ? 0 : h + 1 < H ? load_pair(row + h) : row[h];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace infopo::INFOPO_ISA
