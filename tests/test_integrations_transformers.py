@@ -196,7 +196,8 @@ def test_bfloat16_keeps_float32_logits() -> None:
     torch.testing.assert_close(out.logps, truth.sum(-1), rtol=1e-6, atol=1e-4)
 
 
-def test_autocast_and_kernel_options() -> None:
+def test_autocast_and_kernel_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the interpreter, which other tests use, stands in for a GPU
     model, inputs = tiny("llama"), batch()
     attach_linear_logps(model, kernel=KernelOptions("torch"))
     with torch.autocast("cpu", torch.bfloat16):
