@@ -44,6 +44,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--long-lengths", help="tokens of its rows")
     parser.add_argument("--accuracy-lengths", help="tokens of a sequence in the accuracy part")
     parser.add_argument("--training-length", type=int, help="tokens of a sequence in the training part")
+    parser.add_argument("--training-dtypes", metavar="LIST", help="types of the model in the training part")
     parser.add_argument("--training-steps", type=int, help="timed steps")
     parser.add_argument("--memory-gib", type=float, help="what an isolated process may allocate")
     parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder of the records and plots")
@@ -94,10 +95,12 @@ def plan_of(args: argparse.Namespace) -> Plan:
         chosen["peers"] = (OURS, *(name for name in chosen["peers"] if name != OURS))
     for field in fields(Plan):
         given = getattr(args, field.name, None)
-        if field.name in chosen or field.name in known or given is None:
+        if field.name in (*known, "training_dtypes") or given is None:
             continue
         lengths = isinstance(getattr(plan, field.name), tuple)
         chosen[field.name] = tuple(int(word) for word in given.split(",")) if lengths else given
+    if args.training_dtypes:
+        chosen["training_dtypes"] = _among("training-dtypes", args.training_dtypes, list(DTYPES))
     return replace(plan, **chosen)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from infopo_kernels.bench.contenders import FLOOR, OURS
-from infopo_kernels.bench.report import Table, Timing, timings
+from infopo_kernels.bench.report import Table, Timing, load, timings
 
 TOLERANCE: Final = 0.10
 """A ratio that grew by less is no regression; nor is one that grew by less than twice the spreads of all four."""
@@ -45,10 +45,9 @@ class Change:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    file = path / "speed.json" if path.is_dir() else path
-    record = json.loads(file.read_text())
+    record = load(path).get("speed", {}) if path.is_dir() else json.loads(path.read_text())
     if "benchmarks" not in record:
-        raise ValueError(f"{file} is no speed record of pytest-benchmark.")
+        raise ValueError(f"{path} is no speed record of pytest-benchmark.")
     result: dict[str, Any] = record
     return result
 
@@ -58,7 +57,7 @@ def _noise(*timings: Timing) -> float:
 
 
 def compare(old: Path, new: Path) -> list[Change]:
-    """Every contender at every point that both records have.
+    """Every contender at every point that both records (files, or folders of them) have.
 
     Raises:
         ValueError, OSError: not a speed record, or nothing in common.

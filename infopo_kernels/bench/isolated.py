@@ -30,7 +30,8 @@ from infopo_kernels.bench.shapes import Shape
 from infopo_kernels.bench.truth import run
 from infopo_kernels.training.memory import peak_mib, present_mib, reset_peak
 
-_MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
+# glibc's mallopt: a freed block of 1 MiB or more goes back to the system, and so does the free end of the heap.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MIB = -1, -3, 1 << 20
 _PRELOADED: Final = ("infopo_kernels.bench.preload",)
 
 
@@ -56,16 +57,26 @@ def _limit_memory(gib: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (used + int(gib * 2**30),) * 2)
 
 
+def _give_back_at_once() -> None:
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:  # other C libraries do not keep large blocks
+            mallopt(_M_MMAP_THRESHOLD, _MIB)
+            mallopt(_M_TRIM_THRESHOLD, _MIB)
+
+
 def settle() -> None:
     """Give back what is free."""
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _step(setup: Setup) -> dict[str, Any]:
     device, case = torch.device(setup.device), CASES[setup.case]
     torch.set_num_threads(setup.threads)
+    _give_back_at_once()
     contender = CONTENDERS[setup.contender]
     if reason := contender.unsupported_reason(case, device, DTYPES[setup.dtype]):
         return {"skipped": reason}
@@ -113,18 +124,9 @@ def in_fresh_process(
     """`function(argument)` in a fresh process; {"failed": reason} if it does not come back."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
-    kept = {name: os.environ.get(name) for name in _MALLOC}
-    os.environ.update(_MALLOC)  # read by the C library when the server starts
-    try:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(sender, function, argument, memory_gib))
-        process.start()
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, function, argument, memory_gib))
+    process.start()
     sender.close()
     try:
         if not receiver.poll(timeout):

@@ -57,6 +57,7 @@ class Plan:
     long_lengths: tuple[int, ...] = tuple(2**k for k in range(10, 21))
     long_seconds: float = 6.0
     """A row that is expected to take longer is not run."""
+    training_dtypes: tuple[str, ...] = ("float32",)
     training_length: int = 256
     training_steps: int = 2
     memory_gib: float = 8.0
@@ -96,6 +97,7 @@ def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
             memory_tokens=(2048, 8192, 32768),
             accuracy_lengths=(256, 1024, 4096),
             long_seconds=20.0,
+            training_dtypes=("bfloat16",),
             training_length=2048,
             training_steps=5,
         )

@@ -41,15 +41,25 @@ class Table:
 
 
 def load(folder: Path) -> Records:
-    """The records of a folder by part.
+    """The records of a folder by part; those of a part that was measured in pieces (`speed-1.json`, ...) as one.
 
     Raises:
         OSError: there are none.
+        ValueError: pieces of a part were measured on different machines or versions.
     """
-    found = {part: folder / f"{part}.json" for part in PARTS if (folder / f"{part}.json").is_file()}
-    if not found:
+    found = {part: [json.loads(path.read_text()) for path in sorted(folder.glob(f"{part}*.json"))] for part in PARTS}
+    records = {part: _joined(part, pieces) for part, pieces in found.items() if pieces}
+    if not records:
         raise FileNotFoundError(f"{folder} holds no record ({', '.join(f'{part}.json' for part in PARTS)}).")
-    return {part: json.loads(path.read_text()) for part, path in found.items()}
+    return records
+
+
+def _joined(part: str, pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    first = pieces[0]
+    if any(piece["machine_info"] != first["machine_info"] for piece in pieces):
+        raise ValueError(f"the {part} records come from different machines or versions; measure them on one.")
+    lists = [key for key in ("benchmarks", "skipped", "rows") if key in first]
+    return {**first, **{key: [entry for piece in pieces for entry in piece[key]] for key in lists}}
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _steps(training: Training) -> dict[str, Any]:
 def training(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     """Seconds and peak memory (beyond weights and optimiser state) of whole steps."""
     rows = []
-    for dtype in plan.dtypes:
+    for dtype in plan.training_dtypes:
         for name in plan.peers:
             progress(f"training: {dtype}, {name}")
             one = Training(name, dtype, plan.training_length, plan.training_steps, plan.device, torch.get_num_threads())
