@@ -30,12 +30,13 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a sample, in 3 minutes on 2 cores")
     for name, what in (
         ("parts", "speed, memory, long-context, accuracy, training"),
-        ("peers", "names or their beginnings, such as naive,TRL; this library always takes part"),
+        ("peers", "names or their beginnings, such as naive,TRL; this library always takes part in speed and accuracy"),
         ("shapes", "models whose heads are timed, such as SmolLM2-135M"),
         ("dtypes", "float32, bfloat16, float16"),
         ("cases", "timed cases, such as step,frozen"),
     ):
-        parser.add_argument(f"--{name}", "--dtype" if name == "dtypes" else f"--{name}", metavar="LIST", help=what)
+        flags = ("--dtypes", "--dtype") if name == "dtypes" else (f"--{name}",)
+        parser.add_argument(*flags, metavar="LIST", help=what)
     parser.add_argument("--threads", type=int, help="CPU threads (default: one for each core)")
     parser.add_argument("--product-gflop", type=float, help="size of one product of a timed case")
     parser.add_argument("--seconds", type=float, help="timed seconds for each contender and case")
@@ -91,7 +92,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     chosen: dict[str, Any] = {
         name: _among(name, given, list(words)) for name, words in known.items() if (given := getattr(args, name))
     }
-    if "peers" in chosen:
+    if "peers" in chosen and {"speed", "accuracy"} & set(chosen.get("parts", plan.parts)):
         chosen["peers"] = (OURS, *(name for name in chosen["peers"] if name != OURS))
     for field in fields(Plan):
         given = getattr(args, field.name, None)

@@ -36,6 +36,8 @@ class Contender:
     module: ClassVar[tuple[str, str] | None] = None
     """What must be importable, and how it is installed."""
     compiles: ClassVar[bool] = False
+    skips_unscored: ClassVar[tuple[str, ...]] = ()
+    """Types of device on which tokens that are not scored cost no product."""
 
     def unsupported_reason(self, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if it can run, else why not."""
@@ -59,6 +61,7 @@ class Ours(Contender):
 
     name = "infopo_kernels"
     setting = "`linear_infopo_loss(..., average=True)`, default backend and workspace"
+    skips_unscored = ("cpu", "cuda")
 
     def unsupported_reason(self, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
         try:
@@ -167,6 +170,7 @@ class Trl(Contender):
         "it: scored positions on a GPU, every position on a CPU"
     )
     module = ("trl", "trl")
+    skips_unscored = ("cuda",)
 
     def token_logps(self, batch: Batch) -> Tensor:
         from trl.kernels import ChunkedLogProbFunction
@@ -245,6 +249,7 @@ class Cce(Contender):
     setting = "`linear_cross_entropy(reduction='none')`: its kernel on a GPU, `impl='torch_compile'` on a CPU"
     module = ("cut_cross_entropy", "cut-cross-entropy")
     compiles = True
+    skips_unscored = ("cpu", "cuda")
 
     def token_logps(self, batch: Batch) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy

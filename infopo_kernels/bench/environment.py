@@ -27,7 +27,7 @@ def _cpu_model() -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """Machine, threads and versions, as JSON takes them."""
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    installed = {package.name.replace("_", "-"): package.version for package in importlib.metadata.distributions()}
     result = {
         "infopo_kernels": __version__,
         "device": device,

@@ -46,6 +46,8 @@ class Plan:
     """Shapes that run the case "step" in the last type only."""
     product_gflop: float = 60.0
     """Size of one product of a timed case; it sets the number of tokens."""
+    fit_gib: float | None = None
+    """Fewer tokens where a naive step would need more than this; None keeps the number the same on every machine."""
     seconds: float = 2.5
     """Timed seconds for each contender and case."""
     rounds: int = 7
@@ -63,12 +65,19 @@ class Plan:
     memory_gib: float = 8.0
     """What a process may allocate; an implementation that asks for more has failed."""
 
+    def tokens(self, shape: Shape) -> int:
+        """Tokens of a timed batch."""
+        tokens = shape.tokens_for(self.product_gflop)
+        while self.fit_gib is not None and tokens > 64 and shape.step_gib(tokens, 4) > self.fit_gib:
+            tokens //= 2
+        return tokens
+
     def speed_points(self) -> list[SpeedPoint]:
         """Every group of timings."""
         points = []
         for name in self.shapes:
             restricted = name in self.step_only
-            tokens = SHAPES[name].tokens_for(self.product_gflop)
+            tokens = self.tokens(SHAPES[name])
             for dtype in self.dtypes[-1:] if restricted else self.dtypes:
                 for case in self.cases:
                     if not restricted or case == "step":
@@ -92,6 +101,7 @@ def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
             plan,
             dtypes=("float32", "bfloat16"),
             product_gflop=10_000.0,
+            fit_gib=torch.cuda.get_device_properties(device).total_memory / 2**30 * 0.6,
             rounds=20,
             seconds=3.0,
             memory_tokens=(2048, 8192, 32768),

@@ -21,6 +21,7 @@ from infopo_kernels.bench.shapes import SHAPES
 Records = dict[str, dict[str, Any]]
 
 _TITLES: Final = {
+    "targets": "Targets",
     "speed": "Speed",
     "memory": "Memory",
     "long-context": "Long context",
@@ -160,36 +161,35 @@ def summary(record: dict[str, Any]) -> Table:
     return table
 
 
-def _outcome(row: dict[str, Any], value: str) -> str:
-    """What to print for a measured row: its figure, or why there is none."""
-    for key in ("failed", "skipped", "not_run"):
-        if key in row:
-            return f"{key.replace('_', ' ')}: {row[key]}"
-    return value
+def _no_figure(row: dict[str, Any]) -> str | None:
+    """Why a row has no figure; None if it has one."""
+    return next(
+        (f"{key.replace('_', ' ')}: {row[key]}" for key in ("failed", "skipped", "not_run") if key in row), None
+    )
 
 
 def _pivot(
     part: str, title: str, rows: Iterable[dict[str, Any]], column: str, unit: str, figure: str, form: str
 ) -> Table:
-    """Contenders down, values of `column` across, `figure` in each cell; a failure's text once, in a note."""
+    """Contenders down, values of `column` across, `figure` in each cell; why one is missing, below."""
     rows = list(rows)
     heads = list(dict.fromkeys(row[column] for row in rows))
     table = Table(part, title, ["", *(f"{head:,}{unit}" if isinstance(head, int) else f"{head}" for head in heads)])
     for name in dict.fromkeys(row["contender"] for row in rows):
         cells = {row[column]: row for row in rows if row["contender"] == name}
-        line = [name]
-        for head in heads:
-            row = cells.get(head)
-            if row is not None and figure in row:
-                line.append(form.format(row[figure]))
-            elif row is None:
-                line.append("–")
-            else:
-                key = next(key for key in ("failed", "skipped", "not_run", "") if not key or key in row)
-                line.append({"failed": "failed", "skipped": "skipped", "not_run": "not run", "": "–"}[key])
-                if key:
-                    table.notes.append(f"{name}, {line[0] and table.columns[len(line) - 1]}: {_outcome(row, '')}")
-        table.rows.append(line)
+        missing = {head: why for head, row in cells.items() if (why := _no_figure(row)) is not None}
+        table.rows.append(
+            [name]
+            + [
+                form.format(cells[head][figure])
+                if figure in cells.get(head, {})
+                else missing.get(head, "–").partition(":")[0]
+                for head in heads
+            ]
+        )
+        if missing:
+            head = next(iter(missing))
+            table.notes.append(f"{name}, {table.columns[1 + heads.index(head)]}: {missing[head]}")
     return table
 
 
@@ -262,14 +262,16 @@ def _training(record: dict[str, Any]) -> list[Table]:
     )
     for row in record["rows"]:
         figures = [f"{row['seconds']:.2f}", f"{row['peak_mib']:,.0f}", str(len(row["each"]))] if "each" in row else []
-        table.rows.append([row["contender"], row["dtype"], *(figures or [_outcome(row, ""), "", ""])])
+        table.rows.append([row["contender"], row["dtype"], *(figures or [_no_figure(row) or "–", "", ""])])
     return [table]
 
 
 def tables(records: Records) -> list[Table]:
     """Every table of the records."""
+    from infopo_kernels.bench import targets
+
     builders = {"memory": _memory, "long-context": _long, "accuracy": _accuracy, "training": _training}
-    result = []
+    result = [aim] if (aim := targets.table(records)).rows else []
     if "speed" in records and records["speed"]["benchmarks"]:
         result += [summary(records["speed"]), *_speed(records["speed"])]
     for part, build in builders.items():
@@ -356,6 +358,6 @@ def markdown(records: Records) -> str:
         if not own_tables:
             continue
         parts += [f"## {title}", ""]
-        parts += [f"![{title}](../benchmarks/results/{name})\n" for name in PLOTS[part]]
+        parts += [f"![{title}](../benchmarks/results/{name})\n" for name in PLOTS.get(part, ())]
         parts += [_markdown_table(table) for table in own_tables]
     return "\n".join(parts).rstrip() + "\n"

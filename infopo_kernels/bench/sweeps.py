@@ -36,7 +36,7 @@ def _row(setup: Setup, **more: Any) -> dict[str, Any]:
 
 def _memory_setups(plan: Plan) -> Iterator[tuple[str, Setup]]:
     shape = SHAPES[MAIN_SHAPE]
-    length = shape.tokens_for(plan.product_gflop) // 4
+    length = plan.tokens(shape) // 4
     for name in plan.peers:
         for dtype in plan.dtypes:
             for case in ("step", "frozen"):
@@ -64,12 +64,11 @@ def long_context(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     """One pair of ever longer sequences until each contender fails, or would take too long."""
     rows = []
     for name in plan.peers:
-        seconds: float | None = None
+        seconds: float | None = None  # for each token
         for tokens in plan.long_lengths:
             setup = _setup(plan, name, SHAPES[MAIN_SHAPE], plan.dtypes[-1], 1, tokens // 2)
-            if seconds is not None and 2 * seconds > plan.long_seconds:
-                seconds *= 2
-                rows.append(_row(setup, not_run=f"about {seconds:.0f} s expected, limit {plan.long_seconds:.0f} s"))
+            if seconds is not None and (expected := seconds * tokens) > plan.long_seconds:
+                rows.append(_row(setup, not_run=f"about {expected:.0f} s expected, limit {plan.long_seconds:.0f} s"))
                 continue
             progress(f"long context: {name}, {tokens} tokens")
             # Its first run may compile, or run the small batch, before the one that is timed.
@@ -77,5 +76,5 @@ def long_context(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
             rows.append(_row(setup, **result))
             if "seconds" not in result:
                 break
-            seconds = result["seconds"]
+            seconds = result["seconds"] / tokens
     return rows
