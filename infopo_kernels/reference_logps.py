@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,11 +77,6 @@ def pair_key(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[in
         chosen, rejected = chosen[:room], rejected[:room]
     ids = json.dumps([list(prompt), list(chosen), list(rejected)], separators=(",", ":"))
     return hashlib.blake2b(ids.encode(), digest_size=12).hexdigest()
-
-
-def _cut(example: Any, max_length: int) -> Any:
-    room = max(0, max_length - len(example.prompt))
-    return replace(example, chosen=example.chosen[:room], rejected=example.rejected[:room])
 
 
 def _scorable(example: Any) -> bool:
@@ -222,14 +217,14 @@ def run(args: argparse.Namespace, console: Any) -> Path:
     from infopo_kernels.training.options import kernel_options, loading
     from infopo_kernels.training.policy import Policy, load_tokenizer
     from infopo_kernels.training.progress import Progress
-    from infopo_kernels.training.tokens import encode
+    from infopo_kernels.training.tokens import cut, encode
 
     load = loading(args)
     pairs = read_preferences(args.data)
     tokenizer = load_tokenizer(args.model, load)
     # Every pair of which both responses have a token left: trainers differ in which of those they drop.
-    cut = (_cut(encode(tokenizer, pair), args.max_length) for pair in pairs)
-    unique = {pair_key(e.prompt, e.chosen, e.rejected, None): e for e in cut if _scorable(e)}
+    kept = (cut(encode(tokenizer, pair), args.max_length) for pair in pairs)
+    unique = {pair_key(e.prompt, e.chosen, e.rejected, None): e for e in kept if _scorable(e)}
     if not unique:
         raise UserError(f"no pair has a response within --max-length {args.max_length}; raise the limit.")
     policy = Policy.load(args.model, load, kernel_options(args), tokenizer)

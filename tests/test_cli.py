@@ -86,6 +86,136 @@ def test_train_with_lora(model: Path, data: Path, tmp_path: Path, merge: bool) -
     assert torch.equal(tuned.get_output_embeddings().weight, start.get_output_embeddings().weight)
 
 
+@pytest.fixture
+def reference(model: Path, data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.reference.jsonl"
+    assert precompute(model, data, path) == 0
+    return path
+
+
+def precompute(model: Path, data: Path, output: Path, *more: str) -> int:
+    words = ["--model", str(model), "--data", str(data), "--output", str(output), "--overwrite", *more]
+    return main(["precompute-reference", *words])
+
+
+def records_of(output: Path) -> list[dict[str, Any]]:
+    clock = ("seconds", "peak_memory_mib")
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """What can be compared closely; at the start responses tie, and rounding decides who wins."""
+    return {k: v for k, v in record.items() if not isinstance(v, str) and k != "reward_accuracy"}
+
+
+STEPS = ("--steps", "3", "--batch", "2", "--lr", "1e-2", "--beta", "0.01")
+
+
+@pytest.mark.parametrize("more", [[], ["--held-out", "2"], ["--loss", "dpo"], ["--lora-rank", "2"]], ids=str)
+def test_train_with_a_reference_file_is_train_without_its_pass(
+    model: Path, data: Path, reference: Path, tmp_path: Path, capsys: Any, more: list[str]
+) -> None:
+    if "--lora-rank" in more:
+        pytest.importorskip("peft")
+    scored_here, read = tmp_path / "a", tmp_path / "b"
+    torch.manual_seed(0)  # of adapters
+    assert train(model, data, scored_here, *STEPS, *more) == 0
+    assert "Reference log-probabilities" in capsys.readouterr().out
+    torch.manual_seed(0)
+    assert train(model, data, read, *STEPS, *more, "--reference-logps", str(reference)) == 0
+    assert "Reference log-probabilities" not in capsys.readouterr().out
+    for mine, theirs in zip(records_of(read), records_of(scored_here), strict=True):
+        assert numbers(mine) == pytest.approx(numbers(theirs), rel=1e-3, abs=1e-3)
+
+
+def test_a_reference_file_is_what_training_measures_from(
+    model: Path, data: Path, reference: Path, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in reference.read_text().splitlines()]
+    for line in lines[1:]:
+        line["chosen"] += 3.0
+        line["rejected"] -= 2.0
+    reference.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train(model, data, tmp_path / "tuned", *STEPS, "--reference-logps", str(reference)) == 0
+    first = records_of(tmp_path / "tuned")[0]
+    assert first["chosen_log_ratio"] == pytest.approx(-3, abs=1e-3)
+    assert first["rejected_log_ratio"] == pytest.approx(2, abs=1e-3)
+
+
+def test_without_chosen_references_the_weights_are_the_same_and_the_log_says_what_it_does_not_know(
+    model: Path, data: Path, reference: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from safetensors.torch import load_file
+
+    half = tmp_path / "half.jsonl"
+    assert precompute(model, data, half, "--skip-chosen-reference") == 0
+    runs = []
+    for name, file in (("whole", reference), ("half", half)):
+        more = ("--held-out", "2", "--reference-logps", str(file))
+        assert train(model, data, tmp_path / name, *STEPS, *more) == 0
+        runs.append((load_file(tmp_path / name / "model.safetensors"), records_of(tmp_path / name)))
+    assert "holds no chosen references" in capsys.readouterr().out
+    (whole, whole_records), (halved, records) = runs
+    assert all(torch.equal(whole[name], halved[name]) for name in whole)
+    unknown = ("chosen_log_ratio", "reward_accuracy", "reward_margin", "mi_lower_bound")
+    for mine, theirs in zip(records, whole_records, strict=True):
+        if mine["split"] == "held_out":  # scored by the model before its first step
+            assert numbers(mine) == pytest.approx(numbers(theirs), rel=1e-6, abs=1e-6)
+            continue
+        assert all(mine[name] is None for name in unknown)
+        known = [name for name in numbers(mine) if name not in (*unknown, "loss")]
+        assert [mine[name] for name in known] == pytest.approx([theirs[name] for name in known], rel=1e-6)
+        ref_chosen = theirs["chosen_logps"] - theirs["chosen_log_ratio"]
+        assert mine["loss"] == pytest.approx(theirs["loss"] - 0.01 * ref_chosen, rel=1e-4), "shifted, no more"
+
+
+MISMATCHES = [
+    ("another model", "was computed with another model"),
+    ("other data", "a pair of the data is not in it"),
+    ("--average", "was computed with average=False, training has average=True"),
+    ("--max-length 500", "was computed with max_length=1024, training has max_length=500"),
+    ("no such file", "no such file; write it with"),
+    ("half, dpo", "holds no chosen references, and DPO's gradients need them"),
+    ("cut short", "holds 4 of 6 pairs"),
+]
+
+
+@pytest.mark.parametrize(("what", "sentence"), MISMATCHES, ids=[what for what, _ in MISMATCHES])
+def test_a_reference_file_that_does_not_fit_is_refused(
+    model: Path, data: Path, reference: Path, tmp_path: Path, capsys: Any, what: str, sentence: str
+) -> None:
+    more = what.split() if what.startswith("--") else []
+    if what == "another model":
+        save_tiny_model(model, seed=1)
+    elif what == "other data":
+        write_pairs(data, seed=1)
+    elif what == "no such file":
+        reference.unlink()
+    elif what == "half, dpo":
+        assert precompute(model, data, reference, "--skip-chosen-reference") == 0
+        more = ["--loss", "dpo"]
+    elif what == "cut short":
+        reference.write_text("".join(reference.read_text().splitlines(keepends=True)[:5]))
+    output = tmp_path / "tuned"
+    assert train(model, data, output, *STEPS, *more, "--reference-logps", str(reference)) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"train: --reference-logps {reference}: ")
+    assert sentence in said
+    assert "\n" not in said
+    assert not (output / "metrics.jsonl").exists()
+
+
+def test_pairs_to_score_need_not_be_in_the_reference_file(
+    model: Path, data: Path, reference: Path, tmp_path: Path
+) -> None:
+    more = ("--eval-data", str(write_pairs(tmp_path / "others.jsonl", 2, seed=1)))
+    for name, file in (("a", ()), ("b", ("--reference-logps", str(reference)))):
+        assert train(model, data, tmp_path / name, *STEPS, *more, *file) == 0
+    for mine, theirs in zip(records_of(tmp_path / "b"), records_of(tmp_path / "a"), strict=True):
+        assert numbers(mine) == pytest.approx(numbers(theirs), rel=1e-3, abs=1e-3)
+
+
 BAD = [
     (["--beta", "0"], "argument --beta: expected a number above 0, got '0'"),
     (["--beta", "nan"], "argument --beta: expected a finite number, got 'nan'"),

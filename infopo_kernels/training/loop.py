@@ -47,6 +47,8 @@ def run(
     progress: Progress,
     metrics: MetricsFile,
     *,
+    reference: Tensor | None = None,
+    held_out_reference: Tensor | None = None,
     eval_every: int | None = None,
     seconds: float | None = None,
     after_step: Callable[[int], None] = lambda step: None,
@@ -59,6 +61,9 @@ def run(
         held_out: pairs that are only scored, before, after, and every `eval_every` steps; may be empty.
         progress: shows how far it is.
         metrics: takes each record as it comes.
+        reference: [E, 2] log-probabilities (chosen, rejected) of `examples` under the policy before its first step, or
+            None to form them here. With `TrainOptions.skip_chosen_reference` the chosen ones may be NaN.
+        held_out_reference: [K, 2], the same of `held_out`.
         eval_every: see `held_out`.
         seconds: end in about this time, even before the last step.
         after_step: called with the number of steps done.
@@ -75,12 +80,17 @@ def run(
     pairs_a_group = _STEPS_A_GROUP * pairs_a_step
     order = visiting_order(len(examples), options.steps * pairs_a_step, options.seed)
     average = options.infopo.average
-    reference = torch.full((len(examples), 2), torch.nan, dtype=torch.float64)
-    with progress.stage("Reference log-probabilities", len(set(order)) + len(held_out)) as advance:
-        held_out_reference = all_logps(first, held_out, options.batch, average, advance)
+    # In the order of need: a run that is short of time scores the pairs of its first steps.
+    wanted, ready = list(dict.fromkeys(order)), set[int]()
+    if reference is not None:
+        wanted, ready = [], set(order)
+    else:
+        reference = torch.full((len(examples), 2), torch.nan, dtype=torch.float64)
+    to_score = len(wanted) + (len(held_out) if held_out_reference is None else 0)
+    with progress.stage("Reference log-probabilities", to_score) as advance:
+        if held_out_reference is None:
+            held_out_reference = all_logps(first, held_out, options.batch, average, advance)
         seconds_to_evaluate = time.perf_counter() - begin
-        # In the order of need: a run that is short of time scores the pairs of its first steps.
-        wanted, ready = list(dict.fromkeys(order)), set[int]()
         for start in range(0, len(wanted), pairs_a_group):
             if seconds is not None and ready and time.perf_counter() - begin > _REFERENCE_SHARE * seconds:
                 break

@@ -24,7 +24,12 @@ def dpo_terms(log_ratios: Tensor, beta: float) -> Tensor:
 
 
 def pair_metrics(
-    logps: Tensor, ref_logps: Tensor, scored_tokens: Tensor, loss: LossName, options: InfoPOOptions
+    logps: Tensor,
+    ref_logps: Tensor,
+    scored_tokens: Tensor,
+    loss: LossName,
+    options: InfoPOOptions,
+    skip_chosen_reference: bool = False,
 ) -> dict[str, float]:
     """Means over B pairs; `logps`, `ref_logps` and `scored_tokens` are [2B], chosen first, without gradient.
 
@@ -35,7 +40,14 @@ def pair_metrics(
     reward_margin        beta * (chosen - rejected log-ratio)
     mi_lower_bound       the NWJ estimate of the mutual information for these log-ratios, nats
     rejected_weight      size of the loss's derivative by the log-probability of a rejected response
+
+    With `skip_chosen_reference` the chosen half of `ref_logps` is not known: `loss` is shifted by a constant, and what
+    needs that half (chosen_log_ratio, reward_accuracy, reward_margin, mi_lower_bound) is NaN.
     """
+    references: list[Tensor | None] = list(ref_logps.chunk(2))
+    if skip_chosen_reference:
+        ref_logps, references[0] = ref_logps.clone(), None
+        ref_logps[: len(ref_logps) // 2] = torch.nan
     log_ratios = logps - ref_logps
     chosen, rejected = logps.chunk(2)
     chosen_ratio, rejected_ratio = log_ratios.chunk(2)
@@ -43,7 +55,7 @@ def pair_metrics(
     lengths = (scored_tokens if options.average else torch.ones_like(scored_tokens)).to(logps.dtype)
     sums, tokens = (logps * lengths).chunk(2), scored_tokens.chunk(2)
     output = infopo_loss(
-        *sums, *ref_logps.chunk(2), chosen_lengths=tokens[0], rejected_lengths=tokens[1],
+        *sums, *references, chosen_lengths=tokens[0], rejected_lengths=tokens[1],
         beta=options.beta, offset=options.offset, max_log_weight=options.max_log_weight,
         min_log_weight=options.min_log_weight, sft_weight=options.sft_weight, average=options.average,
     )  # fmt: skip
@@ -59,7 +71,7 @@ def pair_metrics(
         "rejected_logps": rejected.mean(),
         "chosen_log_ratio": chosen_ratio.mean(),
         "rejected_log_ratio": rejected_ratio.mean(),
-        "reward_accuracy": wins.mean(),
+        "reward_accuracy": wins.mean() + 0 * margin.mean(),  # a comparison with NaN is not NaN
         "reward_margin": margin.mean(),
         "mi_lower_bound": output.mi_lower_bound,
         "rejected_weight": weight,

@@ -106,13 +106,21 @@ class Policy:
         return logps
 
     def infopo(
-        self, batch: Batch, ref_logps: Tensor, options: InfoPOOptions, num_pairs: int
+        self,
+        batch: Batch,
+        ref_logps: Tensor,
+        options: InfoPOOptions,
+        num_pairs: int,
+        skip_chosen_reference: bool = False,
     ) -> tuple[Tensor, InfoPOOutput]:
         """The InfoPO loss of the batch against `ref_logps` [2B], averaged over `num_pairs`, and what it consists of.
 
-        The first differs from the second's `loss` by the auxiliary loss of a mixture of experts.
+        The first differs from the second's `loss` by the auxiliary loss of a mixture of experts. With
+        `skip_chosen_reference` the chosen half of `ref_logps` is left alone (see `linear_infopo_loss`).
         """
-        output = self._forward(batch, infopo=options, ref_logps=ref_logps, num_pairs=num_pairs)
+        output = self._forward(
+            batch, infopo=options, ref_logps=ref_logps, num_pairs=num_pairs, skip_chosen_reference=skip_chosen_reference
+        )
         return output.loss, output.infopo
 
     @torch.no_grad()

@@ -21,11 +21,13 @@ class Advance(Protocol):
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """The records of one step in a line: by how much the log-likelihoods changed since the start."""
-    return "   ".join(
-        f"{TITLES[r['objective']]}: chosen {r['chosen_log_ratio']:+.1f} nats, rejected {r['rejected_log_ratio']:+.1f}"
-        for r in records
-    )
+    """The records of one step in a line: by how much the log-likelihoods changed since the start, as far as known."""
+
+    def changes(record: dict[str, Any]) -> str:
+        sides = ((side, record[f"{side}_log_ratio"]) for side in ("chosen", "rejected"))
+        return ", ".join(f"{side} {change:+.1f} nats" for side, change in sides if change == change)
+
+    return "   ".join(f"{TITLES[r['objective']]}: {changes(r)}" for r in records)
 
 
 class Progress:

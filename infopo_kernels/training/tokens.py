@@ -75,7 +75,8 @@ def encode(tokenizer: Any, pair: Preference) -> Example:
     return Example(prompt[:start], chosen[start:], rejected[start:])
 
 
-def _cut(example: Example, max_length: int) -> Example:
+def cut(example: Example, max_length: int) -> Example:
+    """The pair with its responses cut where `max_length` tokens end."""
     room = max(0, max_length - len(example.prompt))
     return Example(example.prompt, example.chosen[:room], example.rejected[:room])
 
@@ -92,7 +93,7 @@ def tokenize(tokenizer: Any, pairs: Iterable[Preference], max_length: int | None
         example = encode(tokenizer, pair)
         length = len(example.prompt) + max(len(example.chosen), len(example.rejected))
         longest = max(longest, length)
-        kept = example if max_length is None else _cut(example, max_length)
+        kept = example if max_length is None else cut(example, max_length)
         # A first token has no logits to be scored by: without a prompt one token of a response says nothing.
         scored = min(len(kept.chosen), len(kept.rejected)) - (not kept.prompt)
         if scored < 1 or kept.chosen == kept.rejected:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
+from torch import Tensor
 
+from infopo_kernels.reference_logps import ReferenceTable
 from infopo_kernels.training.batches import split_held_out
 from infopo_kernels.training.data import Preference, read_preferences
 from infopo_kernels.training.errors import UserError
@@ -32,7 +35,7 @@ from infopo_kernels.training.policy import Policy, load_tokenizer
 from infopo_kernels.training.progress import Progress
 from infopo_kernels.training.report import result_table
 from infopo_kernels.training.smollm2 import SMOLLM2
-from infopo_kernels.training.tokens import tokenize
+from infopo_kernels.training.tokens import Example, tokenize
 from infopo_kernels.training.trainer import Trainer
 
 _INFOPO_ONLY: Final = ("max_log_weight", "min_log_weight", "sft_weight")
@@ -64,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--sft-weight", type=real, metavar="A", help="add A * (-mean token log-probability of chosen)")
     more.add_argument("--average", action="store_true", help="mean over the tokens of a response instead of their sum")
     more.add_argument("--max-length", type=positive, default=1024, help="tokens, prompt and response (default: 1024)")
+    more.add_argument(
+        "--reference-logps", type=Path, metavar="FILE",
+        help="what `precompute-reference` wrote for this model and FILE; the reference is not scored again then",
+    )  # fmt: skip
     held = parser.add_argument_group("evaluation")
     held.add_argument("--held-out", type=natural, default=0, metavar="N", help="pairs of FILE to score, not train on")
     held.add_argument("--eval-data", type=Path, metavar="FILE", help="pairs to score, JSONL")
@@ -103,6 +110,38 @@ def _read(args: argparse.Namespace) -> tuple[list[Preference], list[Preference]]
     return [pairs[i] for i in kept], [pairs[i] for i in away]
 
 
+def _table(args: argparse.Namespace) -> ReferenceTable | None:
+    """The file of `--reference-logps`, as far as it can be checked without the model."""
+    if args.reference_logps is None:
+        return None
+    try:
+        table = ReferenceTable.read(args.reference_logps)
+        table.check_options(average=args.average, max_length=args.max_length, skip_chosen=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--reference-logps {error}") from None
+    if table.header.skip_chosen and args.loss == "dpo":
+        raise UserError(
+            f"--reference-logps {table.path}: holds no chosen references, and DPO's gradients need them; compute it "
+            f"again without --skip-chosen-reference."
+        )
+    return table
+
+
+def _references(
+    table: ReferenceTable, examples: list[Example], held_out: list[Example], named: str
+) -> tuple[Tensor, Tensor | None]:
+    """What the table says of both; None for held-out pairs of which it does not say all: those are scored anyway."""
+    try:
+        reference = table.of_examples(examples)
+    except ValueError as error:
+        raise UserError(f"--reference-logps {error} --data is {named}.") from None
+    try:
+        known = table.of_examples(held_out)
+    except ValueError:
+        return reference, None
+    return reference, None if table.header.skip_chosen or not held_out else known
+
+
 def main(args: argparse.Namespace, console: Console) -> None:
     """Read, check, load, train, save, report.
 
@@ -112,6 +151,7 @@ def main(args: argparse.Namespace, console: Console) -> None:
     _check(args)
     infopo = infopo_options(args)
     load = loading(args)
+    table = _table(args)
     pairs, held_out_pairs = _read(args)
     output = output_directory(args.output, overwrite=args.overwrite)
 
@@ -123,15 +163,31 @@ def main(args: argparse.Namespace, console: Console) -> None:
             f"--max-length {args.max_length}: {data.truncated} pairs were cut at the end, {data.dropped} left out "
             f"because nothing to compare was left of them."
         )
+    reference = held_out_reference = None
+    if table is not None:
+        reference, held_out_reference = _references(table, data.examples, held_out, str(args.data))
     steps = args.steps or math.ceil(len(data.examples) / (args.batch * args.accumulate))
-    options = train_options(args, steps=steps)
+    skip_chosen = table is not None and table.header.skip_chosen
+    options = replace(train_options(args, steps=steps), skip_chosen_reference=skip_chosen)
     policy = Policy.load(args.model, load, kernel_options(args), tokenizer)
     policy.check_examples(data.examples)
+    if table is not None:
+        try:
+            table.check_model(policy.model)
+        except ValueError as error:
+            raise UserError(f"--reference-logps {error}") from None
     console.print(
         f"{TITLES[args.loss]} on {len(data.examples)} pairs ({len(held_out)} held out): {steps} steps of "
         f"{args.batch * args.accumulate} pairs, lr {args.lr:g}, beta {infopo.beta:g}, {args.dtype} on {load.device}.",
         highlight=False,
     )
+    if skip_chosen:
+        console.print(
+            f"{args.reference_logps} holds no chosen references: gradients are the same, the loss is shifted by a "
+            f"constant; while training, the chosen log-ratio, rewards and the bound are not known (null in "
+            f"metrics.jsonl).",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
     def after_step(step: int) -> None:
         if args.save_every and step % args.save_every == 0 and step < steps:
@@ -140,6 +196,7 @@ def main(args: argparse.Namespace, console: Console) -> None:
     with closing(MetricsFile(output / "metrics.jsonl")) as metrics, Progress(console) as progress:
         history = run(
             [Trainer(policy, options)], data.examples, held_out, progress, metrics,
+            reference=reference, held_out_reference=held_out_reference,
             eval_every=args.eval_every, after_step=after_step,
         )  # fmt: skip
     policy.save(output, merge_adapter=args.merge_adapter)

@@ -29,6 +29,8 @@ class TrainOptions:
     loss: LossName = "infopo"
     infopo: InfoPOOptions = field(default_factory=InfoPOOptions)
     """DPO takes its `beta` and `average`; the rest serves InfoPO, and the bound that is logged for both."""
+    skip_chosen_reference: bool = False
+    """The reference of chosen responses is not known: InfoPO's gradients are the same, its loss is shifted."""
     lr: float = 2e-5
     steps: int = 100
     batch: int = 4
@@ -76,7 +78,9 @@ class Trainer:
     def _backward(self, batch: Batch, ref_logps: Tensor, num_pairs: int) -> Tensor:
         """Add the gradients of one batch; its log-probabilities [2B]."""
         if self.options.loss == "infopo":
-            loss, output = self.policy.infopo(batch, ref_logps, self.options.infopo, num_pairs)
+            loss, output = self.policy.infopo(
+                batch, ref_logps, self.options.infopo, num_pairs, self.options.skip_chosen_reference
+            )
             logps = output.logps
         else:
             logps = self.policy.logps(batch, self.options.infopo.average)
@@ -126,7 +130,12 @@ def _metrics(
 ) -> dict[str, float]:
     """`pair_metrics` of several batches."""
     return pair_metrics(
-        _chosen_first(logps), _chosen_first(ref_logps), _chosen_first(tokens), options.loss, options.infopo
+        _chosen_first(logps),
+        _chosen_first(ref_logps),
+        _chosen_first(tokens),
+        options.loss,
+        options.infopo,
+        options.skip_chosen_reference,
     )
 
 
