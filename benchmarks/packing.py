@@ -8,8 +8,10 @@ The demo's word problems, float32, the same pairs in every layout; repetitions a
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infopo_kernels import InfoPOOptions
+from infopo_kernels.bench.environment import environment
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator, preference_features
 from infopo_kernels.integrations.transformers import attach_linear_logps
 from infopo_kernels.training.smollm2 import smollm2_directory
@@ -29,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/packing.json"))
     args = parser.parse_args()
     source = str(smollm2_directory())
     model = attach_linear_logps(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)).train()
@@ -48,7 +52,7 @@ def main() -> None:
             loss.backward()
             if repeat:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
-            losses[name] = float(loss)
+            losses[name] = float(loss.detach())
     table = Table(title=f"{args.pairs} pairs, forward and backward, {torch.get_num_threads()} threads, median")
     for column in ("layout", "tokens", "seconds", "spread", "loss"):
         table.add_column(column, justify="left" if column == "layout" else "right")
@@ -58,6 +62,16 @@ def main() -> None:
         tokens = str(batch["input_ids"].numel())
         table.add_row(name, tokens, f"{statistics.median(times):.2f}", spread, f"{losses[name]:.5f}")
     Console(width=100).print(table)
+    record = {
+        "machine": environment("cpu"),
+        "pairs": args.pairs,
+        "layouts": [
+            {"layout": name, "tokens": batch["input_ids"].numel(), "seconds": seconds[name], "loss": losses[name]}
+            for name, batch in layouts.items()
+        ],
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
