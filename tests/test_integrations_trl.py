@@ -155,6 +155,23 @@ def test_references_ahead_of_time_change_nothing(start: Path, tmp_path: Path, av
         )
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_without_chosen_references_serves_who_skips_them(start: Path, tmp_path: Path, packed: bool) -> None:
+    given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}
+    data, output = write_pairs(tmp_path / "pairs.jsonl", 12), tmp_path / "reference.jsonl"
+    command = ["--model", str(start), "--data", str(data), "--output", str(output), "--max-length", str(MAX_LENGTH)]
+    assert reference_logps.main([*command, "--skip-chosen-reference"]) == 0
+    options = {"reference_logps": str(output), "padding_free": packed, "max_steps": 2}
+    with pytest.raises(ValueError, match="holds no chosen references"):
+        InfoPOTrainer(str(start), args=config(tmp_path, **options), **given)
+    half = InfoPOTrainer(str(start), args=config(tmp_path, skip_chosen_reference=True, **options), **given)
+    whole = InfoPOTrainer(str(start), args=config(tmp_path, max_steps=2, padding_free=packed), **given)
+    ours, truth = train(half)[1], train(whole)[1]
+    for name, expected in truth.items():
+        assert float((ours[name] - expected).norm()) <= 2e-3 * float(expected.norm()) + 1e-6, name
+    assert "mi_lower_bound" not in half.state.log_history[0]
+
+
 @pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"precompute_ref_log_probs": True}])
 def test_skipping_the_chosen_reference_leaves_the_gradient_alone(
     start: Path, tmp_path: Path, options: dict[str, Any]
