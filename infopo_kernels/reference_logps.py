@@ -64,7 +64,8 @@ def model_fingerprint(model: Any) -> str:
         plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
         digest.update(f"{plain} {list(parameter.shape)}".encode())
         values = parameter.detach().reshape(-1)
-        chosen = torch.linspace(0, values.numel() - 1, min(_SAMPLES, values.numel()), device=values.device).long()
+        count = min(_SAMPLES, values.numel())  # in integers: a float32 index is wrong beyond 2^24 values
+        chosen = torch.arange(count, device=values.device) * (values.numel() - 1) // max(1, count - 1)
         sample = values[chosen].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

@@ -130,6 +130,17 @@ def test_fingerprints_know_a_changed_weight_but_not_a_type_or_an_adapter() -> No
         model_fingerprint(tiny_model().to("meta"))
 
 
+@pytest.mark.parametrize("size", [1, 1024, 1025, 28_311_552])
+def test_a_fingerprint_reaches_from_the_first_value_of_a_weight_to_the_last(size: int) -> None:
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16))
+    first = model_fingerprint(model)
+    for entry in (0, size - 1):
+        with torch.no_grad():
+            model.weight.zero_()[entry] = 1.0
+        assert model_fingerprint(model) != first
+
+
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
