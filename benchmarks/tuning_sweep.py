@@ -1,10 +1,11 @@
 """Which beta and learning rate to start from: short runs on SmolLM2-135M-Instruct, full tuning and LoRA.
 
-    python benchmarks/tuning_sweep.py --output benchmarks/results/tuning_sweep.json     # all runs
-    python benchmarks/tuning_sweep.py --output FILE --only lora                         # a part of them
+    python benchmarks/tuning_sweep.py                                                        # all runs, short
+    python benchmarks/tuning_sweep.py --only "lora16 beta0.1 lr0.0001"                       # a part of them
+    python benchmarks/tuning_sweep.py --steps 40 --output benchmarks/results/tuning_sweep_long.json --only ...
 
 Every run starts from the same weights and sees the same pairs of the demo's generator in the same order; the held-out
-pairs are scored before and after. Runs of the same size that are in the output already are not repeated. The figures of
+pairs are scored before and after. Runs of the same size that are in the output already are not repeated. The tables of
 docs/tuning_guide.md come from here.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from infopo_kernels.bench.environment import environment
 from infopo_kernels.options import InfoPOOptions, KernelOptions
 from infopo_kernels.training.batches import collate
 from infopo_kernels.training.data import parse_preference
@@ -30,9 +33,6 @@ from infopo_kernels.training.policy import Loading, Policy, load_tokenizer
 from infopo_kernels.training.tokens import Example, tokenize
 from infopo_kernels.training.trainer import Trainer, TrainOptions, all_logps, evaluation
 from infopo_kernels.training.word_problems import word_problems
-
-_BEGIN = "<!-- tuning_sweep: begin -->"
-_END = "<!-- tuning_sweep: end -->"
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,21 @@ class Setting:
         return f"{self.loss} {kind} beta{self.beta:g} lr{self.lr:g}{extra}"
 
 
-RATES = [Setting(0.1, lr) for lr in (5e-5, 1e-5, 2e-4, 1e-3)]
-BETAS = [Setting(beta, 5e-5) for beta in (0.03, 0.3)]
-LORA = [Setting(0.1, lr, lora_rank=16) for lr in (5e-4, 1e-4, 2e-3)]
-OTHER = [
-    Setting(0.1, 5e-5, loss="dpo"),
-    Setting(0.1, 1e-3, max_log_weight=-1.0),
-    Setting(5.0, 5e-5, average=True),
+SETTINGS = [
+    *(Setting(0.1, lr) for lr in (1e-5, 2e-5, 5e-5, 2e-4, 1e-3)),
+    *(Setting(0.1, lr, max_log_weight=0.0) for lr in (5e-5, 2e-4, 1e-3)),
+    *(Setting(beta, 2e-5) for beta in (0.03, 0.3)),
+    Setting(5.0, 2e-5, average=True),
+    Setting(0.1, 2e-5, loss="dpo"),
+    *(Setting(0.1, lr, lora_rank=16) for lr in (1e-4, 2e-4, 5e-4, 2e-3)),
 ]
-GROUPS = {"rates": RATES, "lora": LORA, "betas": BETAS, "other": OTHER}
+
+PLOTTED = {
+    "infopo full beta0.1 lr1e-05": "C0-", "infopo full beta0.1 lr5e-05": "C2-", "infopo full beta0.1 lr0.0002": "C3-",
+    "infopo full beta0.1 lr0.0002 cap0": "C3--", "infopo lora16 beta0.1 lr0.0002": "C0:",
+    "infopo lora16 beta0.1 lr0.002": "C1:",
+}  # fmt: skip
+"""Names of runs, and matplotlib's format of their lines."""
 
 
 @dataclass
@@ -76,7 +82,7 @@ class Data:
 
 def prepare(args: argparse.Namespace) -> Data:
     """The reference is the same for every run: it is formed once."""
-    loading = Loading(dtype=torch.bfloat16)
+    loading = Loading()
     tokenizer = load_tokenizer("smollm2", loading)
     pairs = [parse_preference(pair.row()) for pair in word_problems(args.steps * args.batch + args.held_out, 0)]
     examples = tokenize(tokenizer, pairs, 512).examples
@@ -94,9 +100,14 @@ def prepare(args: argparse.Namespace) -> Data:
 def measure(setting: Setting, data: Data, args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The metrics of one run, by step and after."""
     torch.manual_seed(0)
-    policy = Policy.load("smollm2", Loading(dtype=torch.bfloat16, lora_rank=setting.lora_rank), KernelOptions())
+    policy = Policy.load("smollm2", Loading(lora_rank=setting.lora_rank), KernelOptions())
     objective = InfoPOOptions(setting.beta, max_log_weight=setting.max_log_weight, average=setting.average)
     options = TrainOptions(loss=setting.loss, infopo=objective, lr=setting.lr, steps=args.steps, batch=args.batch)
+    found = environment("cpu")
+    about = {
+        **asdict(setting), "steps": args.steps, "batch": args.batch, "held_out_pairs": args.held_out,
+        "machine": f"{found['cpu']}, {found['threads']} threads, torch {found['versions']['torch']}",
+    }  # fmt: skip
     trainer, records, start = Trainer(policy, options), [], time.perf_counter()
     for step in range(args.steps):
         part = slice(step * args.batch, (step + 1) * args.batch)
@@ -104,14 +115,7 @@ def measure(setting: Setting, data: Data, args: argparse.Namespace, console: Con
         try:
             records.append(trainer.step([(batch, data.reference[setting.average][part].T.reshape(-1))]))
         except UserError as error:
-            return {
-                **asdict(setting),
-                "steps": args.steps,
-                "batch": args.batch,
-                "held_out_pairs": args.held_out,
-                "train": records,
-                "stopped": str(error),
-            }
+            return {**about, "seconds": time.perf_counter() - start, "train": records, "stopped": str(error)}
         last = records[-1]
         console.print(
             f"  step {step + 1}: chosen {last['chosen_log_ratio']:+.2f}, rejected {last['rejected_log_ratio']:+.2f}, "
@@ -119,16 +123,7 @@ def measure(setting: Setting, data: Data, args: argparse.Namespace, console: Con
         )  # fmt: skip
     logps = all_logps(policy, data.held_out, args.batch, setting.average)
     after = evaluation(logps, data.held_out_reference[setting.average], data.held_out, options)
-    seconds = time.perf_counter() - start
-    return {
-        **asdict(setting),
-        "steps": args.steps,
-        "batch": args.batch,
-        "held_out_pairs": args.held_out,
-        "after": after,
-        "train": records,
-        "seconds": seconds,
-    }
+    return {**about, "seconds": time.perf_counter() - start, "train": records, "after": after}
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -149,11 +144,14 @@ def table(results: dict[str, Any]) -> Table:
     return made
 
 
-def write_guide(results: dict[str, Any], path: Path) -> None:
-    """Put the table between the guide's markers."""
+def write_guide(results: dict[str, Any], path: Path, record: str) -> None:
+    """Put the table of a record between its markers in the guide."""
+    begin, end = f"<!-- {record}: begin -->", f"<!-- {record}: end -->"
     first = next(iter(results.values()))
+    minutes = statistics.median(result["seconds"] for result in results.values()) / 60
     lines = [
-        f"{first['steps']} steps of {first['batch']} pairs, {first['held_out_pairs']} held-out pairs, bfloat16.",
+        f"{first['steps']} steps of {first['batch']} pairs, {first['held_out_pairs']} held-out pairs, float32, "
+        f"{first['machine']}; {minutes:.1f} minutes a run at the median.",
         "",
         "| run | chosen, nats | rejected, nats | accuracy | bound, nats | rejected weight / β | gradient norm, max |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -170,35 +168,64 @@ def write_guide(results: dict[str, Any], path: Path) -> None:
             f"{after['reward_accuracy']:.2f} | {after['mi_lower_bound']:+.3f} | {weight} | {norm:.1f} |"
         )
     text = path.read_text(encoding="utf-8")
-    before, rest = text.split(_BEGIN)
-    path.write_text("\n".join([before + _BEGIN, *lines, _END + rest.split(_END)[1]]), encoding="utf-8")
+    before, rest = text.split(begin)
+    path.write_text("\n".join([before + begin, *lines, end + rest.split(end)[1]]), encoding="utf-8")
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """The runs of `PLOTTED`, step by step: what a good rate, a large one and a cap look like."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    ratio, weight = figure.subplots(1, 2)
+    for name, style in PLOTTED.items():
+        train = results[name]["train"]
+        steps = [step + 1 for step in range(len(train))]
+        ratio.plot(steps, [record["chosen_log_ratio"] for record in train], style, label=name.removeprefix("infopo "))
+        weight.plot(steps, [record["rejected_weight"] / results[name]["beta"] for record in train], style)
+    ratio.set_title("Chosen responses of the step's batch")
+    ratio.set_ylabel("log-ratio to the start, nats")
+    weight.set_title("Rejected responses of the step's batch")
+    weight.set_ylabel("mean weight / beta")
+    weight.axhline(1, color="0.4", linewidth=0.8)
+    for axes in (ratio, weight):
+        axes.set_xlabel("optimiser step")
+        axes.grid(alpha=0.3)
+    figure.legend(*ratio.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(path)
 
 
 def main() -> None:
     """Run what is missing, write the record, show the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tuning_sweep.json"))
-    parser.add_argument("--only", choices=sorted(GROUPS), action="append", help="default: all")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--only", metavar="TEXT", action="append", help="runs whose name holds this (default: all)")
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--held-out", type=int, default=12)
+    parser.add_argument("--held-out", type=int, default=24)
     parser.add_argument("--guide", type=Path, help="write the table into this document, too")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot some of the runs, step by step")
     args = parser.parse_args()
     console, data = Console(width=120), None
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     size = {"steps": args.steps, "batch": args.batch, "held_out_pairs": args.held_out}
     results = {name: result for name, result in results.items() if size.items() <= result.items()}
-    for setting in (setting for name in args.only or GROUPS for setting in GROUPS[name]):
-        if setting.name in results:
-            continue
+    wanted = [setting for setting in SETTINGS if any(text in setting.name for text in args.only or [""])]
+    for setting in (setting for setting in wanted if setting.name not in results):
         console.print(f"[bold]{setting.name}[/bold]", highlight=False)
         data = data or prepare(args)
         results[setting.name] = measure(setting, data, args, console)
         args.output.parent.mkdir(parents=True, exist_ok=True)
+        in_order = [setting.name for setting in SETTINGS if setting.name in results]
+        results = {name: results[name] for name in in_order}
         args.output.write_text(json.dumps(results, indent=1) + "\n")
     console.print(table(results))
     if args.guide:
-        write_guide(results, args.guide)
+        write_guide(results, args.guide, args.output.stem)
+    if args.plot:
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":
