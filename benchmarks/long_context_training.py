@@ -1,18 +1,21 @@
 """One training step on ever longer sequences: where naive logits stop fitting in memory, and the fused head goes on.
 
-    python benchmarks/long_context_training.py                       # as far as memory and --minutes go
-    python benchmarks/long_context_training.py --tokens 8192 32768 65536 131072 --minutes 60
+    python benchmarks/long_context_training.py                                   # every case, up to 128k tokens
+    python benchmarks/long_context_training.py --tokens 131072 --ways fused      # a part; the record keeps the others
 
-A small Llama (float32 weights, bfloat16 autocast, activation checkpointing on every layer) takes one InfoPO step on a
-pair of sequences; `--tokens` counts both. Each case runs in a fresh process, whose peak memory is its resident set (on
-a GPU: the allocator's). A case that would not fit is not started: its row says what it would take, and the plot shows
-it hollow, as a model (bytes per token from the measured cases). A failure is a row, not a crash.
+A small Llama (activation checkpointing on every layer; float32, on a GPU bfloat16 autocast) takes one InfoPO step on a
+pair of sequences; `--tokens` counts both. Each case runs in a fresh process that may take `--memory-gib` beyond the
+model and its gradients, enforced by the system (RLIMIT_DATA; on a GPU the allocator's share): a case that needs more
+really fails, and its row says what it had allocated and asked for then. Peak memory of the others is the resident set's
+(on a GPU the allocator's).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -20,15 +23,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
+from infopo_kernels.bench.environment import environment
 from infopo_kernels.training.memory import peak_mib, present_mib, reset_peak
 
 WAYS = ("fused", "naive")
 _MIB = 1 << 20
 
 
-def step(way: str, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds and peak memory beyond the model and its gradients of one step, in this process."""
+_UNITS = {"bytes": 1 / _MIB, "MiB": 1, "GiB": 1024}
+
+
+def address_space_mib(name: str) -> float:
+    """Of this process, touched or not: VmData (private data, what the limit counts), VmSize (all), VmPeak."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name + ":")) / 1024
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Let this process take `gib` more than it has."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory
+        share = (torch.cuda.memory_reserved(device) + gib * 2**30) / whole
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    else:
+        most = int((address_space_mib("VmData") + 1024 * gib) * _MIB)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
+
+
+def step(way: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak memory beyond the model and its gradients of one step, in this process; or how it failed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from infopo_kernels import InfoPOOptions, infopo_loss
@@ -44,86 +70,73 @@ def step(way: str, args: argparse.Namespace) -> dict[str, float]:
     model = attach_linear_logps(LlamaForCausalLM(config).to(device).train())
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def one(tokens: int) -> None:
+    def one(tokens: int) -> float:
         ids = torch.randint(args.vocabulary, (2, tokens // 2), device=device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             if way == "fused":
-                loss = model(ids, labels=ids, infopo=InfoPOOptions(), use_cache=False).loss
+                loss = model(ids, labels=ids, infopo=InfoPOOptions(beta=0.01), use_cache=False).loss
             else:
                 logits = model(ids, use_cache=False).logits[:, :-1].float()
                 logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).sum(-1)
-                loss = infopo_loss(*logps.chunk(2)).loss
+                loss = infopo_loss(*logps.chunk(2), beta=0.01).loss
         loss.backward()
+        return float(loss.detach())
 
     one(64)  # brings in libraries, threads and gradients
     before = present_mib(device)
+    mapped = address_space_mib("VmSize") if device.type == "cpu" else before
+    limit_memory(device, args.memory_gib)
     reset_peak(device)
     start = time.perf_counter()
-    one(args.case)
+    try:
+        loss = one(args.case)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        message = " ".join(str(error).split())
+        asked = re.search(r"allocate ([\d.]+) (bytes|MiB|GiB)", message)
+        return {
+            "failed": message[:300], "seconds": time.perf_counter() - start,
+            # What failed has let go of its own by now: the peak of what was mapped, touched or not.
+            "held_mib": (address_space_mib("VmPeak") if device.type == "cpu" else peak_mib(device)) - mapped,
+            "asked_mib": float(asked[1]) * _UNITS[asked[2]] if asked else None,
+        }  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(device) - before}
+    return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(device) - before, "loss": loss}
 
 
-def memory_limit_mib(args: argparse.Namespace) -> float:
-    """What a case may take: --memory-gib, or what is free, with a tenth left to others."""
-    device = torch.device(args.device)
-    if args.memory_gib is not None:
-        return float(args.memory_gib * 1024)
-    if device.type == "cuda":
-        return 0.9 * torch.cuda.mem_get_info(device)[0] / _MIB
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 0.9 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
-
-
-def measure(way: str, tokens: int, rows: list[dict[str, Any]], args: argparse.Namespace, left: float) -> dict[str, Any]:
-    """One row: measured, or why not and what it would take."""
-    row: dict[str, Any] = {"way": way, "tokens": tokens}
-    known = [r for r in rows if r["way"] == way and r.get("peak_mib") is not None]
-    if known:
-        last = known[-1]
-        factor = tokens / last["tokens"]
-        needed = last["peak_mib"] * factor  # linear, since activations and logits are
-        least = last["seconds"] * factor  # attention is quadratic, the rest linear; a timeout ends what takes longer
-        if needed > args.limit_mib:
-            return {**row, "modelled_peak_mib": needed, "reason": "would not fit in the memory that it may take"}
-        if least > left:
-            return {**row, "modelled_peak_mib": needed, "reason": "would take longer than the time that is left"}
+def measure(way: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of a case, from a process of its own."""
     command = [sys.executable, __file__, "--case", str(tokens), "--way", way, "--device", args.device]
-    for name in ("hidden", "layers", "vocabulary"):
-        command += [f"--{name}", str(getattr(args, name))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 30), check=False)
-    except subprocess.TimeoutExpired:
-        return {**row, "reason": "took longer than the time that was left"}
+    for name in ("hidden", "layers", "vocabulary", "memory_gib"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    row: dict[str, Any] = {"way": way, "tokens": tokens}
     if done.returncode:
         message = (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]
-        return {**row, "reason": message[:200]}
+        return {**row, "failed": message[:300], "held_mib": None, "asked_mib": None}
     return {**row, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """Peak memory and time per token over the tokens of the step."""
+    """Peak memory and time per token over the tokens of the step; a cross is what a failed case held and asked for."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
-    for way, color in (("fused", "tab:blue"), ("naive", "tab:orange")):
+    for way, color, label in (("fused", "tab:blue", "fused head"), ("naive", "tab:orange", "naive logits")):
         rows = [r for r in record["rows"] if r["way"] == way]
         measured = [r for r in rows if "peak_mib" in r]
         x = [r["tokens"] for r in measured]
-        label = "fused head" if way == "fused" else "naive logits"
         axes[0].plot(x, [r["peak_mib"] / 1024 for r in measured], "o-", color=color, label=label)
         axes[1].plot(x, [1e3 * r["seconds"] / r["tokens"] for r in measured], "o-", color=color, label=label)
-        hollow = [r for r in rows if "modelled_peak_mib" in r]
-        if hollow:
+        if failed := [r for r in rows if r.get("asked_mib")]:
             axes[0].plot(
-                [r["tokens"] for r in hollow], [r["modelled_peak_mib"] / 1024 for r in hollow], "o", color=color,
-                fillstyle="none", label=f"{label}, modelled, not run",
+                [r["tokens"] for r in failed], [(r["held_mib"] + r["asked_mib"]) / 1024 for r in failed],
+                "x", color=color, markersize=9, markeredgewidth=2, label=f"{label}: failed, held + asked for",
             )  # fmt: skip
-    axes[0].axhline(record["limit_mib"] / 1024, color="gray", linestyle="--", label="memory that a case may take")
+    axes[0].axhline(record["memory_gib"], color="gray", linestyle="--", label=f"limit, {record['memory_gib']:g} GiB")
     axes[1].set_ylim(bottom=0)
     for axis, text in ((axes[0], "peak memory beyond model and gradients, GiB"), (axes[1], "time per token, ms")):
         axis.set(xscale="log", xlabel="tokens of the step (a pair of sequences)", ylabel=text)
@@ -132,24 +145,40 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    shape = record["shape"]
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    shape, machine = record["shape"], record["machine"]
+    name = machine.get("gpu") or f"CPU, {machine['threads']} threads"
     figure.suptitle(
         f"One InfoPO step, Llama {shape['layers']} layers x {shape['hidden']}, vocabulary {shape['vocabulary']}, "
-        f"activation checkpointing, {record['device']}"
+        f"activation checkpointing, {name}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
 
+def show(record: dict[str, Any], console: Console) -> None:
+    """The rows as a table."""
+    table = Table(title=f"One InfoPO step, {record['memory_gib']:g} GiB beyond model and gradients")
+    for column in ("tokens", "head", "seconds", "peak, MiB", "note"):
+        table.add_column(column, justify="left" if column in ("head", "note") else "right")
+    for row in record["rows"]:
+        peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
+        note = row.get("failed", "")
+        if row.get("asked_mib"):
+            note = f"failed: held {row['held_mib']:.0f} MiB, asked for {row['asked_mib']:.0f} more"
+        table.add_row(str(row["tokens"]), row["way"], f"{row.get('seconds', 0):.1f}", peak, note)
+    console.print(table)
+
+
 def main() -> None:
     """Run the cases, write record and plot, show the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--minutes", type=float, default=5.0, help="for all cases together (default: 5)")
-    parser.add_argument("--memory-gib", type=float, help="what a case may take (default: what is free)")
-    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
+    parser.add_argument("--memory-gib", type=float, default=16.0, help="beyond model and gradients (default: 16)")
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -160,34 +189,24 @@ def main() -> None:
     if args.case:
         print(json.dumps(step(args.way, args)))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    args.limit_mib = memory_limit_mib(args)
-    console, end = Console(width=120), time.perf_counter() + 60 * args.minutes
-    rows: list[dict[str, Any]] = []
-    for tokens in sorted(args.tokens):
-        for way in WAYS:
-            rows.append(measure(way, tokens, rows, args, end - time.perf_counter()))
-            console.print(f"{tokens} tokens, {way}: {rows[-1]}", highlight=False)
-    device = torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    record = {
-        "rows": rows, "device": name, "limit_mib": args.limit_mib, "torch": torch.__version__,
+    about = {
+        "machine": environment(args.device),
+        "memory_gib": args.memory_gib,
         "shape": {"hidden": args.hidden, "layers": args.layers, "vocabulary": args.vocabulary},
-    }  # fmt: skip
+    }
+    record = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
+    cases = [(tokens, way) for tokens in args.tokens for way in args.ways]
+    alike = all(record.get(key) == value for key, value in about.items())
+    kept = [r for r in record["rows"] if alike and (r["tokens"], r["way"]) not in cases]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    console = Console(width=120)
+    for tokens, way in cases:
+        kept.append(measure(way, tokens, args))
+        console.print(f"{tokens} tokens, {way}: {kept[-1]}", highlight=False)
+        record = {**about, "rows": sorted(kept, key=lambda r: (r["tokens"], r["way"]))}
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
     plot(record, args.output.with_suffix(".png"))
-    table = Table(title=f"One InfoPO step on {name}")
-    for column in ("tokens", "head", "seconds", "peak, MiB", "note"):
-        table.add_column(column)
-    for row in rows:
-        peak = f"{row['peak_mib']:.0f}" if "peak_mib" in row else ""
-        modelled = f"modelled {row['modelled_peak_mib']:.0f} MiB; " if "modelled_peak_mib" in row else ""
-        seconds = f"{row['seconds']:.1f}" if "seconds" in row else ""
-        table.add_row(str(row["tokens"]), row["way"], seconds, peak, modelled + row.get("reason", ""))
-    console.print(table)
+    show(record, console)
 
 
 if __name__ == "__main__":

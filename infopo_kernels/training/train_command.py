@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--max-length", type=positive, default=1024, help="tokens, prompt and response (default: 1024)")
     more.add_argument(
         "--reference-logps", type=Path, metavar="FILE",
-        help="what `precompute-reference` wrote for this model and FILE; the reference is not scored again then",
+        help="what `precompute-reference` wrote for this model and data; the reference is not scored again then",
     )  # fmt: skip
     held = parser.add_argument_group("evaluation")
     held.add_argument("--held-out", type=natural, default=0, metavar="N", help="pairs of FILE to score, not train on")
