@@ -8,6 +8,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -84,12 +85,28 @@ Gradients check_gradients(const Head& head, const Tensor& hidden, const MaybeTen
   return to;
 }
 
+int64_t kept_rows(const Tensor& grad_weight) {
+  return LogitStore::in(nullptr, dtype_of(grad_weight, "grad_weight"), grad_weight.size(1)).slots;
+}
+
+// The store in `grad_weight`, large enough for the rows that `labels` score.
+LogitStore check_store(const Gradients& to, const Head& head, const Tensor& labels) {
+  const LogitStore store = LogitStore::in(to.weight, to.weight_dtype, head.H);
+  const int64_t* y = labels.const_data_ptr<int64_t>();
+  const int64_t scored = head.N - std::count(y, y + head.N, kIgnoreIndex);
+  TORCH_CHECK_VALUE(scored <= store.slots, "at most ", store.slots, " rows may be kept in the weight gradient, got ",
+                    scored, ".");
+  return store;
+}
+
 std::tuple<Tensor, Tensor> logprob_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias,
-                                      const Tensor& labels, std::optional<double> softcap, double scale,
-                                      int64_t workspace_bytes) {
+                                      const Tensor& labels, const MaybeTensor& keep, std::optional<double> softcap,
+                                      double scale, int64_t workspace_bytes) {
   const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes);
+  LogitStore store{};
+  if (keep) store = check_store(check_gradients(head, hidden, {}, keep, {}), head, labels);
   Tensor l = at::zeros({head.N}, hidden.options().dtype(at::kFloat)), lse = at::zeros_like(l);
-  logprob(head, labels.const_data_ptr<int64_t>(), l.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>());
+  logprob(head, labels.const_data_ptr<int64_t>(), store, l.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>());
   return {l, lse};
 }
 
@@ -109,13 +126,19 @@ std::tuple<Tensor, Tensor> logprob_and_grad_op(const Tensor& hidden, const Tenso
 
 void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels,
                  const Tensor& lse, const Tensor& row_weight, const MaybeTensor& grad_hidden,
-                 const MaybeTensor& grad_weight, const MaybeTensor& grad_bias, std::optional<double> softcap,
-                 double scale, int64_t workspace_bytes) {
+                 const MaybeTensor& grad_weight, const MaybeTensor& grad_bias, const MaybeTensor& kept,
+                 std::optional<double> softcap, double scale, int64_t workspace_bytes) {
   const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes);
   check_vector(lse, "lse", head.N, at::kFloat);
   check_vector(row_weight, "row_weight", head.N, at::kFloat);
   const Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
-  backward(head, labels.const_data_ptr<int64_t>(), lse.const_data_ptr<float>(), row_weight.const_data_ptr<float>(), to);
+  if (kept) {
+    check_vector(*kept, "kept", head.N, at::kLong);
+    TORCH_CHECK_VALUE(to.weight, "`kept` needs `grad_weight`, whose memory holds the logits.");
+    check_store(to, head, *kept);
+  }
+  backward(head, labels.const_data_ptr<int64_t>(), lse.const_data_ptr<float>(), row_weight.const_data_ptr<float>(), to,
+           kept ? kept->const_data_ptr<int64_t>() : nullptr);
 }
 
 std::string isa(at::ScalarType dtype) {
@@ -127,16 +150,17 @@ std::string isa(at::ScalarType dtype) {
 
 TORCH_LIBRARY(infopo_kernels_cpp, m) {
   m.def(
-      "logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float? softcap, float scale, "
-      "int workspace_bytes) -> (Tensor, Tensor)");
+      "logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor(a!)? keep, float? softcap, "
+      "float scale, int workspace_bytes) -> (Tensor, Tensor)");
   m.def(
       "logprob_and_grad(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor row_weight, "
       "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, float? softcap, float scale, "
       "int workspace_bytes) -> (Tensor, Tensor)");
   m.def(
       "backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, Tensor row_weight, "
-      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, float? softcap, float scale, "
-      "int workspace_bytes) -> ()");
+      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor? kept, float? softcap, "
+      "float scale, int workspace_bytes) -> ()");
+  m.def("kept_rows(Tensor grad_weight) -> int");
   m.def("isa(ScalarType dtype) -> str", &infopo::isa);
 }
 
@@ -144,6 +168,7 @@ TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
   m.impl("logprob", &infopo::logprob_op);
   m.impl("logprob_and_grad", &infopo::logprob_and_grad_op);
   m.impl("backward", &infopo::backward_op);
+  m.impl("kept_rows", &infopo::kept_rows);
 }
 
 // `import infopo_kernels._C` loads the library, and that registers the ops: the module itself is empty.

@@ -32,11 +32,26 @@ struct Gradients {
   float* bias;         // [V]; added to
 };
 
-void logprob(const Head&, const int64_t* labels, float* l, float* lse);
+// The memory of a weight gradient that nothing has been added to: until that is written it keeps logits, float z[v][slot]
+// in the bytes of its row v, a slot for each row that was scored when they were kept.
+struct LogitStore {
+  void* data;         // [V, H] contiguous; null for none
+  int64_t row_bytes;
+  int64_t slots;
+
+  static LogitStore in(void* weight_gradient, Dtype dtype, int64_t H);
+  float* row(int64_t v) const { return reinterpret_cast<float*>(static_cast<char*>(data) + v * row_bytes); }
+};
+
+// At most `keep.slots` rows are scored, if it is given.
+void logprob(const Head&, const int64_t* labels, const LogitStore& keep, float* l, float* lse);
 
 void logprob_and_grad(const Head&, const int64_t* labels, const float* row_weight, const Gradients&, float* l,
                       float* lse);
 
-void backward(const Head&, const int64_t* labels, const float* lse, const float* row_weight, const Gradients&);
+// kept: the labels with which `logprob` kept logits in the memory of the weight gradient, which is assigned then, not
+// added to; or null.
+void backward(const Head&, const int64_t* labels, const float* lse, const float* row_weight, const Gradients&,
+              const int64_t* kept);
 
 }  // namespace infopo

@@ -10,6 +10,9 @@
 //   backward, 16-bit dX too large    the fourth for dX alone (rows outside), then for dW alone              4
 //   for the workspace
 //
+// Rows whose logits `logprob` kept in the memory of dW cost `backward` one product less: each tile takes them from there
+// before it writes its own rows of dW.
+//
 // Work is split among threads by place (of the vocabulary, then of the result), partial sums are merged in order: the
 // result depends on the number of threads, never on their timing.
 
@@ -45,6 +48,9 @@ constexpr int64_t kMostRows = 512;
 // Below this many rows the third way loses to recomputing logits: dW comes and goes through memory once a chunk
 // (2 cores of Emerald Rapids: the dW product runs at 160 GFLOP/s a core with 128 rows, 80 with 48).
 constexpr int64_t kFewestStoredRows = 64;
+
+// Below this many slots for logits in the memory of dW another pass over W costs more than the product it saves.
+constexpr int64_t kFewestKeptRows = 64;
 
 // Rows of W whose distance is a multiple of this fall into the same few cache sets and have to be packed.
 constexpr int64_t kPageBytes = 4096;
@@ -175,6 +181,11 @@ int64_t bytes_of(const TileKernels& k, const Head& p, const Sizes& s, const Want
   return counter.used();
 }
 
+// Rows of a chunk of at most `most`, so that n rows make chunks of even size: 600 rows are 2 x 300, not 512 + 88.
+int64_t even_size(int64_t n, int64_t most, int64_t lanes) {
+  return std::min(most, round_up(ceil_div(n, ceil_div(n, std::min(n, most))), lanes));
+}
+
 // The largest sizes that fit: rows before block before threads, along a ladder on which both grow together.
 bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want, Sizes& sizes) {
   constexpr Sizes kLadder[] = {{kMostRows, 3072, 0}, {kMostRows, 2048, 0}, {kMostRows, 1024, 0}, {256, 1024, 0},
@@ -183,9 +194,7 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
                                {16, 16, 0},          {1, 16, 0}};
   for (int64_t threads = at::get_num_threads(); threads >= 1; threads /= 2) {
     for (const Sizes& step : kLadder) {
-      // chunks of even size: 600 rows are 2 x 300, not 512 + 88
-      const int64_t C = std::min(n, step.C), chunks = ceil_div(n, C);
-      sizes = {std::min(step.C, round_up(ceil_div(n, chunks), k.lanes)), std::min(step.Vb, p.V), threads};
+      sizes = {even_size(n, step.C, k.lanes), std::min(step.Vb, p.V), threads};
       if (bytes_of(k, p, sizes, want) <= p.workspace_bytes) return true;
     }
   }
@@ -223,21 +232,23 @@ class Call {
 
  public:
   const Buffers b;
-  const int64_t* rows = nullptr;  // [live] rows of X in this chunk
-  int64_t live = 0;               // of them
-  int64_t C = 0;                  // live rounded up to whole vectors
+  const int64_t* rows = nullptr;   // [live] rows of X in this chunk
+  int64_t live = 0;                // of them
+  int64_t C = 0;                   // live rounded up to whole vectors
+  const int64_t* slots = nullptr;  // [live] where the store has their logits, ascending; or null
 
-  // Pack rows_[0 ... n) unless they are what is packed already.
-  void load_chunk(const int64_t* chunk_rows, int64_t n) {
+  // Pack chunk_rows[0 ... n) unless they are what is packed already.
+  void load_chunk(const int64_t* chunk_rows, int64_t n, const int64_t* chunk_slots = nullptr) {
     if (chunk_rows == rows) return;
     rows = chunk_rows;
+    slots = chunk_slots;
     live = n;
     C = round_up(n, k.lanes);
     for (int64_t c = 0; c < C; ++c) b.labels[c] = c < live ? labels_[rows[c]] : kIgnoreIndex;
     const int64_t panels = ceil_div(live, k.panel);
     on_threads(sizes.threads, [&](int64_t t) {
       const Range own = part(panels, sizes.threads, t), own_rows = part(live, sizes.threads, t);
-      k.pack_columns(p.hidden, rows, live, p.H, own.begin, own.end, b.columns);
+      if (!slots) k.pack_columns(p.hidden, rows, live, p.H, own.begin, own.end, b.columns);
       if (want_.rows_panels) k.pack_rows(p.hidden, rows, 0, own_rows.begin, own_rows.end, live, p.H, b.rows);
     });
   }
@@ -290,14 +301,38 @@ class Call {
     }
   }
 
-  // Logits of the whole vocabulary, reduced to l and lse of the chunk's rows; kept [V, C] if the workspace has them.
-  void reduce(float* l, float* lse) const {
+  // The tile's logits to slots first ... first + live - 1 of the store.
+  void keep(const Tile& tile, const LogitStore& store, int64_t first) const {
+    for (int64_t v = 0; v < tile.rows; ++v) {
+      std::memcpy(store.row(tile.v0 + v) + first, tile.z + v * tile.ld, live * sizeof(float));
+    }
+  }
+
+  // And back. Padded columns become 0: whatever memory held before, a weight of 0 must not turn it into NaN.
+  void take_back(const Tile& tile, const LogitStore& store) const {
+    const bool adjacent = slots[live - 1] - slots[0] == live - 1;
+    for (int64_t v = 0; v < tile.rows; ++v) {
+      const float* from = store.row(tile.v0 + v);
+      float* to = tile.z + v * tile.ld;
+      if (adjacent) {
+        std::memcpy(to, from + slots[0], live * sizeof(float));
+      } else {
+        for (int64_t c = 0; c < live; ++c) to[c] = from[slots[c]];
+      }
+      std::fill(to + live, to + C, 0.f);
+    }
+  }
+
+  // Logits of the whole vocabulary, reduced to l and lse of the chunk's rows; kept [V, C] if the workspace has them, or
+  // in slots first ... of the store.
+  void reduce(float* l, float* lse, const LogitStore& store = {}, int64_t first = 0) const {
     reset_reduction();
     on_threads(sizes.threads, [&](int64_t t) {
       for_own_tiles(t, 0, p.V, want_.all_logits ? b.z : nullptr, [&](const Tile& tile) {
         k.logits(p.weight, b.columns, p.H, tile, stage(t));
         k.finish(p.map, tile, max(t), sum(t));
         pick_targets(tile);
+        if (store.data) keep(tile, store, first);
         k.exponentials(p.map, tile, max(t), sum(t), false, nullptr);
       });
     });
@@ -313,11 +348,14 @@ class Call {
   }
 
   // What is wanted of a block of vocabulary entries [v0, v1): dW and db of each tile while it is warm, panels of W.
-  // `have_logits`: z holds them already.
-  void weight_gradient(int64_t v0, int64_t v1, float* z, bool have_logits, float* dW, float* db) const {
+  // `have_logits`: z holds them already. `store`: where they are taken from if the chunk has slots there.
+  void weight_gradient(int64_t v0, int64_t v1, float* z, bool have_logits, float* dW, bool add, float* db,
+                       const LogitStore& store = {}) const {
     on_threads(sizes.threads, [&](int64_t t) {
       for_own_tiles(t, v0, v1, z, [&](const Tile& tile) {
-        if (!have_logits) {
+        if (slots) {
+          take_back(tile, store);
+        } else if (!have_logits) {
           k.logits(p.weight, b.columns, p.H, tile, stage(t));
           k.finish(p.map, tile, nullptr, nullptr);
         }
@@ -325,7 +363,7 @@ class Call {
         if (dW) {
           float* out[kTile];
           for (int64_t v = 0; v < tile.rows; ++v) out[v] = dW + (tile.v0 - v0 + v) * p.H;
-          k.multiply({tile.rows, p.H, live, tile.z, tile.ld, false, b.rows, 0, live, 0, out, true, 0,
+          k.multiply({tile.rows, p.H, live, tile.z, tile.ld, false, b.rows, 0, live, 0, out, add, 0,
                       product_tasks(k, tile.rows, p.H)});
         }
         pack_weight(tile, v0, v1);
@@ -419,11 +457,14 @@ class HiddenSums {
   std::vector<float*> pointers_;
 };
 
+// f(first) for each chunk; `slots` are those of the rows in a store, if they have some.
 template <typename F>
-void for_chunks(Call& call, const std::vector<int64_t>& rows, const F& f) {
+void for_chunks(Call& call, const std::vector<int64_t>& rows, const F& f, const std::vector<int64_t>& slots = {}) {
   const int64_t n = static_cast<int64_t>(rows.size());
-  for (int64_t first = 0; first < n; first += call.sizes.C) {
-    call.load_chunk(rows.data() + first, std::min(call.sizes.C, n - first));
+  if (n == 0) return;
+  const int64_t C = even_size(n, call.sizes.C, call.k.lanes);
+  for (int64_t first = 0; first < n; first += C) {
+    call.load_chunk(rows.data() + first, std::min(C, n - first), slots.empty() ? nullptr : slots.data() + first);
     f(first);
   }
 }
@@ -524,11 +565,28 @@ void gradients_from_stored_logits(const TileKernels& k, const Head& p, const int
     if (to.hidden) sums.clear(0);
     for_blocks(call, [&](int64_t v0, int64_t v1) {
       float* z = call.b.z + v0 * call.b.ld;
-      call.weight_gradient(v0, v1, z, true, to.weight ? static_cast<float*>(to.weight) + v0 * p.H : nullptr, to.bias);
+      float* dW = to.weight ? static_cast<float*>(to.weight) + v0 * p.H : nullptr;
+      call.weight_gradient(v0, v1, z, true, dW, true, to.bias);
       if (to.hidden) call.hidden_gradient(v0, v1, z, sums.rows(0));
     });
     if (to.hidden) sums.round_into_result(0);
   });
+}
+
+// Rows of a backward pass: those whose logits are kept, with their slots, before the others.
+struct LiveRows {
+  std::vector<int64_t> kept, slots, others;
+  LogitStore store{};
+
+  int64_t count() const { return static_cast<int64_t>(kept.size() + others.size()); }
+};
+
+// f(first) for each chunk, `first` being its place among all rows
+template <typename F>
+void for_chunks(Call& call, const LiveRows& rows, const F& f) {
+  const int64_t kept = static_cast<int64_t>(rows.kept.size());
+  for_chunks(call, rows.kept, f, rows.slots);
+  for_chunks(call, rows.others, [&](int64_t first) { f(kept + first); });
 }
 
 Want backward_want(const Head& p, const Gradients& to, int64_t n, bool rows_outside) {
@@ -543,23 +601,29 @@ Want backward_want(const Head& p, const Gradients& to, int64_t n, bool rows_outs
   return want;
 }
 
-// Gradients for a known logsumexp. With dW or db wanted the vocabulary is outside, else rows are.
-void gradients_from_lse(const TileKernels& k, const Head& p, const int64_t* labels, const std::vector<int64_t>& rows,
-                        const float* lse, const float* row_weight, const Gradients& to) {
-  const int64_t n = static_cast<int64_t>(rows.size()), H = p.H;
+// Gradients for a known logsumexp. With dW or db wanted the vocabulary is outside, else rows are. `assign`: dW holds no
+// sum to add to (but perhaps logits).
+void gradients_from_lse(const TileKernels& k, const Head& p, const int64_t* labels, const LiveRows& rows,
+                        const float* lse, const float* row_weight, const Gradients& to, bool assign) {
+  const int64_t n = rows.count(), H = p.H;
   const bool rows_outside = !to.weight && !to.bias;
-  const Want want = backward_want(p, to, n, rows_outside);
+  Want want = backward_want(p, to, n, rows_outside);
+  const int64_t kept = static_cast<int64_t>(rows.kept.size());
+  // A tile may write its rows of dW once nobody needs the logits in their memory: after the first chunk, if that has
+  // all of them.
+  want.weight_block |= to.weight && kept > kMostRows;
+  if (to.weight && kept > 0 && !want.weight_block) want.weight_block = require_sizes(k, p, n, want).C < kept;
   Call call(k, p, labels, n, want);
   HiddenSums sums(call, to.hidden);
-  const auto step = [&](int64_t v0, int64_t v1, int64_t first, float* dW) {
+  const auto step = [&](int64_t v0, int64_t v1, int64_t first, float* dW, bool add) {
     call.load_weights(row_weight, lse);
-    call.weight_gradient(v0, v1, call.b.z, false, dW, to.bias);
+    call.weight_gradient(v0, v1, call.b.z, false, dW, add, to.bias, rows.store);
     if (to.hidden) call.hidden_gradient(v0, v1, call.b.z, sums.rows(first));
   };
   if (rows_outside) {
     for_chunks(call, rows, [&](int64_t) {
       sums.clear(0);
-      for_blocks(call, [&](int64_t v0, int64_t v1) { step(v0, v1, 0, nullptr); });
+      for_blocks(call, [&](int64_t v0, int64_t v1) { step(v0, v1, 0, nullptr, true); });
       sums.round_into_result(0);
     });
     return;
@@ -568,20 +632,19 @@ void gradients_from_lse(const TileKernels& k, const Head& p, const int64_t* labe
     float* dW = nullptr;
     if (want.weight_block) {
       dW = call.b.weight_sum;
-      std::fill_n(dW, (v1 - v0) * H, 0.f);
     } else if (to.weight) {
       dW = static_cast<float*>(to.weight) + v0 * H;
     }
     for_chunks(call, rows, [&](int64_t first) {
       if (to.hidden && v0 == 0) sums.clear(first);
-      step(v0, v1, first, dW);
+      step(v0, v1, first, dW, first > 0 || !(assign || want.weight_block));
       if (to.hidden && v1 == p.V) sums.round_into_result(first);
     });
     if (!want.weight_block) return;
     on_threads(call.sizes.threads, [&](int64_t t) {
       const Range own = part(v1 - v0, call.sizes.threads, t);
       for (int64_t v = own.begin; v < own.end; ++v) {
-        k.store_row(dW + v * H, H, true, to.weight_dtype, row_of(to.weight, to.weight_dtype, v0 + v, H));
+        k.store_row(dW + v * H, H, !assign, to.weight_dtype, row_of(to.weight, to.weight_dtype, v0 + v, H));
       }
     });
   });
@@ -589,14 +652,20 @@ void gradients_from_lse(const TileKernels& k, const Head& p, const int64_t* labe
 
 }  // namespace
 
-void logprob(const Head& p, const int64_t* labels, float* l, float* lse) {
+LogitStore LogitStore::in(void* weight_gradient, Dtype dtype, int64_t H) {
+  const int64_t row_bytes = H * element_size(dtype), size = sizeof(float);
+  const int64_t slots = row_bytes % size == 0 ? row_bytes / size : 0;
+  return {weight_gradient, row_bytes, slots >= kFewestKeptRows ? slots : 0};
+}
+
+void logprob(const Head& p, const int64_t* labels, const LogitStore& keep, float* l, float* lse) {
   const TileKernels& k = select_kernels(p.hidden.dtype);
   const std::vector<int64_t> rows = scored_rows(p, labels);
   if (rows.empty()) return;
   Want want;
   want.own_tiles = want.reduce = true;
   Call call(k, p, labels, static_cast<int64_t>(rows.size()), want);
-  for_chunks(call, rows, [&](int64_t) { call.reduce(l, lse); });
+  for_chunks(call, rows, [&](int64_t first) { call.reduce(l, lse, keep, first); });
 }
 
 void logprob_and_grad(const Head& p, const int64_t* labels, const float* row_weight, const Gradients& to, float* l,
@@ -616,24 +685,38 @@ void logprob_and_grad(const Head& p, const int64_t* labels, const float* row_wei
   if (to.hidden) {
     hidden_from_one_pass(k, p, labels, rows, row_weight, to.hidden, l, lse);
   } else {
-    logprob(p, labels, l, lse);
+    logprob(p, labels, {}, l, lse);
   }
-  if (weight_side) backward(p, labels, lse, row_weight, {nullptr, to.weight, to.weight_dtype, to.bias});
+  if (weight_side) backward(p, labels, lse, row_weight, {nullptr, to.weight, to.weight_dtype, to.bias}, nullptr);
 }
 
-void backward(const Head& p, const int64_t* labels, const float* lse, const float* row_weight, const Gradients& to) {
+void backward(const Head& p, const int64_t* labels, const float* lse, const float* row_weight, const Gradients& to,
+              const int64_t* kept) {
   const TileKernels& k = select_kernels(p.hidden.dtype);
-  const std::vector<int64_t> rows =
-      select_rows(p.N, [&](int64_t t) { return labels[t] != kIgnoreIndex && row_weight[t] != 0; });
-  if (rows.empty() || !(to.hidden || to.weight || to.bias)) return;
-  const bool both = to.hidden && (to.weight || to.bias);
-  const int64_t sums_bytes = static_cast<int64_t>(rows.size()) * p.H * static_cast<int64_t>(sizeof(float));
-  if (both && p.hidden.dtype != Dtype::kFloat32 && sums_bytes > p.workspace_bytes / 3) {
-    gradients_from_lse(k, p, labels, rows, lse, row_weight, {to.hidden, nullptr, to.weight_dtype, nullptr});
-    gradients_from_lse(k, p, labels, rows, lse, row_weight, {nullptr, to.weight, to.weight_dtype, to.bias});
+  LiveRows rows;
+  rows.store = LogitStore::in(to.weight, to.weight_dtype, p.H);
+  int64_t slot = 0;
+  for (int64_t t = 0; t < p.N; ++t) {
+    const bool is_kept = kept && kept[t] != kIgnoreIndex;
+    if (labels[t] != kIgnoreIndex && row_weight[t] != 0) {
+      if (is_kept) rows.slots.push_back(slot);
+      (is_kept ? rows.kept : rows.others).push_back(t);
+    }
+    slot += is_kept;
+  }
+  const bool assign = kept != nullptr;
+  if (rows.count() == 0 || !(to.hidden || to.weight || to.bias)) {
+    if (assign) std::memset(to.weight, 0, p.V * rows.store.row_bytes);
     return;
   }
-  gradients_from_lse(k, p, labels, rows, lse, row_weight, to);
+  const bool both = to.hidden && (to.weight || to.bias);
+  const int64_t sums_bytes = rows.count() * p.H * static_cast<int64_t>(sizeof(float));
+  if (both && p.hidden.dtype != Dtype::kFloat32 && sums_bytes > p.workspace_bytes / 3) {
+    gradients_from_lse(k, p, labels, rows, lse, row_weight, {to.hidden, nullptr, to.weight_dtype, nullptr}, false);
+    gradients_from_lse(k, p, labels, rows, lse, row_weight, {nullptr, to.weight, to.weight_dtype, to.bias}, assign);
+    return;
+  }
+  gradients_from_lse(k, p, labels, rows, lse, row_weight, to, assign);
 }
 
 }  // namespace infopo

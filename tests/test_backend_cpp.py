@@ -88,8 +88,13 @@ class Problem:
             "bias": b.grad,
         }
 
-    def run(self, known: bool, wanted: tuple[str, ...], weight_dtype: torch.dtype) -> dict[str, Tensor]:
-        """One primitive into buffers that are poisoned (assigned ones) or hold 1 (those that are added to)."""
+    def run(
+        self, known: bool, wanted: tuple[str, ...], weight_dtype: torch.dtype, keep: int | None = None
+    ) -> dict[str, Tensor]:
+        """One primitive into buffers that are poisoned (assigned ones) or hold 1 (those that are added to).
+
+        With `keep` the logits of that many scored rows wait in the memory of dW, every second one from the end.
+        """
         head = self.head
         gradients = Gradients(
             torch.full_like(head.hidden, torch.nan) if "hidden" in wanted else None,
@@ -102,15 +107,25 @@ class Problem:
             touched = scored
         else:
             l, lse = BACKEND.logprob(head, self.labels)  # noqa: E741
-            BACKEND.backward(head, self.labels, lse, self.c, gradients)
             touched = scored & (self.c != 0)
+            kept = None
+            if keep is not None:
+                assert gradients.weight is not None
+                gradients.weight.fill_(torch.nan)
+                rows = scored.nonzero().flip(0)[:, 0]
+                rows = torch.cat([rows[::2], rows[1::2]])[:keep]
+                kept = torch.full_like(self.labels, IGNORE_INDEX).index_copy(0, rows, self.labels[rows])
+                again = BACKEND.logprob(head, kept, gradients.weight)
+                torch.testing.assert_close(again[0][rows], l[rows])
+                torch.testing.assert_close(again[1][rows], lse[rows])
+            BACKEND.backward(head, self.labels, lse, self.c, gradients, kept)
         result = {"l": l, "lse": lse}
         if gradients.hidden is not None:
             assert gradients.hidden[~touched].isnan().all(), "rows that take no part must not be written"
             result["hidden"] = gradients.hidden.nan_to_num(0) if touched.any() else gradients.hidden
             assert gradients.hidden[touched].isfinite().all()
         if gradients.weight is not None:
-            result["weight"] = gradients.weight.double() - 1
+            result["weight"] = gradients.weight.double() - int(keep is None)
         if gradients.bias is not None:
             result["bias"] = gradients.bias.double() - 1
         return result
@@ -150,6 +165,54 @@ def test_every_instruction_set_and_schedule(
     problem = Problem(dtype=dtype, **SIZES[size])  # type: ignore[arg-type]
     for wanted, weight_dtype in itertools.product(WANTED, {dtype, torch.float32}):
         problem.assert_right(problem.run(known, wanted, weight_dtype), weight_dtype)
+
+
+KEPT_SIZES = {
+    "one-chunk": {"N": 90, "H": 96, "V": 397},
+    "softcap-scale": {"N": 120, "H": 130, "V": 301, "softcap": 3.0, "scale": 0.5},
+    "small-workspace": {"N": 700, "H": 256, "V": 1500, "workspace": MIB},
+    "several-chunks": {"N": 760, "H": 520, "V": 200},
+}
+
+
+@pytest.mark.parametrize("keep", [0, 50, None])
+@pytest.mark.parametrize(("name", "dtype"), KERNELS, ids=str)
+@pytest.mark.parametrize("size", KEPT_SIZES)
+def test_logits_kept_in_the_memory_of_the_weight_gradient(
+    size: str, name: str, dtype: torch.dtype, keep: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few, some, or as many as fit; some of them with a weight of zero, which costs the others nothing."""
+    force_isa(name, monkeypatch)
+    problem = Problem(dtype=dtype, **KEPT_SIZES[size])  # type: ignore[arg-type]
+    for wanted, weight_dtype in itertools.product((WANTED[0], ("weight",)), {dtype, torch.float32}):
+        fit = BACKEND.kept_rows(problem.head, torch.empty(0, problem.head.hidden.shape[1], dtype=weight_dtype))
+        if keep is not None and keep > fit:
+            continue
+        problem.assert_right(problem.run(False, wanted, weight_dtype, fit if keep is None else keep), weight_dtype)
+
+
+def test_kept_logits_leave_no_trace_where_nothing_is_added() -> None:
+    problem = Problem(90, 96, 397, torch.float32)
+    head, dW = problem.head, torch.full((397, 96), torch.nan)
+    kept = torch.where(torch.arange(90) < 60, problem.labels, IGNORE_INDEX)
+    _, lse = BACKEND.logprob(head, kept, dW)
+    assert dW.isfinite().any(), "the logits are in its memory"
+    BACKEND.backward(head, kept, lse, torch.zeros(90), Gradients(None, dW, None), kept)
+    assert torch.equal(dW, torch.zeros_like(dW))
+
+
+def test_no_more_rows_are_kept_than_fit() -> None:
+    problem = Problem(900, 64, 20, torch.float32)
+    dW, lse = torch.zeros(20, 64), torch.zeros(900)
+    fit = BACKEND.kept_rows(problem.head, dW)
+    assert fit == 64
+    with pytest.raises(ValueError, match=f"at most {fit} rows"):
+        BACKEND.logprob(problem.head, problem.labels, dW)
+    with pytest.raises(ValueError, match=f"at most {fit} rows"):
+        BACKEND.backward(problem.head, problem.labels, lse, problem.c, Gradients(None, dW, None), problem.labels)
+    assert BACKEND.kept_rows(problem.head, torch.zeros(20, 63)) == 0, "too few to pay"
+    odd = torch.zeros(20, 301, dtype=torch.bfloat16)
+    assert BACKEND.kept_rows(problem.head, odd) == 0, "floats would lie across rows"
 
 
 def test_strided_inputs() -> None:
@@ -307,15 +370,15 @@ def test_ops_keep_reads_in_bounds(change: dict[str, Tensor], error: type[Excepti
     }
     arguments |= change
     with pytest.raises(error, match=message):
-        torch.ops.infopo_kernels_cpp.logprob(*arguments.values(), None, 1.0, MIB)
+        torch.ops.infopo_kernels_cpp.logprob(*arguments.values(), None, None, 1.0, MIB)
 
 
 def test_opcheck() -> None:
     problem = Problem(6, 8, 20, torch.float32)
     head, ops = problem.head, torch.ops.infopo_kernels_cpp
     common = (head.hidden, head.weight, head.bias, problem.labels)
-    lse = ops.logprob(*common, None, 1.0, MIB)[1]
+    lse = ops.logprob(*common, None, None, 1.0, MIB)[1]
     buffers = (torch.zeros(6, 8), torch.zeros(20, 8), torch.zeros(20))
-    torch.library.opcheck(ops.logprob.default, (*common, None, 1.0, MIB))
+    torch.library.opcheck(ops.logprob.default, (*common, None, None, 1.0, MIB))
     torch.library.opcheck(ops.logprob_and_grad.default, (*common, problem.c, *buffers, 3.0, 0.5, MIB))
-    torch.library.opcheck(ops.backward.default, (*common, lse, problem.c, *buffers, None, 1.0, MIB))
+    torch.library.opcheck(ops.backward.default, (*common, lse, problem.c, *buffers, None, None, 1.0, MIB))
