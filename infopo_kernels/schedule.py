@@ -1,18 +1,21 @@
 """Which rows take which primitive: from a batch in rows to the InfoPO loss and its gradients.
 
-Products of size N V H, by what is trained (C chosen, R rejected rows; `live` rejected rows still have a weight):
+Products of size N V H, by what is trained (C chosen, R rejected rows; `live` rejected rows still have a weight; K rows
+whose logits the memory of the weight gradient keeps until it is written, rejected ones first where they are told apart):
 
     nothing                       logprob on all                                              C + R
     hidden only (frozen head)     logprob_and_grad on all with unit weights; each
                                   sequence's dX is scaled when its sum is known               2 (C + R)
-    head, float32 accumulator     logprob_and_grad on chosen rows, whose weight is known;
-                                  logprob on rejected rows, then backward on live ones        3 C + R + 3 live
+    head, float32 accumulator     logprob on rejected rows and what else is kept, then
+                                  backward on live ones; logprob_and_grad on the other
+                                  chosen rows, whose weight is known                          3 C + R + 3 live - K
     head, 16-bit gradient         logprob on all, then one backward on chosen and live
-                                  rows, so that each dW entry is rounded once                 4 C + R + 3 live
+                                  rows, so that each dW entry is rounded once                 4 C + R + 3 live - K
       with a dX whose float32     logprob_and_grad with unit weights for dX, then backward
       accumulator is too large    for dW only                                                 4 C + 2 R + 2 live
 
-A 16-bit dW takes the float32 way where a float32 copy of it fits half of the workspace.
+K counts kept rows that are live and would else need their logits twice. A 16-bit dW takes the float32 way where a float32
+copy of it fits half of the workspace.
 """
 
 from __future__ import annotations
@@ -89,25 +92,57 @@ def infopo(
             rest = replace(gradients, hidden=None)
             backend.backward(head, batch.labels, lse, result.row_weight, rest)
         else:
-            logp, lse = backend.logprob(head, batch.labels)
+            kept = _first_rows(_kept_rows(backend, head, gradients.weight), batch.labels)
+            logp, lse = _logprob_keeping(backend, head, batch.labels, kept, gradients.weight)
             result = evaluate(logp)
-            backend.backward(head, batch.labels, lse, result.row_weight, gradients)
+            backend.backward(head, batch.labels, lse, result.row_weight, gradients, kept)
         return result, gradients
 
     into = replace(gradients, weight=accumulator if wanted.weight else None)
     segments = row_segments(batch.cu_seqlens, len(batch.labels))
     row_is_chosen = batch.is_chosen[segments]
-    chosen = torch.where(row_is_chosen, batch.labels, IGNORE_INDEX)
     rejected = torch.where(row_is_chosen, IGNORE_INDEX, batch.labels)
+    chosen = torch.where(row_is_chosen, batch.labels, IGNORE_INDEX)
+    kept = _first_rows(_kept_rows(backend, head, into.weight), rejected, chosen)
+    first = rejected if kept is None else torch.where(kept != IGNORE_INDEX, kept, rejected)
+    logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
+    # Weights of rejected sequences do not depend on chosen ones, whose log-probabilities may not be there yet.
+    backend.backward(head, first, lse, evaluate(logp).row_weight, into, kept)
+    rest = torch.where(first != IGNORE_INDEX, IGNORE_INDEX, chosen)
     counts = sequence_sums(batch.labels != IGNORE_INDEX, segments, len(batch.is_chosen))
     known = known_row_weights(counts, batch.is_chosen, options, num_pairs)[segments].to(head.accumulator_dtype)
-    logp = backend.logprob_and_grad(head, chosen, known, into)[0]
-    rejected_logp, lse = backend.logprob(head, rejected)
-    result = evaluate(logp.add_(rejected_logp))
-    backend.backward(head, rejected, lse, result.row_weight, into)
+    result = evaluate(logp.add_(backend.logprob_and_grad(head, rest, known, into)[0]))
     if gradients.weight is not None and gradients.weight is not accumulator:
         gradients.weight.copy_(accumulator)
     return result, gradients
+
+
+def _kept_rows(backend: Backend, head: Head, weight_gradient: torch.Tensor | None) -> int:
+    return 0 if weight_gradient is None else backend.kept_rows(head, weight_gradient)
+
+
+def _first_rows(most: int, *groups: torch.Tensor) -> torch.Tensor | None:
+    """Labels [N] of the first `most` scored rows, those of the first group before those of the next; None for none."""
+    if most == 0:
+        return None
+    kept = torch.full_like(groups[0], IGNORE_INDEX)
+    before: torch.Tensor | int = 0
+    for labels in groups:
+        rank = (labels != IGNORE_INDEX).cumsum(0) + before
+        kept = torch.where((labels != IGNORE_INDEX) & (rank <= most), labels, kept)
+        before = rank[-1:]
+    return kept
+
+
+def _logprob_keeping(
+    backend: Backend, head: Head, labels: torch.Tensor, kept: torch.Tensor | None, weight_gradient: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`logprob` of all scored rows; the logits of those scored in `kept` stay in the weight gradient's memory."""
+    if kept is None:
+        return backend.logprob(head, labels)
+    logp, lse = backend.logprob(head, kept, weight_gradient)
+    others = backend.logprob(head, torch.where(kept != IGNORE_INDEX, IGNORE_INDEX, labels))
+    return logp.add_(others[0]), lse.add_(others[1])
 
 
 def _unit_hidden_gradient(

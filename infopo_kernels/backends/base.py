@@ -24,6 +24,8 @@ Contract, the same for every backend:
   float32; `gradients.bias` is float32 (float64 for float64 inputs).
 - hidden and weight may have any strides whose last one is 1; bias, labels, lse and c are contiguous.
 - Beyond results and vectors of length N a call allocates at most `head.workspace_bytes`.
+- The memory of a weight gradient that nothing has been added to may hold logits until then (`kept_rows`): rows whose
+  weight is known only after their log-probability need no second product for their logits.
 - Two runs with the same inputs on the same machine, with the same number of threads, are bitwise equal.
 """
 
@@ -82,8 +84,18 @@ class Backend(Protocol):
         """None if inputs of this device and type can be served, else why not and what to do, as a sentence."""
         ...
 
-    def logprob(self, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token log-probabilities l [N] and logsumexp [N]. One product."""
+    def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
+        """How many rows' logits the memory of `weight_gradient` [V, H] can hold; 0 where that is not implemented."""
+        ...
+
+    def logprob(
+        self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token log-probabilities l [N] and logsumexp [N]. One product.
+
+        `keep` [V, H] is a weight gradient that nothing has been added to, and at most `kept_rows` rows are scored: it
+        holds their logits afterwards, in a layout of the backend's own.
+        """
         ...
 
     def logprob_and_grad(
@@ -103,6 +115,11 @@ class Backend(Protocol):
         lse: torch.Tensor,
         row_weight: torch.Tensor,
         gradients: Gradients,
+        kept: torch.Tensor | None = None,
     ) -> None:
-        """The gradients for row weights c and a known logsumexp. Three products (two if one buffer is None)."""
+        """The gradients for row weights c and a known logsumexp. Three products (two if one buffer is None).
+
+        `kept` [N] are the labels of the call of `logprob` that kept logits in `gradients.weight`: its scored rows are
+        scored in `labels` too and cost one product less. `gradients.weight` is assigned then, not added to.
+        """
         ...

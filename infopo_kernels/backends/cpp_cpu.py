@@ -72,9 +72,15 @@ class CppBackend:
             return f"the native kernels serve {', '.join(map(str, _DTYPES))}, not {dtype}; pass backend='torch'."
         return _missing_extension()
 
-    def logprob(self, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
+        rows: int = _OPS.kept_rows(weight_gradient)
+        return rows
+
+    def logprob(
+        self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         result: tuple[torch.Tensor, torch.Tensor] = _OPS.logprob(
-            head.hidden, head.weight, head.bias, labels, head.softcap, head.scale, head.workspace_bytes
+            head.hidden, head.weight, head.bias, labels, keep, head.softcap, head.scale, head.workspace_bytes
         )
         return result
 
@@ -103,6 +109,7 @@ class CppBackend:
         lse: torch.Tensor,
         row_weight: torch.Tensor,
         gradients: Gradients,
+        kept: torch.Tensor | None = None,
     ) -> None:
         _OPS.backward(
             head.hidden,
@@ -114,6 +121,7 @@ class CppBackend:
             gradients.hidden,
             gradients.weight,
             gradients.bias,
+            kept,
             head.softcap,
             head.scale,
             head.workspace_bytes,

@@ -83,7 +83,14 @@ class TorchBackend:
             return None
         return f"plain PyTorch serves {', '.join(map(str, _FLOATING))}, not {dtype}; cast `hidden` and `weight`."
 
-    def logprob(self, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
+        del head, weight_gradient
+        return 0
+
+    def logprob(
+        self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert keep is None, "kept_rows is 0"
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         out_logp = torch.zeros(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
         out_lse = torch.zeros_like(out_logp)
@@ -148,8 +155,15 @@ class TorchBackend:
         return out_logp, out_lse
 
     def backward(
-        self, head: Head, labels: torch.Tensor, lse: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients
+        self,
+        head: Head,
+        labels: torch.Tensor,
+        lse: torch.Tensor,
+        row_weight: torch.Tensor,
+        gradients: Gradients,
+        kept: torch.Tensor | None = None,
     ) -> None:
+        assert kept is None, "kept_rows is 0"
         rows = ((labels != IGNORE_INDEX) & (row_weight != 0)).nonzero().squeeze(1)
         if not len(rows):
             return

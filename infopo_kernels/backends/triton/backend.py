@@ -50,8 +50,15 @@ class TritonBackend:
             return f"Triton kernels take float32, bfloat16 and float16, not {dtype}; use backend='torch'."
         return None
 
-    def logprob(self, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
+        """How many rows' logits the memory of `weight_gradient` can hold."""
+        return 0
+
+    def logprob(
+        self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token log-probabilities l [N] and logsumexp [N]. One product."""
+        assert keep is None, "kept_rows is 0"
         from infopo_kernels.backends.triton.launch import on_device, prepare
         from infopo_kernels.backends.triton.logprob import launch_logprob
         from infopo_kernels.backends.triton.rows import find_live_rows
@@ -100,8 +107,10 @@ class TritonBackend:
         lse: torch.Tensor,
         row_weight: torch.Tensor,
         gradients: Gradients,
+        kept: torch.Tensor | None = None,
     ) -> None:
         """The gradients for row weights c and a known logsumexp; rows with c = 0 are not computed."""
+        assert kept is None, "kept_rows is 0"
         _backward(head, labels, lse, row_weight, gradients, skip_zero=True)
 
     def objective(
