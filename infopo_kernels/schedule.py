@@ -1,7 +1,7 @@
 """Which rows take which primitive: from a batch in rows to the InfoPO loss and its gradients.
 
 Products of size N V H, by what is trained (C chosen, R rejected rows; `live` rejected rows still have a weight; K rows
-whose logits the memory of the weight gradient keeps until it is written, rejected ones first where they are told apart):
+whose logits the memory of the weight gradient keeps until it is written, rejected ones first where it is known which):
 
     nothing                       logprob on all                                              C + R
     hidden only (frozen head)     logprob_and_grad on all with unit weights; each
@@ -14,8 +14,8 @@ whose logits the memory of the weight gradient keeps until it is written, reject
       with a dX whose float32     logprob_and_grad with unit weights for dX, then backward
       accumulator is too large    for dW only                                                 4 C + 2 R + 2 live
 
-K counts kept rows that are live and would else need their logits twice. A 16-bit dW takes the float32 way where a float32
-copy of it fits half of the workspace.
+K counts kept rows that are live and would else need their logits twice. A 16-bit dW takes the float32 way where a
+float32 copy of it fits half of the workspace.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def infopo(
     logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
     # Weights of rejected sequences do not depend on chosen ones, whose log-probabilities may not be there yet.
     backend.backward(head, first, lse, evaluate(logp).row_weight, into, kept)
-    rest = torch.where(first != IGNORE_INDEX, IGNORE_INDEX, chosen)
+    others = torch.where(first != IGNORE_INDEX, IGNORE_INDEX, chosen)
     counts = sequence_sums(batch.labels != IGNORE_INDEX, segments, len(batch.is_chosen))
     known = known_row_weights(counts, batch.is_chosen, options, num_pairs)[segments].to(head.accumulator_dtype)
-    result = evaluate(logp.add_(backend.logprob_and_grad(head, rest, known, into)[0]))
+    result = evaluate(logp.add_(backend.logprob_and_grad(head, others, known, into)[0]))
     if gradients.weight is not None and gradients.weight is not accumulator:
         gradients.weight.copy_(accumulator)
     return result, gradients
