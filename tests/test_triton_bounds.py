@@ -20,7 +20,15 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above, and by what follows.
 
-from infopo_kernels.backends.triton import gradient_tile, hidden_product, logprob, rows, softmax_tile, weight_product
+from infopo_kernels.backends.triton import (
+    gradient_tile,
+    hidden_product,
+    kept,
+    logprob,
+    rows,
+    softmax_tile,
+    weight_product,
+)
 from infopo_kernels.options import InfoPOOptions
 from tests.triton_support import Problem, interpreter
 
@@ -36,6 +44,11 @@ def run_everything(problem: Problem, dtype: torch.dtype, workspace: int) -> None
     for weight_dtype in (torch.float32, dtype):
         backend.logprob_and_grad(inputs.head, inputs.labels, inputs.c, ts.buffers(inputs, wanted, weight_dtype))
         backend.backward(inputs.head, inputs.labels, lse, inputs.c, ts.buffers(inputs, wanted, weight_dtype))
+        fresh, _ = ts.fresh_buffers(inputs, wanted, weight_dtype)
+        assert fresh.weight is not None
+        most = backend.kept_rows(inputs.head, fresh.weight)
+        if most:
+            ts.keep_and_backward(backend, inputs, fresh, most)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -71,6 +84,11 @@ MUTATIONS: list[tuple[Any, str, str, str]] = [
     (logprob, "merge_kernel", "(offs_s < parts)[:, None] & row_ok", "(offs_s >= 0)[:, None] & row_ok"),
     (softmax_tile, "normalise_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (softmax_tile, "softmax_tile_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
+    (softmax_tile, "store_softmax_part", "tl.where(part < num_parts, C, 0)", "C"),
+    (kept, "kept_rows_kernel", "inside = offs_n < N", "inside = offs_n >= 0"),
+    (kept, "kept_rows_kernel", "mask=live & (label >= 0) & (label < V)", "mask=inside"),
+    (kept, "kept_gradient_kernel", "tl.where(part < parts, here, 0)", "here"),
+    (kept, "kept_gradient_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (gradient_tile, "gradient_tile_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (hidden_product, "hidden_product_kernel", "(offs_v < end - v)[:, None] & ", ""),
     (hidden_product, "store_hidden_kernel", "(offs_h < H)", "(offs_h >= 0)"),
@@ -102,7 +120,7 @@ def mutated(module: Any, name: str, old: str, new: str) -> Iterator[None]:
         cache.pop(kernel.fn, None)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m[1])
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m[1]}: {m[2]}")
 def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
     # 38 rows, 33 of them with a weight: neither number fills its last block of 16, so a mask is all that stops it.
     problem = Problem("mutant", n=38, h=21, v=75, ignored=0.0)
