@@ -20,6 +20,7 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above, and by what follows.
 
+from infopo_kernels.backends.base import Head
 from infopo_kernels.backends.triton import (
     gradient_tile,
     hidden_product,
@@ -29,6 +30,7 @@ from infopo_kernels.backends.triton import (
     softmax_tile,
     weight_product,
 )
+from infopo_kernels.backends.triton.launch import prepare
 from infopo_kernels.options import InfoPOOptions
 from tests.triton_support import Problem, interpreter
 
@@ -123,7 +125,9 @@ def mutated(module: Any, name: str, old: str, new: str) -> Iterator[None]:
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m[1]}: {m[2]}")
 def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
     # 38 rows, 33 of them with a weight: neither number fills its last block of 16, so a mask is all that stops it.
-    problem = Problem("mutant", n=38, h=21, v=75, ignored=0.0)
+    # The memory of dW keeps 16 of them at h = 21, which leaves its target logits no room, and all of them at h = 61.
+    h = 61 if mutation[1:3] == ("kept_gradient_kernel", "row_ok = offs_n < here") else 21
+    problem = Problem("mutant", n=38, h=h, v=75, ignored=0.0)
     with mutated(*mutation), pytest.raises(Exception, match="OutOfBounds"), ts.checked_addresses():
         run_everything(problem, torch.float32, ts.WORKSPACE)
 
@@ -195,9 +199,6 @@ def last_program_only() -> Iterator[None]:
 
 
 def _launch(n: int, h: int, v: int) -> Any:
-    from infopo_kernels.backends.base import Head
-    from infopo_kernels.backends.triton.launch import prepare
-
     return prepare(Head(torch.empty(n, h).half(), torch.empty(1, h).half().expand(v, h), None, None, 1.0, 1 << 20))
 
 
@@ -251,6 +252,30 @@ def test_g_beyond_two_to_the_31_as_an_operand() -> None:
 
     check_g(hidden)
     assert not part[0, -1].isnan().any()
+
+
+def test_kept_logits_beyond_two_to_the_31() -> None:
+    """A dW of more than 2^31 elements holds them: parts 2^27 elements apart, kept and turned into G."""
+    inputs = ts.make(Problem("far-kept", n=20, h=16, v=320, ignored=0.0), torch.float16)
+    truth, labels, stride, n = ts.plain(inputs), inputs.labels, 1 << 27, 20
+    assert 19 * stride > 2**31
+    launch = prepare(inputs.head)
+    q = torch.empty(19 * stride + 16 * n, dtype=torch.float16).as_strided((20, n, 16), (stride, 16, 1))
+    part_max = torch.empty(19 * stride + n).as_strided((20, n), (stride, 1))
+    store = kept.Store(q, part_max, torch.empty(n))
+    logp, lse, g = torch.empty(n), torch.empty(n), torch.full((n, 320), float("nan"), dtype=torch.float16)
+    with ts.checked_addresses():
+        live = rows.find_live_rows(labels, None, skip_zero=False, gain=False, cleared=(logp, lse))
+        softmax_tile.launch_softmax_tile(launch, labels, live, q, part_max, torch.empty(20, n), store.target, 0)
+        _, expected = ts.backend().logprob(inputs.head, labels)
+        live, found = kept.find_kept_rows(launch, store, labels, labels, expected, inputs.c)
+        kept.launch_kept_gradient(launch, labels, expected, inputs.c, live, found, g, torch.empty(0), 0, 320)
+    there = int(live.kept)
+    z = inputs.head.hidden.double() @ inputs.head.weight.double().T
+    exact = torch.nn.functional.one_hot(labels, 320) - (z - truth.lse[:, None]).exp()
+    exact = (exact * inputs.c[:, None])[inputs.live]
+    error = (g[:there].double() / live.gain - exact).abs()
+    assert (error <= 2.0**-9 * exact.abs() + 1e-7).all()
 
 
 def test_g_beyond_two_to_the_31_as_a_result() -> None:
