@@ -125,7 +125,7 @@ def mutated(module: Any, name: str, old: str, new: str) -> Iterator[None]:
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m[1]}: {m[2]}")
 def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
     # 38 rows, 33 of them with a weight: neither number fills its last block of 16, so a mask is all that stops it.
-    # The memory of dW keeps 16 of them at h = 21, which leaves its target logits no room, and all of them at h = 61.
+    # Logits of 16 rows are kept at h = 21, those of all rows at h = 61.
     h = 61 if mutation[1:3] == ("kept_gradient_kernel", "row_ok = offs_n < here") else 21
     problem = Problem("mutant", n=38, h=h, v=75, ignored=0.0)
     with mutated(*mutation), pytest.raises(Exception, match="OutOfBounds"), ts.checked_addresses():
@@ -203,9 +203,8 @@ def _launch(n: int, h: int, v: int) -> Any:
 
 
 def _live(n: int, *index: int) -> rows.LiveRows:
-    return rows.LiveRows(
-        torch.tensor([*index, *[0] * n][:n], dtype=torch.int32), torch.tensor([n], dtype=torch.int32), torch.ones(1)
-    )
+    one = torch.ones(1, dtype=torch.int32)
+    return rows.LiveRows(torch.tensor([*index, *[0] * n][:n], dtype=torch.int32), n * one, one.float(), 0 * one)
 
 
 def test_dw_beyond_two_to_the_31() -> None:
