@@ -85,8 +85,7 @@ def logprob_keeping(
 ) -> None:
     """l and lse of the live rows, whose logits stay in the memory of `keep` [V, H]. One product."""
     store = store_in(launch, keep)
-    parts, most = store.part_max.shape
-    rows = min(most, launch.rows)
+    parts, rows = len(store.q), min(kept_rows(launch, keep), launch.rows)
     c = min(rows, sums_chunk(launch))
     sums = torch.empty(parts * c, dtype=torch.float32, device=labels.device)
     for row0 in range(0, rows, c):
