@@ -214,6 +214,22 @@ def test_label_outside_the_vocabulary_is_nan(label: int) -> None:
     assert got.hidden.isnan().all(1).nonzero().tolist() == [[7]]
 
 
+def test_bias_of_minus_infinity_takes_a_word_out() -> None:
+    """Whole parts of the vocabulary as well, whose maximum is minus infinity."""
+    inputs = ts.make(Problem("kept-masked", h=40, bias=True, ignored=0.0), torch.float32)
+    head, labels = inputs.head, inputs.labels % 31 + 70
+    assert head.bias is not None
+    masked = replace(inputs, labels=labels, head=replace(head, weight=head.weight[70:], bias=head.bias[70:]))
+    truth, (got, before) = ts.plain(replace(masked, labels=labels - 70)), ts.fresh_buffers(inputs, "xw")
+    head.bias[:70] = float("-inf")
+    ts.keep_and_backward(ts.backend(), replace(inputs, labels=labels), got, most_of(inputs, got))
+    assert got.weight is not None
+    assert before.weight is not None
+    assert (got.weight[:70] == 0).all()
+    rest = replace(got, weight=got.weight[70:]), replace(before, weight=before.weight[70:])
+    ts.assert_gradients(replace(masked, labels=labels - 70), truth, *rest, roundings=2, zero_rows=False)
+
+
 def test_nan_weight_is_not_zero() -> None:
     inputs = ts.make(Problem("kept-nan-weight", h=40, ignored=0.0), torch.float16)
     inputs.c.fill_(0.5)
