@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from infopo_kernels import kernel_report
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.backends.triton.launch import Launch, target_for
+from infopo_kernels.backends.triton import offline
+from infopo_kernels.backends.triton.launch import Launch, prepare, target_for
 from infopo_kernels.backends.triton.logprob import slices_of
 from infopo_kernels.backends.triton.tiles import TARGETS
 from infopo_kernels.backends.triton.workspace import (
@@ -112,6 +113,16 @@ def test_devices_find_their_row() -> None:
     assert target_for("hip", "gfx942:sramecc+:xnack-").name == "gfx942"
     with pytest.raises(KeyError):
         target_for("cuda", 75)
+
+
+@pytest.mark.parametrize(("h", "gap", "aligned"), [(64, 0, True), (64, 16, True), (60, 4, False), (64, 3, False)])
+def test_rows_that_are_not_aligned_take_tiles_of_their_own(h: int, gap: int, aligned: bool) -> None:
+    """Those of the table spill where every element is loaded by itself."""
+    row = TARGETS["sm_90"]
+    with offline.recorded(row):
+        hidden, weight = (torch.empty(n, h + gap, dtype=torch.float16, device="meta")[:, :h] for n in (5, 7))
+        tiles = prepare(Head(hidden, weight, None, None, 1.0, ts.WORKSPACE)).tiles
+    assert tiles == (row.half if aligned else row.half_unaligned)
 
 
 def a_launch(target: str, n: int, h: int, v: int, dtype: torch.dtype, workspace: int) -> Launch:

@@ -180,6 +180,11 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     """Fill l and lse of the live rows."""
     n, head = launch.rows, launch.head
     slices, slice_tiles = slices_of(launch)
+    arguments = launch.logit_arguments
+    if head.softcap is not None:
+        # tanh beside running sums spilled, on sm_90 from 128 x 256 logits, and where products take their operands from
+        # registers (float32) still at half of the columns.
+        arguments["PART"] //= 4 if head.hidden.dtype == torch.float32 else 2
     partial = torch.empty(2, slices, n, dtype=torch.float32, device=labels.device)
     target = torch.empty(n, dtype=torch.float32, device=labels.device)
     start_product(
@@ -197,7 +202,7 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
         n,
         slices,
         slice_tiles,
-        **launch.logit_arguments,
+        **arguments,
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )
     launch_merge(launch, labels, live, partial[0], partial[1], target, logp, lse, row0=0)
