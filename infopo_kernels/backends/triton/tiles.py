@@ -114,7 +114,7 @@ TARGETS: dict[str, Target] = {
         # H100, H200.
         Target("sm_90", "cuda", 90, 32, 132, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE, _UNALIGNED),
         # B200: tcgen05 keeps the sums in tensor memory, of which 128 x 256 float32 are half; else as H100.
-        Target("sm_100", "cuda", 100, 32, 148, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE),
+        Target("sm_100", "cuda", 100, 32, 148, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE, _UNALIGNED),
         # RTX 50, RTX PRO 6000: mma.sync again.
         Target("sm_120", "cuda", 120, 32, 170, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED),
         # MI300X: 64 KiB of LDS, of which 128 x 128 x 64 takes half, so that two programs share a compute unit. 4 waves
