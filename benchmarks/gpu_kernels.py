@@ -96,29 +96,28 @@ def bare_products(head: Head, count: int) -> Callable[[], object]:
 
 
 def job_of(work: roofline.Work, head: Head, labels: torch.Tensor) -> Callable[[], object]:
-    """The same calls that the model counts; dead rows are unscored rows here."""
-    backend, n = TritonBackend(), len(labels)
-    c = torch.full((n,), 1e-3, device=labels.device)
-    dx = torch.zeros_like(head.hidden)
-    buffers = {
-        sixteen: torch.zeros(head.weight.shape, dtype=head.weight.dtype if sixteen else torch.float32, device="cuda")
-        for sixteen in {step[2] for step in work.steps}
-        if not work.frozen and any(step[0] != "logprob" for step in work.steps)
-    }
-    steps = []
-    for primitive, share, sixteen in work.steps:
-        chosen = torch.where(torch.arange(n, device="cuda") < round(share * n), labels, IGNORE_INDEX)
-        steps.append((primitive, chosen, Gradients(dx, buffers.get(sixteen), None)))
-    _, lse = backend.logprob(head, labels)
+    """The same calls that the model counts."""
+    n, v = len(labels), head.weight.shape
+    dw = None
+    if not work.frozen:
+        dw = torch.zeros(v, dtype=head.weight.dtype if work.sixteen else torch.float32, device="cuda")
+    gradients = Gradients(torch.zeros_like(head.hidden), dw, None)
+    _, lse = TritonBackend().logprob(head, labels)
+    jobs = []
+    for step in roofline.steps(work, head, dw):
+        c = torch.full((n,), 1e-3, device="cuda")
+        c[step.dead.start : step.dead.stop] = 0.0
+        of_rows = {}
+        for rows in (step.rows, step.kept):
+            scored = torch.full_like(labels, IGNORE_INDEX)
+            for part in rows:
+                scored[part.start : part.stop] = labels[part.start : part.stop]
+            of_rows[rows] = scored
+        jobs.append((step, of_rows, c))
 
     def run() -> None:
-        for primitive, chosen, gradients in steps:
-            if primitive == "logprob":
-                backend.logprob(head, chosen)
-            elif primitive == "logprob_and_grad":
-                backend.logprob_and_grad(head, chosen, c, gradients)
-            else:
-                backend.backward(head, chosen, lse, c, gradients)
+        for step, of_rows, c in jobs:
+            roofline.call(step, head, of_rows.__getitem__, c, lse, gradients)
 
     return run
 

@@ -68,13 +68,22 @@ class Cost:
     programs: float = 0.0
 
 
+@dataclass(frozen=True)
+class Live:
+    """Rows that a call computes."""
+
+    rows: int
+    kept: int = 0
+    """Those among them whose logits are kept."""
+
+
 def _size(tensor: torch.Tensor) -> int:
     return tensor.element_size()
 
 
-def _here(a: dict[str, Any], live: int) -> int:
+def _here(a: dict[str, Any], live: Live) -> int:
     """Rows of the chunk that exist."""
-    return max(0, min(live - a["row0"], a["C"]))
+    return max(0, min(live.rows - a["row0"], a["C"]))
 
 
 def _logits_bytes(a: dict[str, Any], rows: int, columns: int) -> float:
@@ -83,37 +92,42 @@ def _logits_bytes(a: dict[str, Any], rows: int, columns: int) -> float:
     return (rows + groups * columns) * a["H"] * _size(a["x_ptr"])
 
 
-def logprob(a: dict[str, Any], live: int) -> Cost:
-    tiles = ceil(live / a["BLOCK_N"])
-    partial = 8 * live * a["slices"]
-    return Cost(2 * live * a["V"] * a["H"], _logits_bytes(a, live, a["V"]) + partial, tiles * a["slices"])
+def logprob(a: dict[str, Any], live: Live) -> Cost:
+    tiles = ceil(live.rows / a["BLOCK_N"])
+    partial = 8 * live.rows * a["slices"]
+    return Cost(2 * live.rows * a["V"] * a["H"], _logits_bytes(a, live.rows, a["V"]) + partial, tiles * a["slices"])
 
 
-def merge(a: dict[str, Any], live: int) -> Cost:
+def merge(a: dict[str, Any], live: Live) -> Cost:
     rows = _here(a, live)
     return Cost(0, rows * (8 * a["parts"] + 24), ceil(rows / a["BLOCK_N"]))
 
 
-def softmax_tile(a: dict[str, Any], live: int) -> Cost:
+def softmax_tile(a: dict[str, Any], live: Live) -> Cost:
     rows = _here(a, live)
-    kept = rows * (a["ld"] * _size(a["q_ptr"]) + 8 * a["ld"] // a["PART"])
+    kept = rows * a["num_parts"] * (a["PART"] * _size(a["q_ptr"]) + 8)
     programs = ceil(rows / a["BLOCK_N"]) * ceil(a["V"] / a["BLOCK_V"])
     return Cost(2 * rows * a["V"] * a["H"], _logits_bytes(a, rows, a["V"]) + kept, programs)
 
 
-def normalise(a: dict[str, Any], live: int) -> Cost:
+def normalise(a: dict[str, Any], live: Live) -> Cost:
     rows = _here(a, live)
     return Cost(0, rows * a["ld"] * (2 * _size(a["q_ptr"]) + 4 / a["BLOCK_V"]), rows)
 
 
-def gradient_tile(a: dict[str, Any], live: int) -> Cost:
-    rows, columns = _here(a, live), a["columns"]
+def kept_gradient(a: dict[str, Any], live: Live) -> Cost:
+    rows, columns = min(live.kept, a["C"]), min(a["ld"], a["V"] - a["part0"] * a["PART"])
+    return Cost(0, rows * columns * (_size(a["q_ptr"]) + 4 / a["PART"] + _size(a["g_ptr"])), rows)
+
+
+def gradient_tile(a: dict[str, Any], live: Live) -> Cost:
+    rows, columns = _here(a, live) - min(max(0, live.kept - a["row0"]), a["C"]), a["columns"]
     written = rows * columns * _size(a["g_ptr"])
     programs = ceil(rows / a["BLOCK_N"]) * ceil(columns / a["BLOCK_V"])
     return Cost(2 * rows * columns * a["H"], _logits_bytes(a, rows, columns) + written, programs)
 
 
-def hidden_product(a: dict[str, Any], live: int) -> Cost:
+def hidden_product(a: dict[str, Any], live: Live) -> Cost:
     """G and the piece of the head once (a slice runs side by side), the sums written, or read and written."""
     rows, columns, slices = _here(a, live), a["columns"], a["part_ptr"].shape[0]
     if not rows:
@@ -124,17 +138,17 @@ def hidden_product(a: dict[str, Any], live: int) -> Cost:
     return Cost(2 * rows * columns * a["H"], operands + sums, programs)
 
 
-def store_hidden(a: dict[str, Any], live: int) -> Cost:
+def store_hidden(a: dict[str, Any], live: Live) -> Cost:
     rows = _here(a, live)
     return Cost(0, rows * a["H"] * (4 * a["SLICES"] + _size(a["dx_ptr"])), rows)
 
 
-def gather_rows(a: dict[str, Any], live: int) -> Cost:
+def gather_rows(a: dict[str, Any], live: Live) -> Cost:
     rows = _here(a, live)
     return Cost(0, 2 * rows * a["H"] * _size(a["x_ptr"]), rows)
 
 
-def weight_product(a: dict[str, Any], live: int) -> Cost:
+def weight_product(a: dict[str, Any], live: Live) -> Cost:
     """G once, the gathered rows once (they stay in L2), dW written, or read and written."""
     rows, columns = _here(a, live), a["columns"]
     if not rows and a["ADD"]:
@@ -145,19 +159,23 @@ def weight_product(a: dict[str, Any], live: int) -> Cost:
     return Cost(2 * rows * columns * a["H"], operands + result, programs)
 
 
-def live_rows(a: dict[str, Any], live: int) -> Cost:
+def live_rows(a: dict[str, Any], live: Live) -> Cost:
     return Cost(0, 20 * a["N"], 1)
 
 
-def objective(a: dict[str, Any], live: int) -> Cost:
+def kept_rows(a: dict[str, Any], live: Live) -> Cost:
+    return Cost(0, 56 * a["N"], 1)
+
+
+def objective(a: dict[str, Any], live: Live) -> Cost:
     return Cost(0, 24 * a["N"], 1)
 
 
-MODELS: dict[str, Callable[[dict[str, Any], int], Cost]] = {
+MODELS: dict[str, Callable[[dict[str, Any], Live], Cost]] = {
     f"{model.__name__}_kernel": model
     for model in (
         logprob, merge, softmax_tile, normalise, gradient_tile, hidden_product, store_hidden, gather_rows,
-        weight_product, live_rows, objective,
+        weight_product, live_rows, kept_rows, kept_gradient, objective,
     )
 }  # fmt: skip
 
@@ -177,8 +195,8 @@ class Prediction:
         self.by_kernel = defaultdict(lambda: [0.0] * 5)
 
 
-def predict(device: Device, calls: list[tuple[list[Launched], int]], efficiency: float) -> Prediction:
-    """Sum over launches; each list comes with the number of rows that are live in it."""
+def predict(device: Device, calls: list[tuple[list[Launched], Live]], efficiency: float) -> Prediction:
+    """Sum over launches; each list comes with the rows that are live in it."""
     rate = device.tflops * 1e12 * SHARE_OF_PEAK * efficiency
     slots = TARGETS[device.target].multiprocessors
     result = Prediction()
@@ -205,54 +223,117 @@ class Work:
 
     name: str
     products: int
-    steps: tuple[tuple[str, float, bool], ...]
-    """(primitive, share of the rows that is live, 16-bit dW)."""
+    what: str
+    """A primitive for all rows, or "infopo": what `infopo_kernels.schedule` asks for, half of the rows being chosen."""
+    sixteen: bool = False
+    """A 16-bit dW."""
     frozen: bool = False
+    underflowed: bool = False
+    """No rejected row has a weight."""
     workspace_mib: int = 256
 
 
 WORK = [
-    Work("log-probabilities", 1, (("logprob", 1.0, False),)),
-    Work("frozen head: log-probabilities and dX", 2, (("logprob_and_grad", 1.0, False),), frozen=True),
-    Work("known weights (every chosen row), float32 dW", 3, (("logprob_and_grad", 1.0, False),)),
-    Work("the same, workspace of 1 GiB", 3, (("logprob_and_grad", 1.0, False),), workspace_mib=1024),
-    Work("known weights, 16-bit dW", 3, (("logprob_and_grad", 1.0, True),)),
-    Work(
-        "InfoPO step, float32 dW, every rejected weight live",
-        3,
-        (("logprob_and_grad", 0.5, False), ("logprob", 0.5, False), ("backward", 0.5, False)),
-    ),
-    Work(
-        "InfoPO step, float32 dW, rejected weights underflowed",
-        3,
-        (("logprob_and_grad", 0.5, False), ("logprob", 0.5, False), ("backward", 0.0, False)),
-    ),
-    Work("InfoPO step, 16-bit dW, every weight live", 3, (("logprob", 1.0, True), ("backward", 1.0, True))),
-    Work("InfoPO step, 16-bit dW, rejected underflowed", 3, (("logprob", 1.0, True), ("backward", 0.5, True))),
+    Work("log-probabilities", 1, "logprob"),
+    Work("frozen head: log-probabilities and dX", 2, "logprob_and_grad", frozen=True),
+    Work("known weights (every chosen row), float32 dW", 3, "logprob_and_grad"),
+    Work("the same, workspace of 1 GiB", 3, "logprob_and_grad", workspace_mib=1024),
+    Work("known weights, 16-bit dW", 3, "logprob_and_grad", sixteen=True),
+    Work("InfoPO step, float32 dW, every rejected weight live", 3, "infopo"),
+    Work("InfoPO step, float32 dW, rejected weights underflowed", 3, "infopo", underflowed=True),
+    Work("InfoPO step, 16-bit dW, every weight live", 3, "infopo", sixteen=True),
+    Work("InfoPO step, 16-bit dW, rejected underflowed", 3, "infopo", sixteen=True, underflowed=True),
+    Work("InfoPO step, 16-bit dW, every weight live, 1 GiB", 3, "infopo", sixteen=True, workspace_mib=1024),
 ]
 
 
-def calls(work: Work, device: Device, n: int, h: int, v: int) -> list[tuple[list[Launched], int]]:
-    """The launches of `work` on `device`, with the live rows of each primitive."""
+@dataclass(frozen=True)
+class Step:
+    """One call of a primitive."""
+
+    primitive: str
+    rows: tuple[range, ...]
+    """Scored rows."""
+    kept: tuple[range, ...] = ()
+    """Rows whose logits `logprob` keeps in the memory of dW, or `backward` finds there."""
+    dead: range = range(0)
+    """Rows of weight zero."""
+    hidden: bool = True
+    weight: bool = True
+
+    @property
+    def live(self) -> Live:
+        def count(ranges: tuple[range, ...]) -> int:
+            return sum(len(r) - len(range(max(r.start, self.dead.start), min(r.stop, self.dead.stop))) for r in ranges)
+
+        return Live(count(self.rows), count(self.kept) if self.primitive == "backward" else 0)
+
+
+def steps(work: Work, head: Head, weight_gradient: torch.Tensor | None) -> list[Step]:
+    """The calls that `work` takes; chosen rows come first, as they do in a padded batch."""
+    n, h = head.hidden.shape
+    every = (range(n),)
+    if work.what != "infopo":
+        return [Step(work.what, every, weight=not work.frozen)]
+    assert weight_gradient is not None
+    chosen, rejected = range(n // 2), range(n // 2, n)
+    dead = rejected if work.underflowed else range(0)
+    if work.sixteen and 4 * n * h > head.workspace_bytes // 4:
+        return [
+            Step("logprob_and_grad", every, weight=False),
+            Step("backward", every, dead=dead, hidden=False),
+        ]
+    most = TritonBackend().kept_rows(head, weight_gradient)
+    if work.sixteen:
+        first = (range(min(n, most)),)
+        return [
+            Step("logprob", first, first),
+            Step("logprob", (range(first[0].stop, n),)),
+            Step("backward", every, first, dead),
+        ]
+    of_rejected = range(rejected.start, min(n, rejected.start + most))
+    of_chosen = range(max(0, min(len(chosen), most - len(rejected))))
+    return [
+        Step("logprob", (of_rejected, of_chosen), (of_rejected, of_chosen)),
+        Step("logprob", (range(of_rejected.stop, n),)),
+        Step("backward", (rejected, of_chosen), (of_rejected, of_chosen), dead),
+        Step("logprob_and_grad", (range(of_chosen.stop, len(chosen)),)),
+    ]
+
+
+def call(
+    step: Step, head: Head, labels: Callable[[tuple[range, ...]], torch.Tensor], c: torch.Tensor, lse: torch.Tensor,
+    gradients: Gradients,
+) -> None:  # fmt: skip
+    """Make the call; `labels` gives those of some rows."""
+    backend = TritonBackend()
+    wanted = Gradients(gradients.hidden if step.hidden else None, gradients.weight if step.weight else None, None)
+    if step.primitive == "logprob":
+        backend.logprob(head, labels(step.rows), gradients.weight if step.kept else None)
+    elif step.primitive == "logprob_and_grad":
+        backend.logprob_and_grad(head, labels(step.rows), c, wanted)
+    else:
+        backend.backward(head, labels(step.rows), lse, c, wanted, labels(step.kept) if step.kept else None)
+
+
+def calls(work: Work, device: Device, n: int, h: int, v: int) -> list[tuple[list[Launched], Live]]:
+    """The launches of `work` on `device`, with the live rows of each call."""
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
     half = torch.bfloat16
     head = Head(empty(n, h, dtype=half), empty(v, h, dtype=half), None, None, 1.0, work.workspace_mib << 20)
-    labels, vector, backend = empty(n, dtype=torch.int64), empty(n), TritonBackend()
+    labels, vector = empty(n, dtype=torch.int64), empty(n)
+    weight = None if work.frozen else empty(v, h, dtype=half if work.sixteen else torch.float32)
+    gradients = Gradients(empty(n, h, dtype=half), weight, None)
     result = []
-    for primitive, share, sixteen in work.steps:
-        weight = None if work.frozen else empty(v, h, dtype=half if sixteen else torch.float32)
-        gradients = Gradients(empty(n, h, dtype=half), weight, None)
+    with offline.recorded(TARGETS[device.target]):
+        which = steps(work, head, weight)
+    for step in which:
         with offline.recorded(TARGETS[device.target]) as launches:
-            if primitive == "logprob":
-                backend.logprob(head, labels)
-            elif primitive == "logprob_and_grad":
-                backend.logprob_and_grad(head, labels, vector, gradients)
-            else:
-                backend.backward(head, labels, vector, vector, gradients)
-        result.append((launches, round(share * n)))
+            call(step, head, lambda rows: labels, vector, vector, gradients)
+        result.append((launches, step.live))
     return result
 
 

@@ -15,6 +15,8 @@ from tests import triton_support as ts
 # Triton is imported by the module above.
 
 from infopo_kernels import InfoPOOptions, dispatch, linear_infopo_loss, objective
+from infopo_kernels.backends.base import Head
+from infopo_kernels.backends.triton import TritonBackend
 from tests import support
 from tests.support import CASES, Case
 
@@ -47,6 +49,35 @@ def test_loss_from_16_bit_inputs(name: str, dtype: torch.dtype) -> None:
         if exact is not None:
             ours, theirs = (r.gradients[key].double() - exact for r in (got, same_type))  # type: ignore[union-attr]
             assert ours.norm() <= 1.1 * theirs.norm() + 2.0**-9 * exact.norm(), f"gradient of {key}"
+
+
+@pytest.mark.parametrize("length", [9, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_kept_until_the_weight_gradient_is_written(
+    dtype: torch.dtype, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejected rows first; of the longer sequences the memory of dW has no room for all."""
+    kept, scored, own = [], [], TritonBackend.logprob
+
+    def counted(
+        self: TritonBackend, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (scored if keep is None else kept).append(int((labels != -100).sum()))
+        return own(self, head, labels, keep)
+
+    monkeypatch.setattr(TritonBackend, "logprob", counted)
+    inputs = support.make(Case("kept", hidden=32, length=length, bias=True), dtype)
+    got = support.fused(inputs, backend="triton")
+    assert len(kept) == 1
+    assert kept[0] >= 16
+    assert (sum(scored) > 0) == (length == 32)
+    truth, single = support.plain(inputs, torch.float64), support.plain(inputs, torch.float32)
+    support.assert_close("loss", got.loss, truth.loss, single.loss)
+    same_type = support.plain(inputs, dtype)
+    for key, exact in truth.gradients.items():
+        if exact is not None:
+            ours, theirs = (r.gradients[key].double() - exact for r in (got, same_type))  # type: ignore[union-attr]
+            assert ours.norm() <= 1.1 * theirs.norm() + 2 * ts.UNIT[dtype] * exact.norm(), f"gradient of {key}"
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

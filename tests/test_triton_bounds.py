@@ -20,7 +20,17 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above, and by what follows.
 
-from infopo_kernels.backends.triton import gradient_tile, hidden_product, logprob, rows, softmax_tile, weight_product
+from infopo_kernels.backends.base import Head
+from infopo_kernels.backends.triton import (
+    gradient_tile,
+    hidden_product,
+    kept,
+    logprob,
+    rows,
+    softmax_tile,
+    weight_product,
+)
+from infopo_kernels.backends.triton.launch import prepare
 from infopo_kernels.options import InfoPOOptions
 from tests.triton_support import Problem, interpreter
 
@@ -36,6 +46,11 @@ def run_everything(problem: Problem, dtype: torch.dtype, workspace: int) -> None
     for weight_dtype in (torch.float32, dtype):
         backend.logprob_and_grad(inputs.head, inputs.labels, inputs.c, ts.buffers(inputs, wanted, weight_dtype))
         backend.backward(inputs.head, inputs.labels, lse, inputs.c, ts.buffers(inputs, wanted, weight_dtype))
+        fresh, _ = ts.fresh_buffers(inputs, wanted, weight_dtype)
+        assert fresh.weight is not None
+        most = backend.kept_rows(inputs.head, fresh.weight)
+        if most:
+            ts.keep_and_backward(backend, inputs, fresh, most)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -71,6 +86,11 @@ MUTATIONS: list[tuple[Any, str, str, str]] = [
     (logprob, "merge_kernel", "(offs_s < parts)[:, None] & row_ok", "(offs_s >= 0)[:, None] & row_ok"),
     (softmax_tile, "normalise_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (softmax_tile, "softmax_tile_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
+    (softmax_tile, "store_softmax_part", "tl.where(part < num_parts, C, 0)", "C"),
+    (kept, "kept_rows_kernel", "inside = offs_n < N", "inside = offs_n >= 0"),
+    (kept, "kept_rows_kernel", "mask=live & (label >= 0) & (label < V)", "mask=inside"),
+    (kept, "kept_gradient_kernel", "tl.where(part < parts, here, 0)", "here"),
+    (kept, "kept_gradient_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (gradient_tile, "gradient_tile_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (hidden_product, "hidden_product_kernel", "(offs_v < end - v)[:, None] & ", ""),
     (hidden_product, "store_hidden_kernel", "(offs_h < H)", "(offs_h >= 0)"),
@@ -102,10 +122,12 @@ def mutated(module: Any, name: str, old: str, new: str) -> Iterator[None]:
         cache.pop(kernel.fn, None)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m[1])
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m[1]}: {m[2]}")
 def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
     # 38 rows, 33 of them with a weight: neither number fills its last block of 16, so a mask is all that stops it.
-    problem = Problem("mutant", n=38, h=21, v=75, ignored=0.0)
+    # Logits of 16 rows are kept at h = 21, those of all rows at h = 61.
+    h = 61 if mutation[1:3] == ("kept_gradient_kernel", "row_ok = offs_n < here") else 21
+    problem = Problem("mutant", n=38, h=h, v=75, ignored=0.0)
     with mutated(*mutation), pytest.raises(Exception, match="OutOfBounds"), ts.checked_addresses():
         run_everything(problem, torch.float32, ts.WORKSPACE)
 
@@ -177,16 +199,12 @@ def last_program_only() -> Iterator[None]:
 
 
 def _launch(n: int, h: int, v: int) -> Any:
-    from infopo_kernels.backends.base import Head
-    from infopo_kernels.backends.triton.launch import prepare
-
     return prepare(Head(torch.empty(n, h).half(), torch.empty(1, h).half().expand(v, h), None, None, 1.0, 1 << 20))
 
 
 def _live(n: int, *index: int) -> rows.LiveRows:
-    return rows.LiveRows(
-        torch.tensor([*index, *[0] * n][:n], dtype=torch.int32), torch.tensor([n], dtype=torch.int32), torch.ones(1)
-    )
+    one = torch.ones(1, dtype=torch.int32)
+    return rows.LiveRows(torch.tensor([*index, *[0] * n][:n], dtype=torch.int32), n * one, one.float(), 0 * one)
 
 
 def test_dw_beyond_two_to_the_31() -> None:
@@ -233,6 +251,30 @@ def test_g_beyond_two_to_the_31_as_an_operand() -> None:
 
     check_g(hidden)
     assert not part[0, -1].isnan().any()
+
+
+def test_kept_logits_beyond_two_to_the_31() -> None:
+    """A dW of more than 2^31 elements holds them: parts 2^27 elements apart, kept and turned into G."""
+    inputs = ts.make(Problem("far-kept", n=20, h=16, v=320, ignored=0.0), torch.float16)
+    truth, labels, stride, n = ts.plain(inputs), inputs.labels, 1 << 27, 20
+    assert 19 * stride > 2**31
+    launch = prepare(inputs.head)
+    q = torch.empty(19 * stride + 16 * n, dtype=torch.float16).as_strided((20, n, 16), (stride, 16, 1))
+    part_max = torch.empty(19 * stride + n).as_strided((20, n), (stride, 1))
+    store = kept.Store(q, part_max, torch.empty(n))
+    logp, lse, g = torch.empty(n), torch.empty(n), torch.full((n, 320), float("nan"), dtype=torch.float16)
+    with ts.checked_addresses():
+        live = rows.find_live_rows(labels, None, skip_zero=False, gain=False, cleared=(logp, lse))
+        softmax_tile.launch_softmax_tile(launch, labels, live, q, part_max, torch.empty(20, n), store.target, 0)
+        _, expected = ts.backend().logprob(inputs.head, labels)
+        live, found = kept.find_kept_rows(launch, store, labels, labels, expected, inputs.c)
+        kept.launch_kept_gradient(launch, labels, expected, inputs.c, live, found, g, torch.empty(0), 0, 320)
+    there = int(live.kept)
+    z = inputs.head.hidden.double() @ inputs.head.weight.double().T
+    exact = torch.nn.functional.one_hot(labels, 320) - (z - truth.lse[:, None]).exp()
+    exact = (exact * inputs.c[:, None])[inputs.live]
+    error = (g[:there].double() / live.gain - exact).abs()
+    assert (error <= 2.0**-9 * exact.abs() + 1e-7).all()
 
 
 def test_g_beyond_two_to_the_31_as_a_result() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Backend, Gradients, Head
 from infopo_kernels.options import IGNORE_INDEX
 
 WORKSPACE = 256 << 20
@@ -56,6 +56,19 @@ PROBLEMS = [
     Problem("large-logits", size=60.0),
     Problem("tiny-weights", c_size=1e-7),
 ]
+
+
+KEPT_PROBLEMS = [
+    Problem("kept", v=301),
+    Problem("kept-whole-tiles", n=32, h=32, v=128, ignored=0.0),
+    Problem("kept-bias-softcap", h=33, v=75, bias=True, softcap=3.0, scale=-0.7, size=3.0),
+    Problem("kept-strided", n=21, h=23, v=67, bias=True, strided=True),
+    Problem("kept-one-row", n=1, h=40, v=33, ignored=0.0),
+    Problem("kept-in-part", n=70, h=20, v=48, bias=True, ignored=0.1),
+    Problem("kept-large-logits", h=32, size=60.0),
+    Problem("kept-tiny-weights", h=32, c_size=1e-7),
+]
+"""Hidden sizes that leave the memory of dW room for 16 rows, a block of the interpreter's tiles, and more."""
 
 
 @dataclass
@@ -160,6 +173,35 @@ def buffers(inputs: Inputs, wanted: str, weight_dtype: torch.dtype | None = None
         fill.to(weight_dtype or torch.float32) if "w" in wanted else None,
         fill[:, 0].contiguous() if "b" in wanted else None,
     )
+
+
+def first_rows(labels: torch.Tensor, most: int) -> torch.Tensor:
+    """Labels of the first `most` scored rows."""
+    scored = labels != IGNORE_INDEX
+    return torch.where(scored & (scored.cumsum(0) <= most), labels, IGNORE_INDEX)
+
+
+def keep_and_backward(
+    backend: Backend, inputs: Inputs, gradients: Gradients, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """l, lse and the gradients; the logits of the first `most` scored rows stay in dW's memory from l to there."""
+    head, labels = inputs.head, inputs.labels
+    kept = first_rows(labels, most)
+    logp, lse = backend.logprob(head, kept, gradients.weight)
+    others = backend.logprob(head, torch.where(kept == IGNORE_INDEX, labels, IGNORE_INDEX))
+    logp, lse = logp + others[0], lse + others[1]
+    backend.backward(head, labels, lse, inputs.c, gradients, kept)
+    return logp, lse
+
+
+def fresh_buffers(inputs: Inputs, wanted: str, weight_dtype: torch.dtype | None = None) -> tuple[Gradients, Gradients]:
+    """Result buffers for kept logits, dW poisoned with NaN, and what they stand for: a dW that nothing is in."""
+    got, before = (buffers(inputs, wanted, weight_dtype) for _ in range(2))
+    assert got.weight is not None
+    assert before.weight is not None
+    got.weight.fill_(float("nan"))
+    before.weight.zero_()
+    return got, before
 
 
 def assert_within(name: str, got: torch.Tensor, truth: torch.Tensor, allowed: torch.Tensor) -> None:

@@ -29,14 +29,19 @@ from triton.runtime import interpreter
 
 from infopo_kernels.backends.triton import TritonBackend, launch
 from tests.triton_problems import (
+    KEPT_PROBLEMS,
     PROBLEMS,
     UNIT,
     WORKSPACE,
     FreshMemory,
+    Inputs,
     Problem,
     assert_gradients,
     assert_logp,
     buffers,
+    first_rows,
+    fresh_buffers,
+    keep_and_backward,
     make,
     plain,
 )
@@ -48,11 +53,13 @@ if not launch.INTERPRETED:
     )
 
 __all__ = [
+    "KEPT_PROBLEMS",
     "PROBLEMS",
     "UNIT",
     "WORKSPACE",
     "AddressSpaces",
     "FreshMemory",
+    "Inputs",
     "OutOfBounds",
     "Problem",
     "assert_gradients",
@@ -60,7 +67,10 @@ __all__ = [
     "backend",
     "buffers",
     "checked_addresses",
+    "first_rows",
+    "fresh_buffers",
     "interpreter",
+    "keep_and_backward",
     "make",
     "plain",
 ]

@@ -85,6 +85,29 @@ def test_three_primitives(problem: Problem, dtype: torch.dtype) -> None:
     tp.assert_gradients(inputs, truth, on(known, "cpu"), before, roundings=1, zero_rows=False)
 
 
+@pytest.mark.parametrize(
+    "types",
+    [(torch.float32, torch.float32), *((t, w) for t in DTYPES[1:] for w in (torch.float32, t))],
+    ids=lambda types: f"{types[0]}-{types[1]}",
+)
+@pytest.mark.parametrize(
+    "problem", [Problem("kept", h=256, v=301), *LARGE, Problem("kept-in-part", n=2000, h=512, v=20011)], ids=str
+)
+def test_kept_logits(problem: Problem, types: tuple[torch.dtype, torch.dtype]) -> None:
+    """From `logprob` to `backward` in the memory of dW, which is NaN before."""
+    inputs = tp.make(problem, types[0])
+    truth, there = tp.plain(inputs), moved(inputs, DEVICE)
+    got, before = tp.fresh_buffers(inputs, "xwb" if problem.bias else "xw", types[1])
+    got = on(got, DEVICE)
+    assert got.weight is not None
+    most = TritonBackend().kept_rows(there.head, got.weight)
+    assert most > 0
+    with tp.FreshMemory():
+        logp, lse = tp.keep_and_backward(TritonBackend(), there, got, most)
+    tp.assert_logp(inputs, truth, logp.cpu(), lse.cpu())
+    tp.assert_gradients(inputs, truth, on(got, "cpu"), before, roundings=2, zero_rows=False)
+
+
 @pytest.mark.parametrize("mib", [8, 32])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_small_workspace(mib: int, weight_dtype: torch.dtype) -> None:
@@ -175,10 +198,14 @@ def test_cuda_graph_of_a_step(weight_dtype: torch.dtype) -> None:
     backend = TritonBackend()
     hidden_grad = torch.zeros_like(head.hidden)
     weight_grad = torch.zeros(head.weight.shape, dtype=weight_dtype, device=DEVICE)
+    from_kept = torch.zeros_like(weight_grad)
+    most = backend.kept_rows(head, from_kept)
+    assert most > 128
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         hidden_grad.zero_()
         weight_grad.zero_()
+        tp.keep_and_backward(backend, Inputs(head, labels, c), Gradients(None, from_kept, None), most)
         logp, lse = backend.logprob(head, labels)
         backend.backward(head, labels, lse, c, Gradients(hidden_grad, weight_grad, None))
         again, _ = backend.logprob_and_grad(head, labels, c, Gradients(hidden_grad, weight_grad, None))
@@ -197,8 +224,8 @@ def test_cuda_graph_of_a_step(weight_dtype: torch.dtype) -> None:
     head.hidden.copy_(torch.randn_like(head.hidden))
     labels.copy_(torch.where(labels == -100, 3, -100))
     graph.replay()
-    replayed = [x.clone() for x in (*captured, hidden_grad, weight_grad)]
-    expected = [*step(), hidden_grad, weight_grad]
+    replayed = [x.clone() for x in (*captured, hidden_grad, weight_grad, from_kept)]
+    expected = [*step(), hidden_grad, weight_grad, from_kept]
     for got, want in zip(replayed, expected, strict=True):
         assert torch.equal(got, want)
 
@@ -295,7 +322,7 @@ def test_torch_compile() -> None:
 def test_compute_sanitizer(tool: str) -> None:
     """No access outside an allocation, no race in shared memory, on problems with tails everywhere."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "pytest", "-q"]
-    chosen = "test_three_primitives and (odd-strided or bias-softcap) and bfloat16"
+    chosen = "bfloat16 and (test_three_primitives and (odd-strided or bias-softcap) or test_kept_logits and kept-torch)"
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run([*command, __file__, "-k", chosen], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -27,8 +27,10 @@ class TritonBackend:
     current stream, on the device of their inputs, and can be captured in a CUDA graph once they have run (Triton
     compiles a kernel when it is first launched).
 
-    Beyond the protocol's contract: `gradients.weight` in a 16-bit type costs `backward` a fourth product where the
-    float32 sums of dX for all rows do not fit the workspace (`gradients.gradients_from_lse`).
+    Beyond the protocol's contract: a 16-bit `gradients.weight` costs `backward` a fourth product where the float32 sums
+    of dX for all rows do not fit the workspace (`gradients.gradients_from_lse`), and keeps no logits then, because it
+    would be rounded twice. `kept_rows` is less than the memory of `gradients.weight` holds where the workspace has no
+    room for the sums of dX of so many rows.
     """
 
     name: ClassVar[str] = "triton"
@@ -51,14 +53,21 @@ class TritonBackend:
         return None
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
-        """How many rows' logits the memory of `weight_gradient` can hold."""
-        return 0
+        """How many rows' logits the memory of `weight_gradient` can hold: about 2 H in a float32 one beside 16-bit
+        inputs, H in one of the input type."""
+        from infopo_kernels.backends.triton.gradients import kept_rows
+        from infopo_kernels.backends.triton.launch import on_device, prepare
+
+        if head.hidden.numel() == 0:
+            return 0
+        with on_device(weight_gradient.device):
+            return kept_rows(prepare(head), weight_gradient)
 
     def logprob(
         self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token log-probabilities l [N] and logsumexp [N]. One product."""
-        assert keep is None, "kept_rows is 0"
+        """Token log-probabilities l [N] and logsumexp [N]. One product. `keep` holds logits afterwards (`kept.py`)."""
+        from infopo_kernels.backends.triton.gradients import logprob_keeping
         from infopo_kernels.backends.triton.launch import on_device, prepare
         from infopo_kernels.backends.triton.logprob import launch_logprob
         from infopo_kernels.backends.triton.rows import find_live_rows
@@ -68,7 +77,10 @@ class TritonBackend:
             return logp, lse
         with on_device(labels.device):
             live = find_live_rows(labels, None, skip_zero=False, gain=False, cleared=(logp, lse))
-            launch_logprob(prepare(head), labels, live, logp, lse)
+            if keep is None:
+                launch_logprob(prepare(head), labels, live, logp, lse)
+            else:
+                logprob_keeping(prepare(head), labels, live, keep, logp, lse)
         return logp, lse
 
     def logprob_and_grad(
@@ -109,8 +121,14 @@ class TritonBackend:
         gradients: Gradients,
         kept: torch.Tensor | None = None,
     ) -> None:
-        """The gradients for row weights c and a known logsumexp; rows with c = 0 are not computed."""
-        assert kept is None, "kept_rows is 0"
+        """The gradients for row weights c and a known logsumexp; rows with c = 0 are not computed, kept or not."""
+        from infopo_kernels.backends.triton.gradients import gradients_from_kept
+        from infopo_kernels.backends.triton.launch import on_device, prepare
+
+        if kept is not None:
+            with on_device(labels.device):
+                gradients_from_kept(prepare(head), labels, kept, lse, row_weight, gradients)
+            return
         _backward(head, labels, lse, row_weight, gradients, skip_zero=True)
 
     def objective(

@@ -24,16 +24,20 @@ def bias_gradient_kernel(
     part_ptr,
     db_ptr,
     count_ptr,
+    kept_ptr,
     row0,
     C,
     columns,
     ld,
     scale,
+    KEPT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """db[v] for one block of columns."""
+    """db[v] for one block of columns, from the rows whose logits are kept (KEPT) or from the others."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
+    kept = tl.maximum(tl.load(kept_ptr) - row0, 0)
+    here = tl.minimum(kept, here) if KEPT else tl.maximum(here - kept, 0)
     offs_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     ok = offs_v < columns
     total = tl.zeros((BLOCK_V,), tl.float32)
@@ -43,7 +47,15 @@ def bias_gradient_kernel(
 
 
 def launch_bias_gradient(
-    launch: Launch, live: LiveRows, part: torch.Tensor, bias_grad: torch.Tensor, row0: int, rows: int, block_rows: int
+    launch: Launch,
+    live: LiveRows,
+    part: torch.Tensor,
+    bias_grad: torch.Tensor,
+    row0: int,
+    rows: int,
+    block_rows: int,
+    *,
+    kept: bool = False,
 ) -> None:
     """Add the column sums `part` [blocks, ld] of `rows` rows to `bias_grad` [columns]."""
     columns = bias_grad.numel()
@@ -51,11 +63,13 @@ def launch_bias_gradient(
         part,
         bias_grad,
         live.count,
+        live.kept,
         row0,
         rows,
         columns,
         part.stride(0),
         launch.head.scale,
+        KEPT=kept,
         BLOCK_N=block_rows,
         BLOCK_V=COLUMNS,
         num_warps=4,

@@ -65,6 +65,7 @@ def gradient_tile_kernel(
     c_ptr,
     rows_ptr,
     count_ptr,
+    kept_ptr,
     gain_ptr,
     g_ptr,
     db_part_ptr,
@@ -91,15 +92,19 @@ def gradient_tile_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """g[i, v - v0] = G_iv (0 for v >= V), db_part[block, v - v0] = sum of G_iv / gain over the block's rows."""
+    """g[i, v - v0] = G_iv (0 for v >= V), db_part[block, v - v0] = sum of G_iv / gain over the block's rows.
+
+    Rows at the head of the list whose logits are kept get their G from there (`kept.py`); blocks begin after them.
+    """
     here = tl.minimum(tl.load(count_ptr) - row0, C)
-    num_n = tl.cdiv(here, BLOCK_N)
+    begin = tl.maximum(tl.load(kept_ptr) - row0, 0)
+    num_n = tl.cdiv(tl.maximum(here - begin, 0), BLOCK_N)
     num_v = tl.cdiv(columns, BLOCK_V)
     pid = tl.program_id(0)
     if pid >= num_n * num_v:
         return
     pid_n, pid_v = grouped_tile(pid, num_n, num_v, GROUP)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = begin + pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row_ok = offs_n < here
     row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
@@ -149,6 +154,7 @@ def launch_gradient_tile(
         row_weight,
         live.index,
         live.count,
+        live.kept,
         live.gain,
         g,
         bias_part,

@@ -1,4 +1,5 @@
-"""The two ways to gradients: from one tile of logits, or by pieces of the vocabulary with a known logsumexp."""
+"""The ways to gradients: from one tile of logits, or by pieces of the vocabulary with a known logsumexp, where the
+logits of some rows may have been kept in the memory of dW."""
 
 from __future__ import annotations
 
@@ -8,12 +9,27 @@ from infopo_kernels.backends.base import Gradients
 from infopo_kernels.backends.triton.bias_gradient import launch_bias_gradient
 from infopo_kernels.backends.triton.gradient_tile import launch_gradient_tile
 from infopo_kernels.backends.triton.hidden_product import launch_hidden_product, launch_store_hidden
+from infopo_kernels.backends.triton.kept import (
+    Kept,
+    capacity,
+    find_kept_rows,
+    launch_kept_gradient,
+    store_in,
+)
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
 from infopo_kernels.backends.triton.logprob import launch_merge
 from infopo_kernels.backends.triton.rows import LiveRows
 from infopo_kernels.backends.triton.softmax_tile import NORMALISE_ROWS, launch_normalise, launch_softmax_tile
 from infopo_kernels.backends.triton.weight_product import gathered_stride, launch_gather_rows, launch_weight_product
-from infopo_kernels.backends.triton.workspace import PiecePlan, TilePlan, carve, plan_pieces, tile_layouts
+from infopo_kernels.backends.triton.workspace import (
+    PiecePlan,
+    TilePlan,
+    carve,
+    kept_chunk,
+    plan_pieces,
+    sums_chunk,
+    tile_layouts,
+)
 
 
 def gradients_from_tiles(
@@ -35,8 +51,9 @@ def gradients_from_tiles(
     g, target, bias_part, stats, part, gathered = carve(
         launch.head.workspace_bytes, labels.device, layouts[:3], shared=layouts[3:]
     )
+    q = g.view(plan.rows, -1, launch.tiles.logits.part).transpose(0, 1)
     for row0 in range(0, launch.rows, plan.rows):
-        launch_softmax_tile(launch, labels, live, g, stats[0], stats[1], target, row0)
+        launch_softmax_tile(launch, labels, live, q, stats[0], stats[1], target, row0)
         launch_merge(launch, labels, live, stats[0], stats[1], target, logp, lse, row0)
         launch_normalise(launch, labels, live, g, stats[0], logp, lse, row_weight, bias_part, row0)
         if gradients.hidden is not None:
@@ -47,6 +64,56 @@ def gradients_from_tiles(
             launch_weight_product(launch, live, g, gathered, gradients.weight, row0, add=True)
         if gradients.bias is not None:
             launch_bias_gradient(launch, live, bias_part, gradients.bias, row0, plan.rows, NORMALISE_ROWS)
+
+
+def kept_rows(launch: Launch, weight_grad: torch.Tensor) -> int:
+    """Rows whose logits the memory of `weight_grad` holds, and whose sums of dX a chunk holds.
+
+    0 where that is less than a block of rows, which is not worth a launch of its own, or where a 16-bit dW would be
+    rounded twice: the kept rows make its first chunk, so that all rows of the call have to be in it.
+    """
+    most = capacity(launch, weight_grad)
+    chunk = kept_chunk(launch, most)
+    most = min(most, chunk)
+    pays = most >= min(launch.rows, launch.tiles.logits.rows) and sums_chunk(launch) > 0
+    once = weight_grad.dtype == torch.float32 or chunk >= launch.rows
+    return most if pays and once else 0
+
+
+def logprob_keeping(
+    launch: Launch, labels: torch.Tensor, live: LiveRows, keep: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """l and lse of the live rows, whose logits stay in the memory of `keep` [V, H]. One product."""
+    store = store_in(launch, keep)
+    parts, rows = len(store.q), min(kept_rows(launch, keep), launch.rows)
+    c = min(rows, sums_chunk(launch))
+    sums = torch.empty(parts * c, dtype=torch.float32, device=labels.device)
+    for row0 in range(0, rows, c):
+        chunk = slice(row0, min(row0 + c, rows))
+        part_sum = sums[: parts * (chunk.stop - row0)].view(parts, -1)
+        q, part_max, target = store.q[:, chunk], store.part_max[:, chunk], store.target[chunk]
+        launch_softmax_tile(launch, labels, live, q, part_max, part_sum, target, row0)
+        launch_merge(launch, labels, live, part_max, part_sum, target, logp, lse, row0)
+
+
+def gradients_from_kept(
+    launch: Launch,
+    labels: torch.Tensor,
+    kept_labels: torch.Tensor,
+    lse: torch.Tensor,
+    row_weight: torch.Tensor,
+    gradients: Gradients,
+) -> None:
+    """The gradients with a known logsumexp, where dW's memory holds the logits of some rows; dW is assigned.
+
+    Products: 1 (dX), + 1 (dW), and for rows that are not kept + 1 (logits).
+    """
+    hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
+    assert weight is not None
+    rows = kept_chunk(launch, capacity(launch, weight))
+    plan = plan_pieces(launch, hidden=hidden is not None, weight=True, bias=bias is not None, rows=rows)
+    live, kept = find_kept_rows(launch, store_in(launch, weight), labels, kept_labels, lse, row_weight)
+    _by_rows(launch, plan, labels, lse, row_weight, live, gradients, kept)
 
 
 def gradients_from_lse(
@@ -82,8 +149,13 @@ def _by_rows(
     row_weight: torch.Tensor,
     live: LiveRows,
     gradients: Gradients,
+    kept: Kept | None = None,
 ) -> None:
-    """Chunks of rows outside, pieces of the vocabulary inside: dX complete per chunk, dW added to once per chunk."""
+    """Chunks of rows outside, pieces of the vocabulary inside: dX complete per chunk, dW added to once per chunk.
+
+    All rows with kept logits are in the first chunk, which assigns dW: a piece's rows of it are written when the logits
+    that lie there have become G, and the last piece comes first (`kept.py`).
+    """
     hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
     v, h, dtype, block = launch.vocabulary, launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits.rows
     g, part, gathered, bias_part = carve(
@@ -99,13 +171,21 @@ def _by_rows(
     for row0 in range(0, launch.rows, plan.rows):
         if weight is not None:
             launch_gather_rows(launch, live, gathered, row0)
-        for v0 in range(0, v, plan.columns):
+        from_kept = kept if row0 == 0 else None
+        for v0 in reversed(range(0, v, plan.columns)):
             columns = min(plan.columns, v - v0)
+            if from_kept is not None:
+                launch_kept_gradient(launch, labels, lse, row_weight, live, from_kept, g, bias_part, v0, columns)
+                if bias is not None:
+                    launch_bias_gradient(
+                        launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block, kept=True
+                    )
             launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns)
             if hidden is not None:
-                launch_hidden_product(launch, live, g, part, row0, v0, columns, add=v0 > 0)
+                launch_hidden_product(launch, live, g, part, row0, v0, columns, add=v0 + columns < v)
             if weight is not None:
-                launch_weight_product(launch, live, g, gathered, weight[v0 : v0 + columns], row0, add=True)
+                into, add = weight[v0 : v0 + columns], from_kept is None
+                launch_weight_product(launch, live, g, gathered, into, row0, add=add)
             if bias is not None:
                 launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block)
         if hidden is not None:

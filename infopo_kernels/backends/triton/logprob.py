@@ -107,7 +107,7 @@ def logprob_kernel(
     tl.store(target_ptr + offs_n, target, mask=row_ok & here)
 
 
-@triton.jit(do_not_specialize=["row0", "C", "parts"])
+@triton.jit(do_not_specialize=["row0", "C", "parts", "stride_mt"])
 def merge_kernel(
     max_ptr,
     sum_ptr,
@@ -120,11 +120,12 @@ def merge_kernel(
     row0,
     C,
     parts,
+    stride_mt,
     V,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """l and lse of rows row0 .. row0 + C of the list from `parts` partial results laid out [parts, C]."""
+    """l and lse of rows row0 .. row0 + C of the list from partial results max [parts, stride_mt], sum [parts, C]."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
     pid = tl.program_id(0)
     if pid * BLOCK_N >= here:
@@ -135,10 +136,11 @@ def merge_kernel(
     total_sum = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, parts, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        offs = offs_s.to(tl.int64)[:, None] * C + offs_n[None, :]
+        offs_max = offs_s.to(tl.int64)[:, None] * stride_mt + offs_n[None, :]
+        offs_sum = offs_s.to(tl.int64)[:, None] * C + offs_n[None, :]
         ok = (offs_s < parts)[:, None] & row_ok[None, :]
-        part_max = tl.load(max_ptr + offs, mask=ok, other=float("-inf"))
-        part_sum = tl.load(sum_ptr + offs, mask=ok, other=0.0)
+        part_max = tl.load(max_ptr + offs_max, mask=ok, other=float("-inf"))
+        part_sum = tl.load(sum_ptr + offs_sum, mask=ok, other=0.0)
         new_max = tl.maximum(total_max, tl.max(part_max, axis=0))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         total_sum = total_sum * exp(total_max - shift) + tl.sum(part_sum * exp(part_max - shift[None, :]), axis=0)
@@ -178,6 +180,11 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     """Fill l and lse of the live rows."""
     n, head = launch.rows, launch.head
     slices, slice_tiles = slices_of(launch)
+    arguments = launch.logit_arguments
+    if head.softcap is not None:
+        # tanh beside running sums spilled, on sm_90 from 128 x 256 logits, and where products take their operands from
+        # registers (float32) still at half of the columns.
+        arguments["PART"] //= 4 if head.hidden.dtype == torch.float32 else 2
     partial = torch.empty(2, slices, n, dtype=torch.float32, device=labels.device)
     target = torch.empty(n, dtype=torch.float32, device=labels.device)
     start_product(
@@ -195,7 +202,7 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
         n,
         slices,
         slice_tiles,
-        **launch.logit_arguments,
+        **arguments,
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )
     launch_merge(launch, labels, live, partial[0], partial[1], target, logp, lse, row0=0)
@@ -212,8 +219,8 @@ def launch_merge(
     lse: torch.Tensor,
     row0: int,
 ) -> None:
-    """l and lse of the rows of the list that the partial results [parts, C] stand for."""
-    parts, c = part_max.shape
+    """l and lse of the rows of the list that the partial results [parts, C] stand for; `part_max` may have a stride."""
+    parts, c = part_sum.shape
     merge_kernel[(ceil_div(c, MERGE_ROWS),)](
         part_max,
         part_sum,
@@ -226,6 +233,7 @@ def launch_merge(
         row0,
         c,
         parts,
+        part_max.stride(0),
         launch.vocabulary,
         BLOCK_N=MERGE_ROWS,
         BLOCK_S=MERGE_SLICES,

@@ -105,6 +105,9 @@ def run(shape: Shape) -> None:
     ):
         backend.logprob_and_grad(head, labels, c, gradients)
         backend.backward(head, labels, lse, c, gradients)
+        if gradients.weight is not None and backend.kept_rows(head, gradients.weight):
+            backend.logprob(head, labels, gradients.weight)
+            backend.backward(head, labels, lse, c, gradients, labels)
     sequences = empty(8, dtype=torch.float64)
     chosen = empty(8, dtype=torch.bool)
     for average in (False, True):

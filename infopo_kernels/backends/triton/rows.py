@@ -38,6 +38,23 @@ class LiveRows:
     """[1] int32."""
     gain: torch.Tensor
     """[1] float32, a power of two; defined only where it was asked for."""
+    kept: torch.Tensor
+    """[1] int32; as many rows at the head of the list have their logits kept (`kept.py`), 0 in most calls."""
+
+
+@triton.jit
+def largest_weight(largest, c, live):
+    """The largest |c| with the weights of live rows taken in."""
+    # A NaN or infinite weight spoils its own row; it must not choose the scale of the others.
+    finite = live & (tl.abs(c) < float("inf"))
+    return tl.maximum(largest, tl.max(tl.where(finite, tl.abs(c), 0.0), axis=0))
+
+
+@triton.jit
+def gain_of(largest):
+    """The power of two that lifts `largest` to the top of float16's range."""
+    exponent = GAIN_BITS - tl.ceil(tl.log2(tl.maximum(largest, 1e-30)))
+    return tl.where(largest > 0.0, tl.exp2(exponent), 1.0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -47,6 +64,7 @@ def live_rows_kernel(
     rows_ptr,
     count_ptr,
     gain_ptr,
+    kept_ptr,
     logp_ptr,
     lse_ptr,
     N,
@@ -56,7 +74,7 @@ def live_rows_kernel(
     GAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """rows, count and gain as above; with CLEAR, l_t = lse_t = 0 for the rows that are left out."""
+    """rows, count and gain as above, kept = 0; with CLEAR, l_t = lse_t = 0 for the rows that are left out."""
     count = 0
     largest = 0.0
     for start in range(0, N, BLOCK):
@@ -68,9 +86,7 @@ def live_rows_kernel(
         if SKIP_ZERO:
             live = live & (c != 0.0)
         if GAIN:
-            # A NaN or infinite weight spoils its own row; it must not choose the scale of the others.
-            finite = live & (tl.abs(c) < float("inf"))
-            largest = tl.maximum(largest, tl.max(tl.where(finite, tl.abs(c), 0.0), axis=0))
+            largest = largest_weight(largest, c, live)
         flag = live.to(tl.int32)
         tl.store(rows_ptr + count + tl.cumsum(flag, axis=0) - flag, offs_n, mask=live)
         if CLEAR:
@@ -78,9 +94,26 @@ def live_rows_kernel(
             tl.store(lse_ptr + offs_n, 0.0, mask=inside & (flag == 0))
         count += tl.sum(flag, axis=0)
     tl.store(count_ptr, count)
+    tl.store(kept_ptr, 0)
     if GAIN:
-        exponent = GAIN_BITS - tl.ceil(tl.log2(tl.maximum(largest, 1e-30)))
-        tl.store(gain_ptr, tl.where(largest > 0.0, tl.exp2(exponent), 1.0))
+        tl.store(gain_ptr, gain_of(largest))
+
+
+def new_list(labels: torch.Tensor) -> LiveRows:
+    """A list for these rows, yet to be filled.
+
+    Raises:
+        ValueError: 2^31 rows or more.
+    """
+    n, device = labels.numel(), labels.device
+    if n >= 2**31 - BLOCK:
+        raise ValueError(f"`labels` must have fewer than 2^31 - {BLOCK} rows on a GPU, got {n}; split the batch.")
+    return LiveRows(
+        torch.empty(n, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+        torch.empty(1, dtype=torch.float32, device=device),
+        torch.empty(1, dtype=torch.int32, device=device),
+    )
 
 
 def find_live_rows(
@@ -91,24 +124,16 @@ def find_live_rows(
     gain: bool,
     cleared: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> LiveRows:
-    """Launch the kernel; `cleared` are (l, lse), set to 0 in the rows that are left out.
-
-    Raises:
-        ValueError: 2^31 rows or more.
-    """
-    n = labels.numel()
-    if n >= 2**31 - BLOCK:
-        raise ValueError(f"`labels` must have fewer than 2^31 - {BLOCK} rows on a GPU, got {n}; split the batch.")
-    index = torch.empty(n, dtype=torch.int32, device=labels.device)
-    count = torch.empty(1, dtype=torch.int32, device=labels.device)
-    scale = torch.empty(1, dtype=torch.float32, device=labels.device)
+    """Launch the kernel; `cleared` are (l, lse), set to 0 in the rows that are left out."""
+    live, n = new_list(labels), labels.numel()
     logp, lse = cleared if cleared is not None else (None, None)
     live_rows_kernel[(1,)](
         labels,
         row_weight,
-        index,
-        count,
-        scale,
+        live.index,
+        live.count,
+        live.gain,
+        live.kept,
         logp,
         lse,
         n,
@@ -120,4 +145,4 @@ def find_live_rows(
         num_warps=8,
         **FUSED,
     )
-    return LiveRows(index, count, scale)
+    return live

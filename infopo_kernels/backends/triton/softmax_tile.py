@@ -7,7 +7,8 @@ The first kernel forms the logits and keeps, relative to the maximum m of a row 
     Q_iv = exp(z_iv - m_Ti) * (1 - tanh(a_iv / softcap)^2)      m_Ti, s_Ti = sum_{v in T} exp(z_iv - m_Ti), y_i
 
 whose largest value is 1, so that rounding Q to the input type costs a relative half step like rounding G itself; the
-softmax's sum is taken from float32 before it. With lse from the merge, the second kernel finishes in place
+softmax's sum is taken from float32 before it. Q lies in the workspace, row after row, or part after part in the memory
+of a weight gradient (`kept.py`). With lse from the merge, the second kernel finishes in place
 
     G_iv = -c_i gain exp(m_Ti - lse_i) Q_iv                     for v != label_i
     G_iv = c_i gain (1 - exp(l_i)) (1 - (z_iy / (scale softcap))^2),  z_iy = l_i + lse_i,    for v = label_i
@@ -43,7 +44,10 @@ def store_softmax_part(
     sum_ptr,
     target_ptr,
     C,
-    ld,
+    num_parts,
+    stride_qt,
+    stride_qn,
+    stride_mt,
     V,
     softcap,
     scale,
@@ -52,6 +56,8 @@ def store_softmax_part(
     PART: tl.constexpr,
 ):
     """Columns part * PART .. (part + 1) * PART of Q, with their maximum and sum."""
+    # The last tile of the vocabulary may begin parts that nobody has room for.
+    row_ok = row_ok & (offs_n < tl.where(part < num_parts, C, 0))
     offs_v = part * PART + tl.arange(0, PART)
     z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
     target = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
@@ -61,17 +67,16 @@ def store_softmax_part(
     part_max = tl.max(z, axis=1)
     shift = tl.where(part_max == float("-inf"), 0.0, part_max)
     q = exp(z - shift[:, None])
-    offs_part = part.to(tl.int64) * C + offs_n
-    tl.store(max_ptr + offs_part, part_max, mask=row_ok)
-    tl.store(sum_ptr + offs_part, tl.sum(q, axis=1), mask=row_ok)
+    tl.store(max_ptr + part.to(tl.int64) * stride_mt + offs_n, part_max, mask=row_ok)
+    tl.store(sum_ptr + part.to(tl.int64) * C + offs_n, tl.sum(q, axis=1), mask=row_ok)
     if HAS_SOFTCAP:
         t = z / (scale * softcap)
         q = tl.where(offs_v[None, :] < V, q * (1.0 - t * t), 0.0)
-    offs_q = offs_n.to(tl.int64)[:, None] * ld + offs_v[None, :]
+    offs_q = part.to(tl.int64) * stride_qt + offs_n.to(tl.int64)[:, None] * stride_qn + tl.arange(0, PART)[None, :]
     tl.store(q_ptr + offs_q, q.to(q_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
-@triton.jit(do_not_specialize=["row0", "C"])
+@triton.jit(do_not_specialize=["row0", "C", "num_parts", "stride_mt"])
 def softmax_tile_kernel(
     x_ptr,
     w_ptr,
@@ -85,7 +90,10 @@ def softmax_tile_kernel(
     target_ptr,
     row0,
     C,
-    ld,
+    num_parts,
+    stride_qt,
+    stride_qn,
+    stride_mt,
     V,
     H,
     stride_xn,
@@ -102,7 +110,7 @@ def softmax_tile_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """q[i, v] = Q_iv (0 for V <= v < ld), max[T, i] = m_Ti, sum[T, i] = s_Ti, target[i] = y_i."""
+    """q[T, i, v - PART T] = Q_iv (0 for v >= V), max[T, i] = m_Ti, sum[T, i] = s_Ti, target[i] = y_i."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
     num_n = tl.cdiv(here, BLOCK_N)
     num_v = tl.cdiv(V, BLOCK_V)
@@ -123,8 +131,20 @@ def softmax_tile_kernel(
     for p in tl.static_range(BLOCK_V // PART):
         store_softmax_part(
             parts[p], pid_v * (BLOCK_V // PART) + p, offs_n, row_ok, label, b_ptr, q_ptr, max_ptr, sum_ptr, target_ptr,
-            C, ld, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP, PART,
+            C, num_parts, stride_qt, stride_qn, stride_mt, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP, PART,
         )  # fmt: skip
+
+
+@triton.jit
+def normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    """G / gain from Q."""
+    # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well.
+    other_columns = -c * exp(part_max - lse) + (logp - logp)
+    at_label = c * (1.0 - exp(logp))
+    if HAS_SOFTCAP:
+        t = (logp + lse) / (scale * softcap)
+        at_label = at_label * (1.0 - t * t)
+    return tl.where(offs_v[None, :] == label[:, None], at_label[:, None], other_columns[:, None] * q.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["row0", "C"])
@@ -166,16 +186,9 @@ def normalise_kernel(
     lse = tl.load(lse_ptr + row, mask=row_ok, other=0.0)
     label = load_labels(labels_ptr, row, row_ok, V)
     part_max = tl.load(max_ptr + pid_v.to(tl.int64) * C + offs_n, mask=row_ok, other=float("-inf"))
-    # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well.
-    other_columns = -c * exp(part_max - lse) + (logp - logp)
-    at_label = c * (1.0 - exp(logp))
-    if HAS_SOFTCAP:
-        t = (logp + lse) / (scale * softcap)
-        at_label = at_label * (1.0 - t * t)
-
     offs_q = offs_n.to(tl.int64)[:, None] * ld + offs_v[None, :]
-    q = tl.load(q_ptr + offs_q, mask=row_ok[:, None], other=0.0).to(tl.float32)
-    g = tl.where(offs_v[None, :] == label[:, None], at_label[:, None], other_columns[:, None] * q)
+    q = tl.load(q_ptr + offs_q, mask=row_ok[:, None], other=0.0)
+    g = normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP)
     if BIAS_GRAD:
         tl.store(db_part_ptr + pid_n.to(tl.int64) * ld + offs_v, tl.sum(g, axis=0))
     if HAS_GAIN:
@@ -193,8 +206,11 @@ def launch_softmax_tile(
     target: torch.Tensor,
     row0: int,
 ) -> None:
-    """Q [C, ld], (max, sum) [parts, C] and target [C] for rows row0 .. row0 + C of the list."""
-    c, tiles = part_max.shape[1], ceil_div(launch.vocabulary, launch.tiles.logits.columns)
+    """Q [parts, C, PART], (max, sum) [parts, C] and target [C] for rows row0 .. row0 + C of the list.
+
+    `q` and `part_max` may have any strides whose last one is 1; `parts` cover the vocabulary at least.
+    """
+    (parts, c), tiles = part_sum.shape, ceil_div(launch.vocabulary, launch.tiles.logits.columns)
     head = launch.head
     start_product(
         softmax_tile_kernel,
@@ -211,7 +227,10 @@ def launch_softmax_tile(
         target,
         row0,
         c,
+        parts,
         q.stride(0),
+        q.stride(1),
+        part_max.stride(0),
         **launch.logit_arguments,
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )

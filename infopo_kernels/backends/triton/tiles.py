@@ -56,6 +56,13 @@ class Target:
     """bfloat16 and float16."""
     single: Products
     """float32."""
+    half_unaligned: Products | None = None
+    """bfloat16 and float16 whose rows do not all begin on 16 elements, if they take tiles of their own."""
+
+    def products(self, *, single: bool, aligned: bool) -> Products:
+        if single:
+            return self.single
+        return self.half if aligned or self.half_unaligned is None else self.half_unaligned
 
 
 def _same(tile: Tile) -> Products:
@@ -69,6 +76,10 @@ _SINGLE = _same(Tile(rows=64, columns=128, depth=16, warps=8, stages=2))
 # 99 KiB a program (sm_86, 89, 120): 128 x 128 sums in 8 warps are 64 registers a thread, a depth of 32 in 3 stages is
 # 48 KiB at most, and what follows a product finds registers enough.
 _99_KIB = _same(Tile(128, 128, 32, warps=8, stages=3))
+
+# Rows that do not begin on 16 elements are loaded one element at a time, each with an address of its own in registers,
+# which then hold fewer sums and less depth; what follows logits takes registers too.
+_UNALIGNED = replace(_same(Tile(128, 128, 32, warps=8, stages=3)), logits=Tile(128, 128, 16, warps=8, stages=3))
 
 # 128 x 256 sums in two warp groups: wgmma's widest instruction (n = 256), 85 operations a byte of L2 traffic against 64
 # of 128 x 128, which at 700 TFLOP/s is 8 TB/s against 11. 3 stages of 48 KiB; a fourth (192 of 227 KiB) is left to the
@@ -84,17 +95,28 @@ TARGETS: dict[str, Target] = {
     for target in (
         # A100: mma.sync takes fragments from registers, so 128 x 256 sums (128 a thread) would leave none for them;
         # 128 x 128 in 8 warps, and a depth of 64 in 3 stages, 64 of 163 KiB.
-        Target("sm_80", "cuda", 80, 32, 108, 166_912, 255, _same(Tile(128, 128, 64, warps=8, stages=3)), _SINGLE),
+        Target(
+            "sm_80",
+            "cuda",
+            80,
+            32,
+            108,
+            166_912,
+            255,
+            _same(Tile(128, 128, 64, warps=8, stages=3)),
+            _SINGLE,
+            _UNALIGNED,
+        ),
         # A10, RTX 30.
-        Target("sm_86", "cuda", 86, 32, 84, 101_376, 255, _99_KIB, _SINGLE),
+        Target("sm_86", "cuda", 86, 32, 84, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED),
         # L4, L40, RTX 40.
-        Target("sm_89", "cuda", 89, 32, 142, 101_376, 255, _99_KIB, _SINGLE),
+        Target("sm_89", "cuda", 89, 32, 142, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED),
         # H100, H200.
-        Target("sm_90", "cuda", 90, 32, 132, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE),
+        Target("sm_90", "cuda", 90, 32, 132, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE, _UNALIGNED),
         # B200: tcgen05 keeps the sums in tensor memory, of which 128 x 256 float32 are half; else as H100.
-        Target("sm_100", "cuda", 100, 32, 148, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE),
+        Target("sm_100", "cuda", 100, 32, 148, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE, _UNALIGNED),
         # RTX 50, RTX PRO 6000: mma.sync again.
-        Target("sm_120", "cuda", 120, 32, 170, 101_376, 255, _99_KIB, _SINGLE),
+        Target("sm_120", "cuda", 120, 32, 170, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED),
         # MI300X: 64 KiB of LDS, of which 128 x 128 x 64 takes half, so that two programs share a compute unit. 4 waves
         # hold 64 sums a lane each.
         Target("gfx942", "hip", "gfx942", 64, 304, 65_536, 512, _same(Tile(128, 128, 64, warps=4, stages=2)), _SINGLE),

@@ -6,6 +6,8 @@ Counting, with B the workspace's bytes, e bytes an element and R rows a chunk (d
   float32 dW once, 8 V H bytes beside 2 R V H operations a product: the fewer rows, the more of the time.
 - Gradients with a known logsumexp take the vocabulary in pieces: [R, H] sums of dX stay for all of them, and R no
   longer depends on V, at the price of forming the logits a second time.
+- Rows whose logits dW's memory keeps (`kept.py`) pay neither price, but are all in the first chunk of such pieces:
+  there are at most as many as the sums of dX leave room for.
 """
 
 from __future__ import annotations
@@ -147,44 +149,92 @@ def _chunk_time(launch: Launch, rows: int, slices: int, gradients: Gradients) ->
     return time
 
 
-def plan_pieces(launch: Launch, *, hidden: bool, weight: bool, bias: bool, weight_sums: bool = False) -> PiecePlan:
+@dataclass(frozen=True)
+class _Pieces:
+    """What gradients by pieces of the vocabulary take of the workspace."""
+
+    launch: Launch
+    hidden: bool
+    weight: bool
+    bias: bool
+    weight_sums: bool = False
+
+    @property
+    def budget(self) -> int:
+        return self.launch.head.workspace_bytes - SPARE
+
+    @property
+    def tiles(self) -> int:
+        return ceil_div(self.launch.vocabulary, self.launch.tiles.logits.columns)
+
+    @property
+    def wide(self) -> int:
+        """Tiles a piece behind which a pass over the sums of dX (8 R H bytes) hides, as one over dW does behind a chunk
+        of as many rows."""
+        return min(self.tiles, ceil_div(PASS_ROWS, self.launch.tiles.logits.columns))
+
+    def slices(self, rows: int) -> int:
+        return slices_of(self.launch, rows, self.launch.vocabulary)
+
+    def of_rows(self, rows: int) -> int:
+        h, size = self.launch.hidden_size, self.launch.head.hidden.element_size()
+        sums = 4 * h * self.slices(rows) if self.hidden else 0
+        return rows * (sums + (size * gathered_stride(h) if self.weight else 0))
+
+    def of_tile(self, rows: int) -> int:
+        block, size = self.launch.tiles.logits, self.launch.head.hidden.element_size()
+        bias_part = 4 * ceil_div(rows, block.rows) if self.bias else 0
+        return block.columns * (rows * size + bias_part + (4 * self.launch.hidden_size if self.weight_sums else 0))
+
+    def fits(self, rows: int, tiles_a_piece: int) -> bool:
+        return self.of_rows(rows) + self.of_tile(rows) * tiles_a_piece <= self.budget
+
+
+def plan_pieces(
+    launch: Launch, *, hidden: bool, weight: bool, bias: bool, weight_sums: bool = False, rows: int | None = None
+) -> PiecePlan:
     """Rows and columns of a piece of G; with `weight_sums` float32 sums of dW for the columns of a piece as well.
 
-    At most half of the workspace goes to what grows with rows alone (sums of dX, gathered X), the rest to G.
+    At most half of the workspace goes to what grows with rows alone (sums of dX, gathered X), the rest to G; or as much
+    as a given number of `rows` takes.
 
     Raises:
         ValueError: not even one row and one tile of the vocabulary fit.
     """
-    h, budget, size = launch.hidden_size, launch.head.workspace_bytes - SPARE, launch.head.hidden.element_size()
-    block = launch.tiles.logits
-    tiles = ceil_div(launch.vocabulary, block.columns)
-
-    def of_rows(rows: int) -> int:
-        slices = slices_of(launch, rows, launch.vocabulary) if hidden else 0
-        return rows * (4 * h * slices + (size * gathered_stride(h) if weight else 0))
-
-    def of_tile(rows: int) -> int:
-        bias_part = 4 * ceil_div(rows, block.rows) if bias else 0
-        return block.columns * (rows * size + bias_part + (4 * h if weight_sums else 0))
-
-    def fits(rows: int, tiles_a_piece: int) -> bool:
-        return of_rows(rows) + of_tile(rows) * tiles_a_piece <= budget
-
-    # A pass over the sums of dX (8 R H bytes a piece) hides behind a piece of PASS_ROWS columns, as one over dW does
-    # behind a chunk of as many rows.
-    wide = min(tiles, ceil_div(PASS_ROWS, block.columns))
-    most = max(1, budget // (block.columns * size))
-    all_rows = launch.rows if fits(launch.rows, wide) else None
-    halved = _largest(launch.rows, most, lambda r: of_rows(r) <= budget // 2 and fits(r, wide))
-    rows = all_rows or halved or _largest(launch.rows, most, lambda r: fits(r, 1))
+    sizes, block = _Pieces(launch, hidden, weight, bias, weight_sums), launch.tiles.logits
+    of_rows, of_tile, fits, wide = sizes.of_rows, sizes.of_tile, sizes.fits, sizes.wide
+    if rows is None:
+        most = max(1, sizes.budget // (block.columns * launch.head.hidden.element_size()))
+        all_rows = launch.rows if fits(launch.rows, wide) else None
+        halved = _largest(launch.rows, most, lambda r: of_rows(r) <= sizes.budget // 2 and fits(r, wide))
+        rows = all_rows or halved or _largest(launch.rows, most, lambda r: fits(r, 1))
     if rows is None:
         raise ValueError(
             f"`workspace_mib` must hold one row of hidden states and one tile of {block.columns} words, expected at "
             f"least {1 + ((of_rows(1) + of_tile(1) + SPARE) >> 20)} MiB, got "
             f"{launch.head.workspace_bytes / (1 << 20):.2f} MiB; raise it."
         )
-    columns = min(tiles, (budget - of_rows(rows)) // of_tile(rows)) * block.columns
-    return PiecePlan(rows, columns, slices_of(launch, rows, launch.vocabulary) if hidden else 1)
+    columns = min(sizes.tiles, (sizes.budget - of_rows(rows)) // of_tile(rows)) * block.columns
+    return PiecePlan(rows, columns, sizes.slices(rows) if hidden else 1)
+
+
+def kept_chunk(launch: Launch, most: int) -> int:
+    """Rows of the chunk that takes all rows with kept logits (`most` of them can be kept); 0 where none fit.
+
+    All rows of the call, or as many of the `most` as the workspace has room for. Asked before the call that keeps
+    logits and again after it, so it depends on nothing but the head: every gradient counts as wanted.
+    """
+    sizes = _Pieces(launch, hidden=True, weight=True, bias=launch.head.bias is not None)
+    if sizes.fits(launch.rows, sizes.wide):
+        return launch.rows
+    return _largest(launch.rows, most, lambda r: sizes.fits(r, sizes.wide)) or 0
+
+
+def sums_chunk(launch: Launch) -> int:
+    """Rows, in whole blocks, whose sums of exponentials, one for each part of the vocabulary, fit the workspace."""
+    row_bytes = 4 * ceil_div(launch.vocabulary, launch.tiles.logits.part)
+    block = launch.tiles.logits.rows
+    return launch.head.workspace_bytes // row_bytes // block * block
 
 
 def carve(
