@@ -290,7 +290,7 @@ def long_context() -> list[dict[str, object]]:
     """131072 tokens in one call (one repetition), between two short runs."""
     shape = SHAPES["smollm2"]
     short = with_gradients(fused_loss, Batch.make(shape, torch.bfloat16).live(), head=True)
-    batch = Batch.make(shape, torch.bfloat16, tokens=65536, sequences=2)
+    batch = Batch.make(shape, torch.bfloat16, tokens=65536, sequences=2).live()
     long = with_gradients(fused_loss, batch, head=True)
     short()
     before = measure({"short": short})["short"]

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=positive_real, default=4.0, help="stop before all steps are done if need be (default: 4)"
     )
-    add_training_options(parser, steps=20, lr=2e-5)
+    add_training_options(parser, steps=16, lr=2e-5)
 
 
 def main(args: argparse.Namespace, console: Console) -> None:
