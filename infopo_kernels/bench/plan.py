@@ -44,13 +44,13 @@ class Plan:
     cases: tuple[str, ...] = tuple(CASES)
     step_only: frozenset[str] = field(default_factory=lambda: frozenset(SHAPES) - {MAIN_SHAPE})
     """Shapes that run the case "step" in the last type only."""
-    product_gflop: float = 60.0
+    product_gflop: float = 30.0
     """Size of one product of a timed case; it sets the number of tokens."""
     fit_gib: float | None = None
     """Fewer tokens where a naive step would need more than this; None keeps the number the same on every machine."""
-    seconds: float = 2.5
+    seconds: float = 1.2
     """Timed seconds for each contender and case."""
-    rounds: int = 7
+    rounds: int = 5
     """Most repetitions."""
     memory_tokens: tuple[int, ...] = (512, 2048, 8192)
     memory_vocab: tuple[int, ...] = (32768, 131072, 262144)
