@@ -37,7 +37,8 @@ def _bars(axes: Axes, groups: list[str], values: dict[str, list[float | None]]) 
         )  # fmt: skip
         for at, height in zip(x, heights, strict=True):
             if height is None:
-                axes.text(at, 0, " not run", rotation=90, ha="center", va="bottom", fontsize=6)
+                bottom = axes.get_xaxis_transform()  # a value of 0 is nowhere on a logarithmic axis
+                axes.text(at, 0, " not run", rotation=90, ha="center", va="bottom", fontsize=6, transform=bottom)
     axes.set_xticks(range(len(groups)), groups)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
@@ -90,7 +91,8 @@ def _speed(record: dict[str, Any]) -> plt.Figure:
         axes.minorticks_off()
         axes.set_ylabel("time / bare products (1)")
         axes.set_title(f"{shape}, {dtype}", fontsize=10)
-    all_axes[0, 0].legend(fontsize=8, ncols=4, loc="upper left")
+    handles = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=8, ncols=4, loc="outside upper center")
     return figure
 
 

@@ -228,7 +228,8 @@ def _long(record: dict[str, Any]) -> list[Table]:
         for row in record["rows"]
     ]
     one = rows[0]
-    what = f"{one['shape']}, {one['dtype']}, one pair, forward and backward; limit {record['memory_gib']:g} GiB"
+    head = f"{one['shape']} (H {one['hidden']}, V {one['vocab']})"
+    what = f"{head}, {one['dtype']}, one pair, forward and backward; limit {record['memory_gib']:g} GiB"
     return [
         _pivot("long-context", f"Time per token, µs: {what}", rows, "tokens", "", "microseconds", "{:,.0f}"),
         _pivot(

@@ -63,10 +63,12 @@ def memory(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
 def long_context(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     """One pair of ever longer sequences until each contender fails, or would take too long."""
     rows = []
+    # On a CPU a head of full width would end by its products' time, long before anybody's memory.
+    shape = NARROW if plan.device == "cpu" else SHAPES[MAIN_SHAPE]
     for name in plan.peers:
         seconds: float | None = None  # for each token
         for tokens in plan.long_lengths:
-            setup = _setup(plan, name, SHAPES[MAIN_SHAPE], plan.dtypes[-1], 1, tokens // 2)
+            setup = _setup(plan, name, shape, plan.dtypes[-1], 1, tokens // 2)
             if seconds is not None and (expected := seconds * tokens) > plan.long_seconds:
                 rows.append(_row(setup, not_run=f"about {expected:.0f} s expected, limit {plan.long_seconds:.0f} s"))
                 continue
