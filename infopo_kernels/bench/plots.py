@@ -109,7 +109,7 @@ def _memory(record: dict[str, Any]) -> plt.Figure:
         axes.set_yscale("log")
         axes.set_xlabel(label)
     all_axes[0].set_ylabel("peak beyond inputs and gradients (MiB)")
-    all_axes[0].legend(fontsize=7)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), fontsize=7, ncols=8, loc="outside upper center")
     return figure
 
 
