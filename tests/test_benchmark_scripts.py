@@ -42,7 +42,8 @@ def test_naive_logits_fail_under_a_limit_that_the_fused_head_keeps(way: str) -> 
         return
     assert "allocate" in row["failed"]
     assert row["asked_mib"] == pytest.approx(128, rel=0.01)
-    assert row["held_mib"] < limit < row["held_mib"] + row["asked_mib"]
+    # What is held counts pages of libraries too, which the limit does not.
+    assert limit < row["held_mib"] + row["asked_mib"]
 
 
 @pytest.mark.parametrize("record", ["tuning_sweep", "tuning_sweep_long"])

@@ -112,12 +112,12 @@ def _tuned(kernel: Any, key: tuple[str, ...], in_place: str | None) -> Any:
 def prepare(head: Head) -> Launch:
     """The launch of `head` on its device."""
     target = target_of(head.hidden.device)
-    tiles = target.products(single=head.hidden.dtype == torch.float32, aligned=_aligned(head))
+    tiles = target.products(single=head.hidden.dtype == torch.float32, aligned=aligned(head))
     precision = "tf32" if target.backend == "cuda" and _tf32_allowed() else "ieee"
     return Launch(head, tiles, precision, _multiprocessors(head.hidden.device, target))
 
 
-def _aligned(head: Head) -> bool:
+def aligned(head: Head) -> bool:
     """Whether Triton can tell that rows of X and W begin on 16 elements: it knows divisibility by 16 or none."""
     sizes = head.hidden.shape[1], head.hidden.stride(0), head.weight.stride(0)
     return all(size % 16 == 0 for size in (*sizes, head.hidden.data_ptr(), head.weight.data_ptr()))

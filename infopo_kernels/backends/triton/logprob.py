@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
+from infopo_kernels.backends.triton.launch import FUSED, Launch, aligned, ceil_div, start_product
 from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
@@ -182,9 +182,12 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     slices, slice_tiles = slices_of(launch)
     arguments = launch.logit_arguments
     if head.softcap is not None:
-        # tanh beside running sums spilled, on sm_90 from 128 x 256 logits, and where products take their operands from
-        # registers (float32) still at half of the columns.
-        arguments["PART"] //= 4 if head.hidden.dtype == torch.float32 else 2
+        # tanh beside running sums spilled: in 16-bit types on sm_90 from 128 x 256 logits, in float32 with unaligned rows
+        # even at half of the columns. With aligned rows narrower parts are what spills.
+        if head.hidden.dtype != torch.float32:
+            arguments["PART"] //= 2
+        elif not aligned(head):
+            arguments["PART"] //= 4
     partial = torch.empty(2, slices, n, dtype=torch.float32, device=labels.device)
     target = torch.empty(n, dtype=torch.float32, device=labels.device)
     start_product(
