@@ -182,8 +182,8 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     slices, slice_tiles = slices_of(launch)
     arguments = launch.logit_arguments
     if head.softcap is not None:
-        # tanh beside running sums spilled: in 16-bit types on sm_90 from 128 x 256 logits, in float32 with rows that are
-        # not aligned even at half of the columns. With aligned rows narrower parts are what spills.
+        # tanh beside running sums spilled: in 16-bit types on sm_90 from 128 x 256 logits, in float32 with rows not
+        # aligned even at half of the columns. With aligned rows narrower parts are what spills.
         if head.hidden.dtype != torch.float32:
             arguments["PART"] //= 2
         elif not aligned(head):
