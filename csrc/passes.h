@@ -3,33 +3,49 @@
 namespace infopo::INFOPO_ISA {
 namespace {
 
-template <bool kSoftcap>
-void finish_as(const LogitMap& map, const Tile& t, float* max, double* sum) {
+// Vectors of columns that a pass takes side by side: whole cache lines of neighbouring columns, independent sums.
+constexpr int kAbreast = 4;
+
+template <bool kSoftcap, int kVectors>
+void finish_columns(const LogitMap& map, const Tile& t, int64_t c, float* max, double* sum) {
   const bool identity = !kSoftcap && map.scale == 1.f && !map.bias;
-  if (identity && !max) return;
-  const float inner = kSoftcap ? 1.f / map.softcap : map.scale;
+  const Vec inner = broadcast(kSoftcap ? 1.f / map.softcap : map.scale);
   const Vec outer = broadcast(map.scale * map.softcap);
-  for (int64_t c = 0; c < t.C; c += kLanes) {
-    const Vec old = max ? load(max + c) : Vec{};
-    Vec most = old;
-    for (int64_t v = 0; v < t.rows; ++v) {
-      float* at = t.z + v * t.ld + c;
-      Vec z = load(at);
+  Vec old[kVectors], most[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) most[j] = old[j] = max ? load(max + c + j * kLanes) : Vec{};
+  for (int64_t v = 0; v < t.rows; ++v) {
+    float* at = t.z + v * t.ld + c;
+    const Vec bias = broadcast(map.bias ? load_number(map.bias, t.v0 + v, map.bias_dtype) : 0.f);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      Vec z = load(at + j * kLanes);
       if (!identity) {
-        const float b = map.bias ? load_number(map.bias, t.v0 + v, map.bias_dtype) : 0.f;
-        z = (z + broadcast(b)) * broadcast(inner);
+        z = (z + bias) * inner;
         if (kSoftcap) z = tanh(z) * outer;
-        store(at, z);
+        store(at + j * kLanes, z);
       }
-      most = z > most ? z : most;
+      most[j] = z > most[j] ? z : most[j];
     }
-    if (!max) continue;
-    store(max + c, most);
+  }
+  if (!max) return;
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    store(max + c + j * kLanes, most[j]);
     if (!sum) continue;
     float factor[kLanes];
-    store(factor, exp(old - most));
-    for (int l = 0; l < kLanes; ++l) sum[c + l] = sum[c + l] == 0 ? 0 : sum[c + l] * factor[l];
+    store(factor, exp(old[j] - most[j]));
+    double* to = sum + c + j * kLanes;
+    for (int l = 0; l < kLanes; ++l) to[l] = to[l] == 0 ? 0 : to[l] * factor[l];
   }
+}
+
+template <bool kSoftcap>
+void finish_as(const LogitMap& map, const Tile& t, float* max, double* sum) {
+  if (!kSoftcap && map.scale == 1.f && !map.bias && !max) return;
+  int64_t c = 0;
+  for (; c + kAbreast * kLanes <= t.C; c += kAbreast * kLanes) finish_columns<kSoftcap, kAbreast>(map, t, c, max, sum);
+  for (; c < t.C; c += kLanes) finish_columns<kSoftcap, 1>(map, t, c, max, sum);
 }
 
 void finish(const LogitMap& map, const Tile& t, float* max, double* sum) {
@@ -44,25 +60,42 @@ INFOPO_INLINE Vec slope(Vec z, Vec inverse_range) {
   return (broadcast(1.f) - t) * (broadcast(1.f) + t);
 }
 
+template <bool kSoftcap, bool kKeep, int kVectors>
+void exponentials_columns(const LogitMap& map, const Tile& t, int64_t c, const float* ref, double* sum) {
+  const Vec inverse_range = broadcast(kSoftcap ? 1.f / (map.scale * map.softcap) : 0.f);
+  Vec reference[kVectors], total[kVectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const Vec r = load(ref + c + j * kLanes);
+    // a row whose logits are all -inf so far: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
+    reference[j] = r == broadcast(-__builtin_inff()) ? Vec{} : r;
+    total[j] = Vec{};
+  }
+  for (int64_t v = 0; v < t.rows; ++v) {
+    float* at = t.z + v * t.ld + c;
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      const Vec z = load(at + j * kLanes);
+      const Vec e = exp(z - reference[j]);
+      total[j] += e;
+      if (kKeep) store(at + j * kLanes, kSoftcap ? e * slope<kSoftcap>(z, inverse_range) : e);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    float lanes[kLanes];
+    store(lanes, total[j]);
+    for (int l = 0; l < kLanes; ++l) sum[c + j * kLanes + l] += lanes[l];
+  }
+}
+
 template <bool kSoftcap, bool kKeep>
 void exponentials_as(const LogitMap& map, const Tile& t, const float* ref, double* sum) {
-  const Vec inverse_range = broadcast(kSoftcap ? 1.f / (map.scale * map.softcap) : 0.f);
-  for (int64_t c = 0; c < t.C; c += kLanes) {
-    Vec reference = load(ref + c);
-    // a row whose logits are all -inf so far: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
-    reference = reference == broadcast(-__builtin_inff()) ? Vec{} : reference;
-    Vec total = Vec{};
-    for (int64_t v = 0; v < t.rows; ++v) {
-      float* at = t.z + v * t.ld + c;
-      const Vec z = load(at);
-      const Vec e = exp(z - reference);
-      total += e;
-      if (kKeep) store(at, kSoftcap ? e * slope<kSoftcap>(z, inverse_range) : e);
-    }
-    float lanes[kLanes];
-    store(lanes, total);
-    for (int l = 0; l < kLanes; ++l) sum[c + l] += lanes[l];
+  int64_t c = 0;
+  for (; c + kAbreast * kLanes <= t.C; c += kAbreast * kLanes) {
+    exponentials_columns<kSoftcap, kKeep, kAbreast>(map, t, c, ref, sum);
   }
+  for (; c < t.C; c += kLanes) exponentials_columns<kSoftcap, kKeep, 1>(map, t, c, ref, sum);
 }
 
 void exponentials(const LogitMap& map, const Tile& t, const float* ref, double* sum, bool keep, float* scratch) {

@@ -25,25 +25,32 @@ INFOPO_INLINE uint32_t load_pair(const uint16_t* p) {
 template <int MR, int NV>
 void register_tile(int64_t pairs, const uint16_t* const* rows, int64_t step, const uint16_t* b, float* const* out,
                    int64_t column, bool accumulate) {
-  if (accumulate) {
-    for (int i = 0; i < MR; ++i) {
-      for (int j = 0; j < NV; ++j) __builtin_prefetch(out[i] + column + j * kLanes, 1);
+  Vec acc[MR][NV];
+  const uint16_t* a[MR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+    a[i] = rows[i];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      acc[i][j] = Vec{};
+      if (accumulate) __builtin_prefetch(out[i] + column + j * kLanes, 1);
     }
   }
-  Vec acc[MR][NV] = {};
-  const uint16_t* a[MR];
-  for (int i = 0; i < MR; ++i) a[i] = rows[i];
 #pragma GCC unroll 2
   for (int64_t k = 0; k < pairs; ++k) {
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const uint32_t pair = load_pair(a[i]);
+#pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) acc[i][j] = dot_pairs(pair, b + j * 2 * kLanes, acc[i][j]);
       a[i] += step;
     }
     b += NV * 2 * kLanes;
   }
+#pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
     float* to = out[i] + column;
+#pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) store(to + j * kLanes, accumulate ? load(to + j * kLanes) + acc[i][j] : acc[i][j]);
   }
 }

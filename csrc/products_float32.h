@@ -14,37 +14,55 @@ constexpr int kGroup = 4, kPanelVectors = 2;
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;
 
-// K block: 192 rows of a panel are 48 KiB, and one block of A stays in L1 while a panel passes (2 cores of Emerald Rapids:
-// 256 is 5 % slower at H 576, 384 a tenth at H 2048).
-constexpr int kDepth = 192;
+// K block of A by row: 160 rows of a panel are 40 KiB, and one block of A stays in L1 while a panel passes.
+constexpr int kDepth = 160;
+
+// And of A by column, which drags a whole line per step into L1 for the kGroup numbers it reads (2 cores of Emerald
+// Rapids, dX of 512 rows, H 576, W in place: 96 is 1 % faster than 128, 3 % than 192).
+constexpr int kColumnDepth = 96;
+
+// Steps ahead that lines of A by column are asked for: rows of a tile of logits lie too far apart for the hardware to
+// follow (2 to 3 %).
+constexpr int kAhead = 8;
 
 constexpr int64_t kFloat = sizeof(float);
 
-// out [M, width] (+)= A [M, K] B [K, width], width = NV vectors
+// out [M, width] (+)= A [M, K] B [K, width], width = NV vectors. Each loop over `acc` is unrolled by name: one that is not
+// sends all of it through the stack (GCC 12: 3 % of a product).
 template <int MR, int NV, bool kByColumn>
 void register_tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* const* out,
                    int64_t column, bool accumulate) {
-  if (accumulate) {  // results of a large product come from far away: ask now, add later
-    for (int i = 0; i < MR; ++i) {
-      for (int j = 0; j < NV; ++j) __builtin_prefetch(out[i] + column + j * kLanes, 1);
+  Vec acc[MR][NV];
+  const float* row[MR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) {
+    row[i] = kByColumn ? a + i : a + i * lda;
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      acc[i][j] = Vec{};
+      // results of a large product come from far away: ask now, add later
+      if (accumulate) __builtin_prefetch(out[i] + column + j * kLanes, 1);
     }
   }
-  Vec acc[MR][NV] = {};
-  const float* row[MR];
-  for (int i = 0; i < MR; ++i) row[i] = kByColumn ? a + i : a + i * lda;
 #pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k) {
     Vec bk[NV];
+#pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) bk[j] = load(b + j * kLanes);
     b += ldb;
+    if (kByColumn) __builtin_prefetch(a + kAhead * lda, 0, 3);
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
       const Vec aik = broadcast(kByColumn ? a[i] : row[i][k]);
+#pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) acc[i][j] = fma(aik, bk[j], acc[i][j]);
     }
     if (kByColumn) a += lda;
   }
+#pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) {
     float* to = out[i] + column;
+#pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) store(to + j * kLanes, accumulate ? load(to + j * kLanes) + acc[i][j] : acc[i][j]);
   }
 }
@@ -73,40 +91,46 @@ RegisterTile register_tile_for(int rows, int vectors) {
 }
 
 void multiply(const Product& p) {
-  const int64_t groups = ceil_div(p.M, kGroup), depth = ceil_div(p.K, ceil_div(p.K, kDepth));
+  const int64_t groups = ceil_div(p.M, kGroup), tasks = p.task_end - p.task_begin;
+  if (tasks <= 0) return;
+  const int64_t depth = ceil_div(p.K, ceil_div(p.K, p.a_by_column ? kColumnDepth : kDepth));
   for (int64_t k0 = 0; k0 < p.K; k0 += depth) {
-    const int64_t K = least(depth, p.K - k0);
+    const int64_t K = least(depth, p.K - k0), next_K = least(depth, p.K - k0 - K);
     const bool accumulate = p.accumulate || k0 > 0;
-    for (int64_t task = p.task_begin; task < p.task_end; ++task) {
-      const int64_t n0 = task / groups * kPanel, m0 = task % groups * kGroup;
-      const int64_t columns = least(kPanel, p.N - n0), width = round_up(columns, kLanes);
-      const int rows = static_cast<int>(least(kGroup, p.M - m0)), vectors = static_cast<int>(width / kLanes);
-      const float* a = p.a_by_column ? p.a + k0 * p.lda + m0 : p.a + m0 * p.lda + k0;
-      const int64_t ldb = p.ldb ? p.ldb : width;
+    // The first touch of the next block of A, and of the next panel of a B in place, would wait for far memory: each
+    // register tile asks for its share of them.
+    const int64_t a_rows = p.a_by_column ? next_K : p.M, a_share = ceil_div(a_rows, tasks), b_share = ceil_div(K, groups);
+    int64_t a_asked = 0;
+    for (int64_t panel = p.task_begin / groups, m = p.task_begin % groups, task = p.task_begin; task < p.task_end;
+         ++panel, m = 0) {
+      const int64_t n0 = panel * kPanel, columns = least(kPanel, p.N - n0), width = round_up(columns, kLanes);
+      const int vectors = static_cast<int>(width / kLanes);
+      const int64_t ldb = p.ldb ? p.ldb : width, next_columns = p.ldb ? least(kPanel, p.N - n0 - columns) : 0;
       const float* b = p.b + (p.ldb ? n0 : n0 * p.b_rows) + (p.b_row0 + k0) * ldb;
-      const RegisterTile tile =
-          p.a_by_column ? register_tile_for<true>(rows, vectors) : register_tile_for<false>(rows, vectors);
-      if (k0 + depth < p.K) {  // the next block's first touch would wait for far memory: each task asks for its share
-        const int64_t done = task - p.task_begin, tasks = p.task_end - p.task_begin;
-        const int64_t next = least(depth, p.K - k0 - depth);
-        if (p.a_by_column) {
-          prefetch(p.a + (k0 + depth) * p.lda, p.lda * kFloat, next * done / tasks, next * (done + 1) / tasks,
-                   p.M * kFloat);
-        } else {
-          prefetch(p.a + k0 + depth, p.lda * kFloat, p.M * done / tasks, p.M * (done + 1) / tasks, next * kFloat);
+      for (; m < groups && task < p.task_end; ++m, ++task) {
+        const int64_t m0 = m * kGroup;
+        const int rows = static_cast<int>(least(kGroup, p.M - m0));
+        const float* a = p.a_by_column ? p.a + k0 * p.lda + m0 : p.a + m0 * p.lda + k0;
+        const RegisterTile tile =
+            p.a_by_column ? register_tile_for<true>(rows, vectors) : register_tile_for<false>(rows, vectors);
+        if (next_K > 0) {
+          prefetch(p.a_by_column ? p.a + (k0 + K) * p.lda : p.a + k0 + K, p.lda * kFloat, a_asked,
+                   least(a_rows, a_asked + a_share), (p.a_by_column ? p.M : next_K) * kFloat);
+          a_asked += a_share;
         }
-      }
-      if (columns == width) {
-        tile(K, a, p.lda, b, ldb, p.out + m0, n0, accumulate);
-        continue;
-      }
-      float edge[kGroup][kPanel];  // a result row ends inside this panel: whole vectors would write past it
-      float* edge_rows[kGroup];
-      for (int i = 0; i < rows; ++i) edge_rows[i] = edge[i];
-      tile(K, a, p.lda, b, ldb, edge_rows, 0, false);
-      for (int i = 0; i < rows; ++i) {
-        float* to = p.out[m0 + i] + n0;
-        for (int64_t j = 0; j < columns; ++j) to[j] = accumulate ? to[j] + edge[i][j] : edge[i][j];
+        prefetch(b + kPanel, ldb * kFloat, m * b_share, least(K, (m + 1) * b_share), next_columns * kFloat);
+        if (columns == width) {
+          tile(K, a, p.lda, b, ldb, p.out + m0, n0, accumulate);
+          continue;
+        }
+        float edge[kGroup][kPanel];  // a result row ends inside this panel: whole vectors would write past it
+        float* edge_rows[kGroup];
+        for (int i = 0; i < rows; ++i) edge_rows[i] = edge[i];
+        tile(K, a, p.lda, b, ldb, edge_rows, 0, false);
+        for (int i = 0; i < rows; ++i) {
+          float* to = p.out[m0 + i] + n0;
+          for (int64_t j = 0; j < columns; ++j) to[j] = accumulate ? to[j] + edge[i][j] : edge[i][j];
+        }
       }
     }
   }

@@ -132,7 +132,7 @@ def logprob_backward(
     """Gradients for row weights `grad` [N]: hidden, weight, bias; of zero elements where `wanted` is False."""
     runner = dispatch.resolve(backend, hidden.device, hidden.dtype)
     head = _head(hidden, weight, bias, softcap, scale, workspace_mib)
-    gradients = schedule.empty_gradients(head, schedule.Wanted(*wanted))
+    gradients = schedule.zero_gradients(head, schedule.Wanted(*wanted))
     with _no_autocast(hidden.device):
         runner.backward(head, labels, lse, grad.to(lse.dtype).contiguous(), gradients)
     return _results(gradients, hidden)

@@ -54,11 +54,18 @@ class Wanted:
     bias: bool
 
 
-def empty_gradients(head: Head, wanted: Wanted) -> Gradients:
+def zero_gradients(head: Head, wanted: Wanted) -> Gradients:
     """Zeroed result buffers; the bias accumulates in float32."""
+    buffers = _empty_weight_gradient(head, wanted)
+    _clear_unless_kept(buffers.weight, None)
+    return buffers
+
+
+def _empty_weight_gradient(head: Head, wanted: Wanted) -> Gradients:
+    """`zero_gradients`, but for dW: first it may hold logits."""
     return Gradients(
         torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None,
-        torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None,
+        torch.empty_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None,
         None
         if not wanted.bias or head.bias is None
         else torch.zeros_like(head.bias, dtype=head.accumulator_dtype, memory_format=torch.contiguous_format),
@@ -69,7 +76,7 @@ def infopo(
     backend: Backend, head: Head, batch: Batch, options: InfoPOOptions, num_pairs: float, wanted: Wanted
 ) -> tuple[Objective, Gradients]:
     """The objective of `batch` and the gradients of its loss."""
-    gradients = empty_gradients(head, wanted)
+    gradients = _empty_weight_gradient(head, wanted)
 
     def evaluate(logp: torch.Tensor) -> Objective:
         own = getattr(backend, "objective", objective)  # a backend may bring it as one launch
@@ -90,11 +97,13 @@ def infopo(
         if gradients.hidden is not None and dx_bytes > head.workspace_bytes // 4:
             result, lse = _unit_hidden_gradient(backend, head, batch.labels, gradients.hidden, evaluate)
             rest = replace(gradients, hidden=None)
+            _clear_unless_kept(rest.weight, None)
             backend.backward(head, batch.labels, lse, result.row_weight, rest)
         else:
             kept = _first_rows(_kept_rows(backend, head, gradients.weight), batch.labels)
             logp, lse = _logprob_keeping(backend, head, batch.labels, kept, gradients.weight)
             result = evaluate(logp)
+            _clear_unless_kept(gradients.weight, kept)
             backend.backward(head, batch.labels, lse, result.row_weight, gradients, kept)
         return result, gradients
 
@@ -106,6 +115,7 @@ def infopo(
     kept = _first_rows(_kept_rows(backend, head, into.weight), rejected, chosen)
     first = rejected if kept is None else torch.where(kept != IGNORE_INDEX, kept, rejected)
     logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
+    _clear_unless_kept(into.weight, kept)
     # Weights of rejected sequences do not depend on chosen ones, whose log-probabilities may not be there yet.
     backend.backward(head, first, lse, evaluate(logp).row_weight, into, kept)
     others = torch.where(first != IGNORE_INDEX, IGNORE_INDEX, chosen)
@@ -145,6 +155,12 @@ def _logprob_keeping(
     return logp.add_(others[0]), lse.add_(others[1])
 
 
+def _clear_unless_kept(weight_gradient: torch.Tensor | None, kept: torch.Tensor | None) -> None:
+    """Zeros where `backward` adds; with kept logits it assigns."""
+    if weight_gradient is not None and kept is None:
+        weight_gradient.zero_()
+
+
 def _unit_hidden_gradient(
     backend: Backend,
     head: Head,
@@ -174,5 +190,5 @@ def _float32_weight_gradient(head: Head, gradients: Gradients) -> tuple[torch.Te
     size = gradients.weight.numel() * head.accumulator_dtype.itemsize
     if size > head.workspace_bytes // 2:
         return None, head
-    accumulator = torch.zeros_like(gradients.weight, dtype=head.accumulator_dtype)
+    accumulator = torch.empty_like(gradients.weight, dtype=head.accumulator_dtype)
     return accumulator, replace(head, workspace_bytes=head.workspace_bytes - size)

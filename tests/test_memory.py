@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,8 @@ def beyond(backend: str, dtype: str, tokens: int, hidden: int, vocab: int, train
     done = subprocess.run(
         [sys.executable, "-c", CHILD, arguments],
         capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
+        # glibc returns freed tensors at once: what it would keep of them for later is chance, and no workspace
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)},
     )  # fmt: skip
     if done.returncode and "clear_refs" in done.stderr:
         pytest.skip("this kernel does not let a process reset its high-water mark")
@@ -65,11 +68,11 @@ def beyond(backend: str, dtype: str, tokens: int, hidden: int, vocab: int, train
 def test_workspace_does_not_grow(backend: str, dtype: str, trained: bool) -> None:
     """The default of 32 MiB holds (with 4 MiB for vectors and the allocator), where logits alone are 192 MiB.
 
-    Plain PyTorch keeps its tiles within it; what its products pack and its allocator keeps may take as much again.
+    Plain PyTorch keeps its tiles within it; what its products pack comes on top.
     """
     if reason := dispatch.unavailable_reason(backend, torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     peak = beyond(backend, dtype, tokens=1536, hidden=128, vocab=32768, trained=trained)
     logits = 1536 * 32768 * 4 / 2**20
-    limit = 32 + 4 if backend == "cpp" else 64
+    limit = 32 + (4 if backend == "cpp" else 16)
     assert peak <= limit < logits, f"{peak:.0f} MiB beyond inputs and gradients"
