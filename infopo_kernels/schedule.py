@@ -13,6 +13,7 @@ whose logits the memory of the weight gradient keeps until it is written, reject
                                   rows, so that each dW entry is rounded once                 4 C + R + 3 live - K
       with a dX whose float32     logprob_and_grad with unit weights for dX, then backward
       accumulator is too large    for dW only                                                 4 C + 2 R + 2 live
+      and where no row is kept
 
 K counts kept rows that are live and would else need their logits twice. A 16-bit dW takes the float32 way where a
 float32 copy of it fits half of the workspace.
@@ -93,14 +94,15 @@ def infopo(
 
     accumulator, head = _float32_weight_gradient(head, gradients)
     if accumulator is None:
+        slots = _kept_rows(backend, head, gradients.weight)
         dx_bytes = head.hidden.numel() * head.accumulator_dtype.itemsize
-        if gradients.hidden is not None and dx_bytes > head.workspace_bytes // 4:
+        if slots == 0 and gradients.hidden is not None and dx_bytes > head.workspace_bytes // 4:
             result, lse = _unit_hidden_gradient(backend, head, batch.labels, gradients.hidden, evaluate)
             rest = replace(gradients, hidden=None)
             _clear_unless_kept(rest.weight, None)
             backend.backward(head, batch.labels, lse, result.row_weight, rest)
         else:
-            kept = _first_rows(_kept_rows(backend, head, gradients.weight), batch.labels)
+            kept = _first_rows(slots, batch.labels)
             logp, lse = _logprob_keeping(backend, head, batch.labels, kept, gradients.weight)
             result = evaluate(logp)
             _clear_unless_kept(gradients.weight, kept)

@@ -85,7 +85,10 @@ class Backend(Protocol):
         ...
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
-        """How many rows' logits the memory of `weight_gradient` [V, H] can hold; 0 where that is not implemented."""
+        """How many rows' logits the memory of `weight_gradient` [V, H] can hold; 0 where that does not pay.
+
+        A gradient of the hidden states counts as wanted, whose float32 sums take part of the workspace.
+        """
         ...
 
     def logprob(

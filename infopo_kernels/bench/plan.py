@@ -52,6 +52,8 @@ class Plan:
     """Timed seconds for each contender and case."""
     rounds: int = 5
     """Most repetitions."""
+    memory_length: int = 512
+    """Tokens of each of the four sequences of a step whose peak is compared."""
     memory_tokens: tuple[int, ...] = (512, 2048, 8192)
     memory_vocab: tuple[int, ...] = (32768, 131072, 262144)
     memory_pairs: tuple[int, ...] = (1, 4)
@@ -118,6 +120,7 @@ def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
             cases=("forward", "step", "frozen", "underflowed"),
             product_gflop=20.0,
             seconds=0.8,
+            memory_length=128,
             memory_tokens=(512, 2048),
             memory_vocab=(32768, 131072),
             memory_pairs=(1, 4),

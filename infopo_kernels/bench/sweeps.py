@@ -36,11 +36,10 @@ def _row(setup: Setup, **more: Any) -> dict[str, Any]:
 
 def _memory_setups(plan: Plan) -> Iterator[tuple[str, Setup]]:
     shape = SHAPES[MAIN_SHAPE]
-    length = plan.tokens(shape) // 4
     for name in plan.peers:
         for dtype in plan.dtypes:
             for case in ("step", "frozen"):
-                yield "peak", _setup(plan, name, shape, dtype, 2, length, case)
+                yield "peak", _setup(plan, name, shape, dtype, 2, plan.memory_length, case)
         dtype = plan.dtypes[0]
         for tokens in plan.memory_tokens:
             yield "tokens", _setup(plan, name, NARROW, dtype, 2, tokens // 4)
