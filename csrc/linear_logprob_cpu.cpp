@@ -24,6 +24,10 @@
 #include <xmmintrin.h>
 #endif
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -396,6 +400,20 @@ class Call {
   const int64_t* labels_;
 };
 
+// Memory that is about to be written for the first time, mapped in one go. Page faults in the midst of products cost
+// more than the pages: 2.7 s instead of 2.0 for `backward` of 512 rows with a float32 dW of 1 GiB (2 cores of Emerald
+// Rapids, virtual machine). Systems without the call fault as usual.
+void populate(void* data, int64_t bytes, int64_t threads) {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr int64_t kPage = 4096;
+  char* const first = static_cast<char*>(data) - reinterpret_cast<uintptr_t>(data) % kPage;
+  on_threads(threads, [&](int64_t t) {
+    const Range own = part(static_cast<char*>(data) + bytes - first, threads, t, kPage);
+    if (own.begin < own.end) madvise(first + own.begin, own.end - own.begin, MADV_POPULATE_WRITE);
+  });
+#endif
+}
+
 int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 void* row_of(void* data, Dtype dtype, int64_t row, int64_t H) {
@@ -665,6 +683,7 @@ void logprob(const Head& p, const int64_t* labels, const LogitStore& keep, float
   Want want;
   want.own_tiles = want.reduce = true;
   Call call(k, p, labels, static_cast<int64_t>(rows.size()), want);
+  if (keep.data) populate(keep.data, p.V * keep.row_bytes, call.sizes.threads);
   for_chunks(call, rows, [&](int64_t first) { call.reduce(l, lse, keep, first); });
 }
 
