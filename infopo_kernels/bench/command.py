@@ -41,6 +41,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--product-gflop", type=float, help="size of one product of a timed case")
     parser.add_argument("--seconds", type=float, help="timed seconds for each contender and case")
     parser.add_argument("--rounds", type=int, help="most repetitions of each")
+    parser.add_argument("--memory-length", type=int, help="tokens of a sequence whose step's peak is compared")
     parser.add_argument("--long-seconds", type=float, help="longest row of the long-context part")
     parser.add_argument("--long-lengths", help="tokens of its rows")
     parser.add_argument("--accuracy-lengths", help="tokens of a sequence in the accuracy part")
@@ -100,6 +101,8 @@ def plan_of(args: argparse.Namespace) -> Plan:
             continue
         lengths = isinstance(getattr(plan, field.name), tuple)
         chosen[field.name] = tuple(int(word) for word in given.split(",")) if lengths else given
+    if args.memory_gib:
+        chosen["long_memory_gib"] = None
     if args.training_dtypes:
         chosen["training_dtypes"] = _among("training-dtypes", args.training_dtypes, list(DTYPES))
     return replace(plan, **chosen)
@@ -134,7 +137,7 @@ def _isolated(plan: Plan, part: str, output: Path, progress: Callable[[str], Non
         "training": train_steps.training,
     }[part]
     rows = measure(plan, progress)
-    record = {"machine_info": environment(plan.device), "memory_gib": plan.memory_gib, "rows": rows}
+    record = {"machine_info": environment(plan.device), "memory_gib": plan.limit_gib(part), "rows": rows}
     (output / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -44,28 +44,37 @@ class Plan:
     cases: tuple[str, ...] = tuple(CASES)
     step_only: frozenset[str] = field(default_factory=lambda: frozenset(SHAPES) - {MAIN_SHAPE})
     """Shapes that run the case "step" in the last type only."""
-    product_gflop: float = 30.0
+    product_gflop: float = 15.0
     """Size of one product of a timed case; it sets the number of tokens."""
     fit_gib: float | None = None
     """Fewer tokens where a naive step would need more than this; None keeps the number the same on every machine."""
-    seconds: float = 1.2
+    seconds: float = 0.8
     """Timed seconds for each contender and case."""
     rounds: int = 5
     """Most repetitions."""
     memory_length: int = 512
     """Tokens of each of the four sequences of a step whose peak is compared."""
-    memory_tokens: tuple[int, ...] = (512, 2048, 8192)
-    memory_vocab: tuple[int, ...] = (32768, 131072, 262144)
-    memory_pairs: tuple[int, ...] = (1, 4)
-    accuracy_lengths: tuple[int, ...] = (256, 1024)
+    memory_cases: tuple[str, ...] = ("step", "frozen")
+    memory_tokens: tuple[int, ...] = (512, 4096)
+    """Of two pairs, at SmolLM2's vocabulary; the first is also where the sweeps of vocabulary and pairs begin."""
+    memory_vocab: tuple[int, ...] = (NARROW.vocab, 262144)
+    memory_pairs: tuple[int, ...] = (2, 8)
+    """Of sequences of one length."""
+    accuracy_lengths: tuple[int, ...] = (256, 512)
     long_lengths: tuple[int, ...] = tuple(2**k for k in range(10, 21))
     long_seconds: float = 6.0
     """A row that is expected to take longer is not run."""
     training_dtypes: tuple[str, ...] = ("float32",)
-    training_length: int = 256
+    training_length: int = 128
     training_steps: int = 2
     memory_gib: float = 8.0
     """What a process may allocate; an implementation that asks for more has failed."""
+    long_memory_gib: float | None = None
+    """The same in the long-context part, if it is less there."""
+
+    def limit_gib(self, part: str) -> float:
+        """What a process of `part` may allocate."""
+        return self.long_memory_gib or self.memory_gib if part == "long-context" else self.memory_gib
 
     def tokens(self, shape: Shape) -> int:
         """Tokens of a timed batch."""
@@ -96,8 +105,13 @@ def available_gib(device: str) -> float:
 
 
 def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
-    """About 13 minutes on 2 cores, 3 if `quick`; on a GPU sizes that fill it."""
-    plan = Plan(device=device, memory_gib=round(min(available_gib(device) * 0.6, 8.0 if device == "cpu" else 1e4), 1))
+    """About 14 minutes on 2 cores, 3 if `quick`; on a GPU sizes that fill it."""
+    plan = Plan(
+        device=device,
+        memory_gib=round(min(available_gib(device) * 0.6, 8.0 if device == "cpu" else 1e4), 1),
+        # On a CPU memory is to end the sweep before patience does.
+        long_memory_gib=1.0 if device == "cpu" else None,
+    )
     if device.startswith("cuda"):
         return replace(
             plan,
@@ -117,15 +131,17 @@ def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
         return replace(
             plan,
             shapes=(MAIN_SHAPE,),
+            dtypes=("float32",),
             cases=("forward", "step", "frozen", "underflowed"),
-            product_gflop=20.0,
-            seconds=0.8,
+            seconds=0.6,
             memory_length=128,
+            memory_cases=("step",),
             memory_tokens=(512, 2048),
-            memory_vocab=(32768, 131072),
-            memory_pairs=(1, 4),
+            memory_vocab=(NARROW.vocab,),
+            memory_pairs=(2,),
             accuracy_lengths=(256,),
-            long_seconds=0.7,
+            long_lengths=(1024, 4096, 16384),
+            long_seconds=1.0,
             training_length=64,
             training_steps=1,
         )

@@ -38,7 +38,7 @@ def _memory_setups(plan: Plan) -> Iterator[tuple[str, Setup]]:
     shape = SHAPES[MAIN_SHAPE]
     for name in plan.peers:
         for dtype in plan.dtypes:
-            for case in ("step", "frozen"):
+            for case in plan.memory_cases:
                 yield "peak", _setup(plan, name, shape, dtype, 2, plan.memory_length, case)
         dtype = plan.dtypes[0]
         for tokens in plan.memory_tokens:
@@ -47,15 +47,17 @@ def _memory_setups(plan: Plan) -> Iterator[tuple[str, Setup]]:
             wide = replace(NARROW, vocab=vocab)
             yield "vocabulary", _setup(plan, name, wide, dtype, 2, plan.memory_tokens[0] // 4)
         for pairs in plan.memory_pairs:
-            yield "pairs", _setup(plan, name, NARROW, dtype, pairs, 256)
+            yield "pairs", _setup(plan, name, NARROW, dtype, pairs, plan.memory_tokens[0] // 4)
 
 
 def memory(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
-    """Peak beyond inputs and gradients, and its growth with tokens, vocabulary and pairs of 256 tokens a sequence."""
-    rows = []
+    """Peak beyond inputs and gradients, and its growth with tokens, vocabulary and pairs."""
+    rows, measured = [], {}
     for sweep, setup in _memory_setups(plan):
-        progress(f"memory: {setup.contender}, {sweep}")
-        rows.append(_row(setup, sweep=sweep, **measure_step(setup)))
+        if setup not in measured:
+            progress(f"memory: {setup.contender}, {sweep}")
+            measured[setup] = measure_step(setup)
+        rows.append(_row(setup, sweep=sweep, **measured[setup]))
     return rows
 
 
@@ -64,6 +66,7 @@ def long_context(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     rows = []
     # On a CPU a head of full width would end by its products' time, long before anybody's memory.
     shape = NARROW if plan.device == "cpu" else SHAPES[MAIN_SHAPE]
+    plan = replace(plan, memory_gib=plan.limit_gib("long-context"))
     for name in plan.peers:
         seconds: float | None = None  # for each token
         for tokens in plan.long_lengths:

@@ -65,9 +65,10 @@ def truth(batch: Batch, dtype: torch.dtype) -> Truth:
 def relative_error(got: Tensor, right: Tensor) -> float:
     """|got - right| / |right|, a bounded part at a time."""
     error = size = 0.0
-    for a, b in zip(*(torch.split(x.detach().flatten(), 1 << 22) for x in (got, right)), strict=True):
-        error += float((a.double() - b.double()).square().sum())
-        size += float(b.double().square().sum())
+    for a, b in zip(*(torch.split(x.detach().flatten(), 1 << 20) for x in (got, right)), strict=True):
+        difference = a.to(b.dtype) - b
+        error += float(torch.dot(difference, difference))
+        size += float(torch.dot(b, b))
     return float((error / size) ** 0.5) if size else float(error > 0)
 
 

@@ -58,11 +58,12 @@ class Target:
     """float32."""
     half_unaligned: Products | None = None
     """bfloat16 and float16 whose rows do not all begin on 16 elements, if they take tiles of their own."""
+    single_unaligned: Products | None = None
+    """float32 likewise."""
 
     def products(self, *, single: bool, aligned: bool) -> Products:
-        if single:
-            return self.single
-        return self.half if aligned or self.half_unaligned is None else self.half_unaligned
+        own, unaligned = (self.single, self.single_unaligned) if single else (self.half, self.half_unaligned)
+        return own if aligned or unaligned is None else unaligned
 
 
 def _same(tile: Tile) -> Products:
@@ -80,6 +81,17 @@ _99_KIB = _same(Tile(128, 128, 32, warps=8, stages=3))
 # Rows that do not begin on 16 elements are loaded one element at a time, each with an address of its own in registers,
 # which then hold fewer sums and less depth; what follows logits takes registers too.
 _UNALIGNED = replace(_same(Tile(128, 128, 32, warps=8, stages=3)), logits=Tile(128, 128, 16, warps=8, stages=3))
+
+# sm_100: the assembler fits the softcapped gradient into 128 registers, so that two programs share a multiprocessor, and
+# spills two of them on the way; parts of 32 columns leave room.
+_UNALIGNED_100 = replace(_UNALIGNED, logits=replace(_UNALIGNED.logits, part=32))
+
+# sm_120, rows that do not begin on 16 bytes: the same with six registers where dW is assigned.
+_SINGLE_UNALIGNED_120 = replace(_SINGLE, weight=replace(_SINGLE.weight, part=32))
+
+# gfx950: with two stages the head goes to LDS by itself, but four bytes a lane at a time; with one it passes through
+# registers, sixteen at a time.
+_SINGLE_950 = replace(_SINGLE, logits=replace(_SINGLE.logits, stages=1))
 
 # 128 x 256 sums in two warp groups: wgmma's widest instruction (n = 256), 85 operations a byte of L2 traffic against 64
 # of 128 x 128, which at 700 TFLOP/s is 8 TB/s against 11. 3 stages of 48 KiB; a fourth (192 of 227 KiB) is left to the
@@ -114,14 +126,27 @@ TARGETS: dict[str, Target] = {
         # H100, H200.
         Target("sm_90", "cuda", 90, 32, 132, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE, _UNALIGNED),
         # B200: tcgen05 keeps the sums in tensor memory, of which 128 x 256 float32 are half; else as H100.
-        Target("sm_100", "cuda", 100, 32, 148, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE, _UNALIGNED),
+        Target(
+            "sm_100",
+            "cuda",
+            100,
+            32,
+            148,
+            232_448,
+            255,
+            Products(_WIDE_LOGITS, _WIDE, _WIDE),
+            _SINGLE,
+            _UNALIGNED_100,
+        ),
         # RTX 50, RTX PRO 6000: mma.sync again.
-        Target("sm_120", "cuda", 120, 32, 170, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED),
+        Target("sm_120", "cuda", 120, 32, 170, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED, _SINGLE_UNALIGNED_120),
         # MI300X: 64 KiB of LDS, of which 128 x 128 x 64 takes half, so that two programs share a compute unit. 4 waves
         # hold 64 sums a lane each.
         Target("gfx942", "hip", "gfx942", 64, 304, 65_536, 512, _same(Tile(128, 128, 64, warps=4, stages=2)), _SINGLE),
         # MI355X: the same in 160 KiB.
-        Target("gfx950", "hip", "gfx950", 64, 256, 163_840, 512, _same(Tile(128, 128, 64, warps=4, stages=2)), _SINGLE),
+        Target(
+            "gfx950", "hip", "gfx950", 64, 256, 163_840, 512, _same(Tile(128, 128, 64, warps=4, stages=2)), _SINGLE_950
+        ),
     )
 }
 
