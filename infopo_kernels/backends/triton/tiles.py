@@ -82,8 +82,8 @@ _99_KIB = _same(Tile(128, 128, 32, warps=8, stages=3))
 # which then hold fewer sums and less depth; what follows logits takes registers too.
 _UNALIGNED = replace(_same(Tile(128, 128, 32, warps=8, stages=3)), logits=Tile(128, 128, 16, warps=8, stages=3))
 
-# sm_100: the assembler fits the softcapped gradient into 128 registers, so that two programs share a multiprocessor, and
-# spills two of them on the way; parts of 32 columns leave room.
+# sm_100: the assembler fits the softcapped gradient into 128 registers, so that two programs share a multiprocessor,
+# and spills two of them on the way; parts of 32 columns leave room.
 _UNALIGNED_100 = replace(_UNALIGNED, logits=replace(_UNALIGNED.logits, part=32))
 
 # sm_120, rows that do not begin on 16 bytes: the same with six registers where dW is assigned.
