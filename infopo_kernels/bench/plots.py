@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from infopo_kernels.bench.contenders import CONTENDERS, FLOOR, OURS
 from infopo_kernels.bench.plan import MAIN_SHAPE
@@ -60,8 +61,16 @@ def _lines(axes: Axes, rows: list[dict[str, Any]], x: str, y: Callable[[dict[str
             axes.text(failed[0][x], ys[-1], "✕", color=style["color"], ha="center", va="center", fontsize=11)
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
-    ticks = sorted({row[x] for row in rows})
+    ticks = sorted({row[x] for row in rows if y(row) is not None or "failed" in row})
     axes.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 and t % 1024 == 0 else str(t) for t in ticks])
+
+
+def _plain_logarithmic(axes: Axes) -> None:
+    """A logarithmic axis labelled 20, 50, 100 rather than in powers of ten, of which a narrow one has none."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _speed(record: dict[str, Any]) -> plt.Figure:
@@ -106,7 +115,7 @@ def _memory(record: dict[str, Any]) -> plt.Figure:
     for axes, (sweep, column, label) in zip(all_axes, sweeps, strict=True):
         rows = [row for row in record["rows"] if row["sweep"] == sweep]
         _lines(axes, rows, column, lambda row: max(row["peak_mib"], 1.0) if "peak_mib" in row else None)
-        axes.set_yscale("log")
+        _plain_logarithmic(axes)
         axes.set_xlabel(label)
     all_axes[0].set_ylabel("peak beyond inputs and gradients (MiB)")
     figure.legend(*all_axes[0].get_legend_handles_labels(), fontsize=7, ncols=8, loc="outside upper center")
@@ -122,7 +131,7 @@ def _long(record: dict[str, Any]) -> plt.Figure:
     right.set_ylabel("peak beyond inputs and gradients (MiB)")
     for axes in (left, right):
         axes.set_xlabel("tokens of one pair (✕: failed)")
-        axes.set_yscale("log")
+        _plain_logarithmic(axes)
     left.legend(fontsize=7)
     return figure
 
