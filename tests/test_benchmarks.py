@@ -208,7 +208,8 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, MAIN_SHAPE, SMALL)
         arguments = [
-            "--quick", "--parts", "speed,accuracy", "--peers", "naive,F.linear", "--cases", "step,packed", "--rounds",
+            "--quick", "--parts", "speed,accuracy", "--peers", "naive,F.linear", "--cases", "step,packed",
+            "--dtypes", "float32,bfloat16", "--rounds",
             "3", "--product-gflop", "0.002", "--output", str(folder), "--docs", str(folder / "page.md"),
         ]  # fmt: skip
         assert main(arguments) == 0
