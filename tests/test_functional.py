@@ -501,3 +501,41 @@ def test_any_packed_batch(lengths: list[int], hidden: int, vocab: int, data: st.
     inputs = support.Inputs(case, dtype, tensors, labels, layout, None)
     got = support.fused(inputs, backend=backend)
     support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", ["scored", "ignored but for one", "outside one half"])
+@pytest.mark.parametrize("workspace_mib", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden_size", [48, 128], ids=["nothing kept", "kept logits"])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_no_gradient_is_what_memory_held_before(
+    backend: str, hidden_size: int, dtype: torch.dtype, workspace_mib: int, labels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weight gradient is not cleared where it is assigned: every entry has to be."""
+    if reason := dispatch.unavailable_reason(backend, torch.device("cpu"), dtype):
+        pytest.skip(reason)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, T, hidden_size, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(300, hidden_size, generator=g).div(4).to(dtype).requires_grad_()
+    y = torch.randint(0, 300, (4, T), generator=g)
+    if labels == "ignored but for one":
+        y[:, 1:] = -100
+    elif labels == "outside one half":
+        y[2:, : T // 2] = -100
+
+    def run() -> tuple[Tensor, ...]:
+        output = linear_infopo_loss(hidden, weight, y, backend=backend, workspace_mib=workspace_mib)
+        return gradients(output.loss, hidden, weight)
+
+    expected, empty_like = run(), torch.empty_like
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        result = empty_like(*args, **kwargs)
+        return result.fill_(float("nan")) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    for got, wanted in zip(run(), expected, strict=True):
+        assert torch.equal(got, wanted)
