@@ -278,12 +278,12 @@ def steps(work: Work, head: Head, weight_gradient: torch.Tensor | None) -> list[
     assert weight_gradient is not None
     chosen, rejected = range(n // 2), range(n // 2, n)
     dead = rejected if work.underflowed else range(0)
-    if work.sixteen and 4 * n * h > head.workspace_bytes // 4:
+    most = TritonBackend().kept_rows(head, weight_gradient)
+    if work.sixteen and most == 0 and 4 * n * h > head.workspace_bytes // 4:
         return [
             Step("logprob_and_grad", every, weight=False),
             Step("backward", every, dead=dead, hidden=False),
         ]
-    most = TritonBackend().kept_rows(head, weight_gradient)
     if work.sixteen:
         first = (range(min(n, most)),)
         return [
