@@ -27,6 +27,7 @@ from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import TritonBackend, offline
 from infopo_kernels.backends.triton.offline import Launched
 from infopo_kernels.backends.triton.tiles import TARGETS
+from infopo_kernels.schedule import hidden_gradient_apart
 
 SHARE_OF_PEAK = 3 * 2 * 8192 * 151936 * 4096 / 42e-3 / 989e12
 """Bare products over peak: 3 x 2 N V H operations in 42 ms on an H100 (TRL issue 7244) are 0.736 of 989 TFLOP/s.
@@ -271,7 +272,7 @@ class Step:
 
 def steps(work: Work, head: Head, weight_gradient: torch.Tensor | None) -> list[Step]:
     """The calls that `work` takes; chosen rows come first, as they do in a padded batch."""
-    n, h = head.hidden.shape
+    n = len(head.hidden)
     every = (range(n),)
     if work.what != "infopo":
         return [Step(work.what, every, weight=not work.frozen)]
@@ -279,7 +280,7 @@ def steps(work: Work, head: Head, weight_gradient: torch.Tensor | None) -> list[
     chosen, rejected = range(n // 2), range(n // 2, n)
     dead = rejected if work.underflowed else range(0)
     most = TritonBackend().kept_rows(head, weight_gradient)
-    if work.sixteen and most == 0 and 4 * n * h > head.workspace_bytes // 4:
+    if work.sixteen and hidden_gradient_apart(head, most):
         return [
             Step("logprob_and_grad", every, weight=False),
             Step("backward", every, dead=dead, hidden=False),

@@ -85,8 +85,13 @@ Gradients check_gradients(const Head& head, const Tensor& hidden, const MaybeTen
   return to;
 }
 
-int64_t kept_rows(const Tensor& grad_weight) {
-  return LogitStore::in(nullptr, dtype_of(grad_weight, "grad_weight"), grad_weight.size(1)).slots;
+int64_t kept_rows_op(const Tensor& hidden, const Tensor& grad_weight, int64_t workspace_bytes) {
+  Head head{};
+  head.hidden.dtype = dtype_of(hidden, "hidden");
+  head.N = hidden.size(0);
+  head.H = grad_weight.size(1);
+  head.workspace_bytes = workspace_bytes;
+  return kept_rows(head, dtype_of(grad_weight, "grad_weight"));
 }
 
 // The store in `grad_weight`, large enough for the rows that `labels` score.
@@ -160,7 +165,7 @@ TORCH_LIBRARY(infopo_kernels_cpp, m) {
       "backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, Tensor row_weight, "
       "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor? kept, float? softcap, "
       "float scale, int workspace_bytes) -> ()");
-  m.def("kept_rows(Tensor grad_weight) -> int");
+  m.def("kept_rows(Tensor hidden, Tensor grad_weight, int workspace_bytes) -> int");
   m.def("isa(ScalarType dtype) -> str", &infopo::isa);
 }
 
@@ -168,7 +173,7 @@ TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
   m.impl("logprob", &infopo::logprob_op);
   m.impl("logprob_and_grad", &infopo::logprob_and_grad_op);
   m.impl("backward", &infopo::backward_op);
-  m.impl("kept_rows", &infopo::kept_rows);
+  m.impl("kept_rows", &infopo::kept_rows_op);
 }
 
 // `import infopo_kernels._C` loads the library, and that registers the ops: the module itself is empty.

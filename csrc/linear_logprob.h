@@ -43,6 +43,9 @@ struct LogitStore {
   float* row(int64_t v) const { return reinterpret_cast<float*>(static_cast<char*>(data) + v * row_bytes); }
 };
 
+// Rows whose logits the memory of a weight gradient of that type can hold; 0 where keeping them does not pay.
+int64_t kept_rows(const Head&, Dtype weight_gradient);
+
 // At most `keep.slots` rows are scored, if it is given.
 void logprob(const Head&, const int64_t* labels, const LogitStore& keep, float* l, float* lse);
 

@@ -26,6 +26,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -405,10 +406,10 @@ class Call {
 // Rapids, virtual machine). Systems without the call fault as usual.
 void populate(void* data, int64_t bytes, int64_t threads) {
 #if defined(MADV_POPULATE_WRITE)
-  constexpr int64_t kPage = 4096;
-  char* const first = static_cast<char*>(data) - reinterpret_cast<uintptr_t>(data) % kPage;
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  char* const first = static_cast<char*>(data) - reinterpret_cast<uintptr_t>(data) % page;
   on_threads(threads, [&](int64_t t) {
-    const Range own = part(static_cast<char*>(data) + bytes - first, threads, t, kPage);
+    const Range own = part(static_cast<char*>(data) + bytes - first, threads, t, page);
     if (own.begin < own.end) madvise(first + own.begin, own.end - own.begin, MADV_POPULATE_WRITE);
   });
 #endif
@@ -668,12 +669,24 @@ void gradients_from_lse(const TileKernels& k, const Head& p, const int64_t* labe
   });
 }
 
+// Whether `backward` has no room for the float32 sums of dX of that many rows: dX and dW come one after the other then.
+bool sums_too_large(const Head& p, int64_t rows) {
+  return p.hidden.dtype != Dtype::kFloat32 && rows * p.H * static_cast<int64_t>(sizeof(float)) > p.workspace_bytes / 3;
+}
+
 }  // namespace
 
 LogitStore LogitStore::in(void* weight_gradient, Dtype dtype, int64_t H) {
   const int64_t row_bytes = H * element_size(dtype), size = sizeof(float);
   const int64_t slots = row_bytes % size == 0 ? row_bytes / size : 0;
   return {weight_gradient, row_bytes, slots >= kFewestKeptRows ? slots : 0};
+}
+
+int64_t kept_rows(const Head& p, Dtype weight_gradient) {
+  const int64_t slots = LogitStore::in(nullptr, weight_gradient, p.H).slots;
+  // With dX and dW one after the other a row costs five products and a kept one three, where four do without keeping.
+  const bool apart = weight_gradient != Dtype::kFloat32 && sums_too_large(p, p.N);
+  return apart && 2 * slots <= p.N ? 0 : slots;
 }
 
 void logprob(const Head& p, const int64_t* labels, const LogitStore& keep, float* l, float* lse) {
@@ -729,8 +742,7 @@ void backward(const Head& p, const int64_t* labels, const float* lse, const floa
     return;
   }
   const bool both = to.hidden && (to.weight || to.bias);
-  const int64_t sums_bytes = rows.count() * p.H * static_cast<int64_t>(sizeof(float));
-  if (both && p.hidden.dtype != Dtype::kFloat32 && sums_bytes > p.workspace_bytes / 3) {
+  if (both && sums_too_large(p, rows.count())) {
     gradients_from_lse(k, p, labels, rows, lse, row_weight, {to.hidden, nullptr, to.weight_dtype, nullptr}, false);
     gradients_from_lse(k, p, labels, rows, lse, row_weight, {nullptr, to.weight, to.weight_dtype, to.bias}, assign);
     return;

@@ -21,7 +21,8 @@ INFOPO_INLINE uint32_t load_pair(const uint16_t* p) {
   return pair;
 }
 
-// out [MR, width] (+)= A B over `pairs` of K; pair k of A's row i stands at rows[i] + k * step
+// out [MR, width] (+)= A B over `pairs` of K; pair k of A's row i stands at rows[i] + k * step. Loops over `acc` are
+// unrolled by name, as for floats.
 template <int MR, int NV>
 void register_tile(int64_t pairs, const uint16_t* const* rows, int64_t step, const uint16_t* b, float* const* out,
                    int64_t column, bool accumulate) {

@@ -27,8 +27,8 @@ constexpr int kAhead = 8;
 
 constexpr int64_t kFloat = sizeof(float);
 
-// out [M, width] (+)= A [M, K] B [K, width], width = NV vectors. Each loop over `acc` is unrolled by name: one that is not
-// sends all of it through the stack (GCC 12: 3 % of a product).
+// out [M, width] (+)= A [M, K] B [K, width], width = NV vectors. Each loop over `acc` is unrolled by name: one that is
+// not sends all of it through the stack (GCC 12: 3 % of a product).
 template <int MR, int NV, bool kByColumn>
 void register_tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* const* out,
                    int64_t column, bool accumulate) {
@@ -99,7 +99,8 @@ void multiply(const Product& p) {
     const bool accumulate = p.accumulate || k0 > 0;
     // The first touch of the next block of A, and of the next panel of a B in place, would wait for far memory: each
     // register tile asks for its share of them.
-    const int64_t a_rows = p.a_by_column ? next_K : p.M, a_share = ceil_div(a_rows, tasks), b_share = ceil_div(K, groups);
+    const int64_t a_rows = p.a_by_column ? next_K : p.M;
+    const int64_t a_share = ceil_div(a_rows, tasks), b_share = ceil_div(K, groups);
     int64_t a_asked = 0;
     for (int64_t panel = p.task_begin / groups, m = p.task_begin % groups, task = p.task_begin; task < p.task_end;
          ++panel, m = 0) {
@@ -118,7 +119,9 @@ void multiply(const Product& p) {
                    least(a_rows, a_asked + a_share), (p.a_by_column ? p.M : next_K) * kFloat);
           a_asked += a_share;
         }
-        prefetch(b + kPanel, ldb * kFloat, m * b_share, least(K, (m + 1) * b_share), next_columns * kFloat);
+        if (next_columns > 0) {
+          prefetch(b + kPanel, ldb * kFloat, m * b_share, least(K, (m + 1) * b_share), next_columns * kFloat);
+        }
         if (columns == width) {
           tile(K, a, p.lda, b, ldb, p.out + m0, n0, accumulate);
           continue;

@@ -57,27 +57,29 @@ class Wanted:
 
 def zero_gradients(head: Head, wanted: Wanted) -> Gradients:
     """Zeroed result buffers; the bias accumulates in float32."""
-    buffers = _empty_weight_gradient(head, wanted)
-    _clear_unless_kept(buffers.weight, None)
-    return buffers
-
-
-def _empty_weight_gradient(head: Head, wanted: Wanted) -> Gradients:
-    """`zero_gradients`, but for dW: first it may hold logits."""
     return Gradients(
         torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None,
-        torch.empty_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None,
+        torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None,
         None
         if not wanted.bias or head.bias is None
         else torch.zeros_like(head.bias, dtype=head.accumulator_dtype, memory_format=torch.contiguous_format),
     )
 
 
+def hidden_gradient_apart(head: Head, kept_rows: int) -> bool:
+    """Whether dX and a 16-bit dW come one after the other: no row is kept, and float32 sums of dX are too large."""
+    dx_bytes = head.hidden.numel() * head.accumulator_dtype.itemsize
+    return kept_rows == 0 and dx_bytes > head.workspace_bytes // 4
+
+
 def infopo(
     backend: Backend, head: Head, batch: Batch, options: InfoPOOptions, num_pairs: float, wanted: Wanted
 ) -> tuple[Objective, Gradients]:
     """The objective of `batch` and the gradients of its loss."""
-    gradients = _empty_weight_gradient(head, wanted)
+    gradients = zero_gradients(head, replace(wanted, weight=False))
+    if wanted.weight:  # may hold logits first: cleared where it does not
+        empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
+        gradients = replace(gradients, weight=empty)
 
     def evaluate(logp: torch.Tensor) -> Objective:
         own = getattr(backend, "objective", objective)  # a backend may bring it as one launch
@@ -94,18 +96,16 @@ def infopo(
 
     accumulator, head = _float32_weight_gradient(head, gradients)
     if accumulator is None:
+        assert gradients.weight is not None
         slots = _kept_rows(backend, head, gradients.weight)
-        dx_bytes = head.hidden.numel() * head.accumulator_dtype.itemsize
-        if slots == 0 and gradients.hidden is not None and dx_bytes > head.workspace_bytes // 4:
+        if gradients.hidden is not None and hidden_gradient_apart(head, slots):
             result, lse = _unit_hidden_gradient(backend, head, batch.labels, gradients.hidden, evaluate)
-            rest = replace(gradients, hidden=None)
-            _clear_unless_kept(rest.weight, None)
-            backend.backward(head, batch.labels, lse, result.row_weight, rest)
+            gradients.weight.zero_()
+            backend.backward(head, batch.labels, lse, result.row_weight, replace(gradients, hidden=None))
         else:
             kept = _first_rows(slots, batch.labels)
             logp, lse = _logprob_keeping(backend, head, batch.labels, kept, gradients.weight)
             result = evaluate(logp)
-            _clear_unless_kept(gradients.weight, kept)
             backend.backward(head, batch.labels, lse, result.row_weight, gradients, kept)
         return result, gradients
 
@@ -117,7 +117,6 @@ def infopo(
     kept = _first_rows(_kept_rows(backend, head, into.weight), rejected, chosen)
     first = rejected if kept is None else torch.where(kept != IGNORE_INDEX, kept, rejected)
     logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
-    _clear_unless_kept(into.weight, kept)
     # Weights of rejected sequences do not depend on chosen ones, whose log-probabilities may not be there yet.
     backend.backward(head, first, lse, evaluate(logp).row_weight, into, kept)
     others = torch.where(first != IGNORE_INDEX, IGNORE_INDEX, chosen)
@@ -149,18 +148,17 @@ def _first_rows(most: int, *groups: torch.Tensor) -> torch.Tensor | None:
 def _logprob_keeping(
     backend: Backend, head: Head, labels: torch.Tensor, kept: torch.Tensor | None, weight_gradient: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logprob` of all scored rows; the logits of those scored in `kept` stay in the weight gradient's memory."""
+    """`logprob` of all scored rows; the logits of those scored in `kept` stay in the weight gradient's memory.
+
+    Without `kept` that is cleared, since `backward` adds to it then.
+    """
     if kept is None:
+        if weight_gradient is not None:
+            weight_gradient.zero_()
         return backend.logprob(head, labels)
     logp, lse = backend.logprob(head, kept, weight_gradient)
     others = backend.logprob(head, torch.where(kept != IGNORE_INDEX, IGNORE_INDEX, labels))
     return logp.add_(others[0]), lse.add_(others[1])
-
-
-def _clear_unless_kept(weight_gradient: torch.Tensor | None, kept: torch.Tensor | None) -> None:
-    """Zeros where `backward` adds; with kept logits it assigns."""
-    if weight_gradient is not None and kept is None:
-        weight_gradient.zero_()
 
 
 def _unit_hidden_gradient(

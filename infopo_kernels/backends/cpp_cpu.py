@@ -73,11 +73,7 @@ class CppBackend:
         return _missing_extension()
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
-        rows: int = _OPS.kept_rows(weight_gradient)
-        n, dx_bytes = len(head.hidden), 4 * head.hidden.numel()
-        if weight_gradient.dtype != torch.float32 and dx_bytes > head.workspace_bytes // 3 and 2 * rows <= n:
-            # `backward` forms dX and dW one after the other: five products a row, three for a kept one, where four do.
-            return 0
+        rows: int = _OPS.kept_rows(head.hidden, weight_gradient, head.workspace_bytes)
         return rows
 
     def logprob(
