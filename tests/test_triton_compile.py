@@ -268,3 +268,4 @@ def test_the_model_counts_the_products_that_are_promised() -> None:
     ratios = {name: row[1] for name, row in json.loads(done.stdout).items()}
     assert ratios["known weights (every chosen row), float32 dW"] <= 1.25
     assert ratios["InfoPO step, float32 dW, every rejected weight live"] <= 1.25
+    assert ratios["InfoPO step, 16-bit dW, every weight live"] <= 1.25

@@ -71,6 +71,10 @@ class Launch:
             **self.product_arguments(tile),
         }
 
+    def filled(self, programs: int) -> float:
+        """Share of the device that works on `programs` equal programs, one a multiprocessor, until the last is done."""
+        return programs / (ceil_div(programs, self.multiprocessors) * self.multiprocessors)
+
     def product_arguments(self, tile: Tile) -> dict[str, Any]:
         """Arguments of every kernel with a product."""
         return {"PRECISION": self.precision, "num_warps": tile.warps, "num_stages": tile.stages, **FUSED}

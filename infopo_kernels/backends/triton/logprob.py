@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import FUSED, Launch, aligned, ceil_div, start_product
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
 from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
 from infopo_kernels.backends.triton.rows import LiveRows
 
@@ -167,9 +167,8 @@ def slices_of(launch: Launch) -> tuple[int, int]:
 
     def filled(slice_tiles: int) -> float:
         """Share of the device that works: tiles over what all slots could take in the time of the longest."""
-        programs = row_blocks * ceil_div(tiles, slice_tiles)
-        waves = ceil_div(programs, launch.multiprocessors)
-        return row_blocks * tiles / (waves * launch.multiprocessors * slice_tiles)
+        slices = ceil_div(tiles, slice_tiles)
+        return launch.filled(row_blocks * slices) * tiles / (slices * slice_tiles)
 
     longest = ceil_div(tiles, wanted)
     slice_tiles = max(range(ceil_div(tiles, min(4 * wanted, most)), longest + 1), key=filled)
@@ -181,13 +180,9 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     n, head = launch.rows, launch.head
     slices, slice_tiles = slices_of(launch)
     arguments = launch.logit_arguments
-    if head.softcap is not None:
-        # tanh beside running sums spilled: in 16-bit types on sm_90 from 128 x 256 logits, in float32 with rows not
-        # aligned even at half of the columns. With aligned rows narrower parts are what spills.
-        if head.hidden.dtype != torch.float32:
-            arguments["PART"] //= 2
-        elif not aligned(head):
-            arguments["PART"] //= 4
+    if head.softcap is not None and head.hidden.dtype != torch.float32:
+        # tanh beside running sums of 128 x 256 logits spilled on sm_90.
+        arguments["PART"] = min(arguments["PART"], 32)
     partial = torch.empty(2, slices, n, dtype=torch.float32, device=labels.device)
     target = torch.empty(n, dtype=torch.float32, device=labels.device)
     start_product(

@@ -79,15 +79,22 @@ _SINGLE = _same(Tile(rows=64, columns=128, depth=16, warps=8, stages=2))
 _99_KIB = _same(Tile(128, 128, 32, warps=8, stages=3))
 
 # Rows that do not begin on 16 elements are loaded one element at a time, each with an address of its own in registers,
-# which then hold fewer sums and less depth; what follows logits takes registers too.
-_UNALIGNED = replace(_same(Tile(128, 128, 32, warps=8, stages=3)), logits=Tile(128, 128, 16, warps=8, stages=3))
+# which then hold fewer sums and less depth; what follows logits takes registers too, 32 columns of it at a time.
+_UNALIGNED = replace(
+    _same(Tile(128, 128, 32, warps=8, stages=3)), logits=Tile(128, 128, 16, warps=8, stages=3, part=32)
+)
 
-# sm_100: the assembler fits the softcapped gradient into 128 registers, so that two programs share a multiprocessor,
-# and spills two of them on the way; parts of 32 columns leave room.
-_UNALIGNED_100 = replace(_UNALIGNED, logits=replace(_UNALIGNED.logits, part=32))
+# The same of float32: an online softmax beside a depth of 16 spilled.
+_SINGLE_UNALIGNED = replace(_SINGLE, logits=replace(_SINGLE.logits, depth=8))
 
-# sm_120, rows that do not begin on 16 bytes: the same with six registers where dW is assigned.
-_SINGLE_UNALIGNED_120 = replace(_SINGLE, weight=replace(_SINGLE.weight, part=32))
+# sm_100 and sm_120: the assembler fits dX of float32 into 128 registers (64 with TF32), so that two programs share a
+# multiprocessor, and spills a few on the way; parts of 32 columns leave room. So they do on sm_120 for dW of rows that
+# do not begin on 16 elements.
+_SINGLE_HIDDEN = replace(_SINGLE.hidden, part=32)
+_UNALIGNED_120 = replace(_UNALIGNED, weight=replace(_UNALIGNED.weight, part=32))
+_SINGLE_UNALIGNED_120 = replace(
+    _SINGLE_UNALIGNED, hidden=_SINGLE_HIDDEN, weight=replace(_SINGLE_UNALIGNED.weight, part=32)
+)
 
 # gfx950: with two stages the head goes to LDS by itself, but four bytes a lane at a time; with one it passes through
 # registers, sixteen at a time.
@@ -118,13 +125,26 @@ TARGETS: dict[str, Target] = {
             _same(Tile(128, 128, 64, warps=8, stages=3)),
             _SINGLE,
             _UNALIGNED,
+            _SINGLE_UNALIGNED,
         ),
         # A10, RTX 30.
-        Target("sm_86", "cuda", 86, 32, 84, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED),
+        Target("sm_86", "cuda", 86, 32, 84, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED, _SINGLE_UNALIGNED),
         # L4, L40, RTX 40.
-        Target("sm_89", "cuda", 89, 32, 142, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED),
+        Target("sm_89", "cuda", 89, 32, 142, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED, _SINGLE_UNALIGNED),
         # H100, H200.
-        Target("sm_90", "cuda", 90, 32, 132, 232_448, 255, Products(_WIDE_LOGITS, _WIDE, _WIDE), _SINGLE, _UNALIGNED),
+        Target(
+            "sm_90",
+            "cuda",
+            90,
+            32,
+            132,
+            232_448,
+            255,
+            Products(_WIDE_LOGITS, _WIDE, _WIDE),
+            _SINGLE,
+            _UNALIGNED,
+            _SINGLE_UNALIGNED,
+        ),
         # B200: tcgen05 keeps the sums in tensor memory, of which 128 x 256 float32 are half; else as H100.
         Target(
             "sm_100",
@@ -135,11 +155,24 @@ TARGETS: dict[str, Target] = {
             232_448,
             255,
             Products(_WIDE_LOGITS, _WIDE, _WIDE),
-            _SINGLE,
-            _UNALIGNED_100,
+            replace(_SINGLE, hidden=_SINGLE_HIDDEN),
+            _UNALIGNED,
+            replace(_SINGLE_UNALIGNED, hidden=_SINGLE_HIDDEN),
         ),
         # RTX 50, RTX PRO 6000: mma.sync again.
-        Target("sm_120", "cuda", 120, 32, 170, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED, _SINGLE_UNALIGNED_120),
+        Target(
+            "sm_120",
+            "cuda",
+            120,
+            32,
+            170,
+            101_376,
+            255,
+            _99_KIB,
+            replace(_SINGLE, hidden=_SINGLE_HIDDEN),
+            _UNALIGNED_120,
+            _SINGLE_UNALIGNED_120,
+        ),
         # MI300X: 64 KiB of LDS, of which 128 x 128 x 64 takes half, so that two programs share a compute unit. 4 waves
         # hold 64 sums a lane each.
         Target("gfx942", "hip", "gfx942", 64, 304, 65_536, 512, _same(Tile(128, 128, 64, warps=4, stages=2)), _SINGLE),

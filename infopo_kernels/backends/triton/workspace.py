@@ -142,8 +142,7 @@ def _chunk_time(launch: Launch, rows: int, slices: int, gradients: Gradients) ->
     if gradients.hidden is not None:
         blocks = ceil_div(rows, tiles.hidden.rows)
         programs = blocks * ceil_div(launch.hidden_size, tiles.hidden.columns) * slices
-        waves = ceil_div(programs, launch.multiprocessors)
-        time += blocks * tiles.hidden.rows * waves * launch.multiprocessors / programs * (1 + 0.01 * slices)
+        time += blocks * tiles.hidden.rows / launch.filled(programs) * (1 + 0.01 * slices)
     if gradients.weight is not None:
         time += max(rows, PASS_ROWS)
     return time
@@ -189,14 +188,42 @@ class _Pieces:
     def fits(self, rows: int, tiles_a_piece: int) -> bool:
         return self.of_rows(rows) + self.of_tile(rows) * tiles_a_piece <= self.budget
 
+    def best(self, rows: int) -> int:
+        """Tiles a piece for chunks of `rows`: of those that fit, down to half of the most, the least modelled time.
+
+        The most make the fewest passes, but the last wave of their programs may leave much of the device idle.
+        """
+        most = min(self.tiles, (self.budget - self.of_rows(rows)) // self.of_tile(rows))
+        least = max(min(most, self.wide), ceil_div(most, 2))
+
+        def time(tiles_a_piece: int) -> float:
+            whole, rest = divmod(self.tiles, tiles_a_piece)
+            return whole * self._time(rows, tiles_a_piece) + (self._time(rows, rest) if rest else 0.0)
+
+        return min(range(most, least - 1, -1), key=time)
+
+    def _time(self, rows: int, tiles: int) -> float:
+        """Modelled time of a piece, in units of one product of one column, less what does not depend on the piece.
+
+        Logits and dW cost their columns over the share of the device that their programs fill. A piece reads and
+        writes the sums of dX (PASS_ROWS columns' time), and X for logits and for dW (a quarter each); half is hidden.
+        """
+        logits, dw = self.launch.tiles.logits, self.launch.tiles.weight
+        columns = tiles * logits.columns
+        programs = [ceil_div(rows, logits.rows) * tiles]
+        if self.weight:
+            programs.append(ceil_div(columns, dw.rows) * ceil_div(self.launch.hidden_size, dw.columns))
+        passes = self.hidden + len(programs) / 4
+        return columns * sum(1 / self.launch.filled(p) for p in programs) + passes * PASS_ROWS / 2
+
 
 def plan_pieces(
     launch: Launch, *, hidden: bool, weight: bool, bias: bool, weight_sums: bool = False, rows: int | None = None
 ) -> PiecePlan:
     """Rows and columns of a piece of G; with `weight_sums` float32 sums of dW for the columns of a piece as well.
 
-    At most half of the workspace goes to what grows with rows alone (sums of dX, gathered X), the rest to G; or as much
-    as a given number of `rows` takes.
+    At most half of the workspace goes to what grows with rows alone (sums of dX, gathered X), or as much as a given
+    number of `rows` takes; the rest to G, as far as wider pieces are faster.
 
     Raises:
         ValueError: not even one row and one tile of the vocabulary fit.
@@ -214,8 +241,7 @@ def plan_pieces(
             f"least {1 + ((of_rows(1) + of_tile(1) + SPARE) >> 20)} MiB, got "
             f"{launch.head.workspace_bytes / (1 << 20):.2f} MiB; raise it."
         )
-    columns = min(sizes.tiles, (sizes.budget - of_rows(rows)) // of_tile(rows)) * block.columns
-    return PiecePlan(rows, columns, sizes.slices(rows) if hidden else 1)
+    return PiecePlan(rows, sizes.best(rows) * block.columns, sizes.slices(rows) if hidden else 1)
 
 
 def kept_chunk(launch: Launch, most: int) -> int:
