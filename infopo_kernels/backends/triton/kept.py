@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.logits import load_labels
+from infopo_kernels.backends.triton.logits import load_labels, rows_first
 from infopo_kernels.backends.triton.rows import BLOCK, LiveRows, gain_of, largest_weight, new_list
 from infopo_kernels.backends.triton.softmax_tile import normalised
 from infopo_kernels.options import IGNORE_INDEX
@@ -176,8 +176,7 @@ def kept_gradient_kernel(
     """g[i, v - v0] = G_iv (0 for v >= V), db_part[block, v - v0] = sum of G_iv / gain over the block's rows;
     v0 = PART part0."""
     here = tl.minimum(tl.load(kept_ptr), C)
-    pid_n = tl.program_id(0)
-    pid_t = tl.program_id(1)
+    pid_n, pid_t = rows_first(tl.program_id(0), tl.cdiv(C, BLOCK_N))
     if pid_n * BLOCK_N >= here:
         return
     part = part0 + pid_t
@@ -255,7 +254,7 @@ def launch_kept_gradient(
     """G [C, ld] of the kept rows, which come first in the list, for columns v0 .. v0 + columns, and its column sums."""
     head, tile, (c, ld), store = launch.head, launch.tiles.logits, g.shape, kept.store
     whole = ceil_div(columns, tile.columns) * tile.columns
-    kept_gradient_kernel[(ceil_div(c, tile.rows), whole // tile.part)](
+    kept_gradient_kernel[(ceil_div(c, tile.rows) * (whole // tile.part),)](
         store.q,
         store.part_max,
         kept.logp,

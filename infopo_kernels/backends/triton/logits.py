@@ -40,6 +40,12 @@ def grouped_tile(pid, num_n, num_v, GROUP: tl.constexpr):
 
 
 @triton.jit
+def rows_first(pid, num_n):
+    """Tile (n, v) of program `pid`, one column of tiles after the other: a grid's second dimension ends at 65535."""
+    return pid % num_n, pid // num_n
+
+
+@triton.jit
 def load_labels(labels_ptr, row, row_ok, V):
     """Labels of rows, int32 (a 64-bit comparison with every column would double its registers); -1 outside [0, V)."""
     label = tl.load(labels_ptr + row, mask=row_ok, other=-1)

@@ -24,7 +24,15 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
-from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
+from infopo_kernels.backends.triton.logits import (
+    column_parts,
+    exp,
+    grouped_tile,
+    head_product,
+    load_labels,
+    rows_first,
+    to_logits,
+)
 from infopo_kernels.backends.triton.rows import LiveRows
 
 NORMALISE_ROWS = 32
@@ -173,8 +181,7 @@ def normalise_kernel(
 ):
     """G in place of Q; db_part[block, v] = sum of G_iv / gain over the block's rows, from float32."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
-    pid_n = tl.program_id(0)
-    pid_v = tl.program_id(1)
+    pid_n, pid_v = rows_first(tl.program_id(0), tl.cdiv(C, BLOCK_N))
     if pid_n * BLOCK_N >= here:
         return
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -251,7 +258,7 @@ def launch_normalise(
     """G in place of Q, and its column sums for each block of rows."""
     parts, c = part_max.shape
     head = launch.head
-    normalise_kernel[(ceil_div(c, NORMALISE_ROWS), parts)](
+    normalise_kernel[(ceil_div(c, NORMALISE_ROWS) * parts,)](
         q,
         part_max,
         logp,
