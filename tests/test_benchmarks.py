@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pytest_benchmark")
 
 from infopo_kernels import reference
-from infopo_kernels.bench import compare, isolated, main, report, timing
+from infopo_kernels.bench import compare, isolated, main, report, timing, train_steps
 from infopo_kernels.bench.batches import CASES, Batch, Case, make_batch
 from infopo_kernels.bench.contenders import CONTENDERS, FLOOR, OURS, Contender, Naive, floor
 from infopo_kernels.bench.plan import DTYPES, MAIN_SHAPE, SpeedPoint, default_plan
@@ -199,6 +199,32 @@ def _sleep(argument: Any) -> dict[str, Any]:
 def test_a_process_that_dies_or_hangs_is_a_row() -> None:
     assert "7" in isolated.in_fresh_process(_die, None, 1.0, 30.0)["failed"]
     assert "longer" in isolated.in_fresh_process(_sleep, None, 1.0, 0.5)["failed"]
+
+
+def test_training_steps_take_turns_on_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    small_model = {**train_steps._CONFIG, "hidden_size": 18, "num_hidden_layers": 1, "vocab_size": 301}
+    monkeypatch.setattr(train_steps, "_CONFIG", small_model)
+    monkeypatch.setattr(train_steps, "give_back_at_once", lambda: None)
+    monkeypatch.setattr(train_steps, "keep_what_is_freed", lambda: None)
+    monkeypatch.setattr(train_steps, "in_fresh_process", lambda function, argument, *_, **__: function(argument))
+    calls = []
+
+    def failing_second(self: Any, batch: Batch) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) > 1:
+            raise RuntimeError("out of turns")
+        return Naive().loss(batch)
+
+    monkeypatch.setattr(type(CONTENDERS["TRL"]), "loss", failing_second)
+    monkeypatch.setattr(type(CONTENDERS["TRL"]), "unsupported_reason", lambda *_: None)
+    plan = replace(default_plan(), peers=(OURS, "naive PyTorch", "TRL"), training_length=12, training_steps=3)
+    ours, naive, failed = train_steps.training(plan, lambda text: None)
+    assert len(ours["each"]) == len(naive["each"]) == 3
+    assert ours["losses"] == pytest.approx(naive["losses"], rel=1e-3)  # two of 301 words apart in training
+    assert failed["failed"] == "RuntimeError: out of turns"
+    (table,) = report._training({"rows": [ours, naive, failed]})
+    assert [row[4] for row in table.rows] == ["3", "3", ""]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from infopo_kernels.bench.shapes import Shape
 from infopo_kernels.bench.truth import run
 from infopo_kernels.training.memory import peak_mib, present_mib, reset_peak
 
-# glibc's mallopt: a freed block of 1 MiB or more goes back to the system, and so does the free end of the heap.
+# glibc's mallopt: from which size on freed blocks, and the free end of the heap, go back to the system.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MIB = -1, -3, 1 << 20
 _PRELOADED: Final = ("infopo_kernels.bench.preload",)
 
@@ -57,12 +57,22 @@ def _limit_memory(gib: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (used + int(gib * 2**30),) * 2)
 
 
-def _give_back_at_once() -> None:
+def _set_thresholds(mib: int) -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:  # other C libraries do not keep large blocks
-            mallopt(_M_MMAP_THRESHOLD, _MIB)
-            mallopt(_M_TRIM_THRESHOLD, _MIB)
+            mallopt(_M_MMAP_THRESHOLD, mib * _MIB)
+            mallopt(_M_TRIM_THRESHOLD, 2 * mib * _MIB)
+
+
+def give_back_at_once() -> None:
+    """Count what is alive: have the C library return what is freed, large blocks and the end of its heap."""
+    _set_thresholds(1)
+
+
+def keep_what_is_freed() -> None:
+    """The opposite, for timing: the thresholds that glibc comes to by itself."""
+    _set_thresholds(32)
 
 
 def settle() -> None:
@@ -76,7 +86,7 @@ def settle() -> None:
 def _step(setup: Setup) -> dict[str, Any]:
     device, case = torch.device(setup.device), CASES[setup.case]
     torch.set_num_threads(setup.threads)
-    _give_back_at_once()
+    give_back_at_once()
     contender = CONTENDERS[setup.contender]
     if reason := contender.unsupported_reason(case, device, DTYPES[setup.dtype]):
         return {"skipped": reason}

@@ -52,7 +52,7 @@ class Plan:
     """Timed seconds for each contender and case."""
     rounds: int = 5
     """Most repetitions."""
-    memory_length: int = 512
+    memory_length: int = 768
     """Tokens of each of the four sequences of a step whose peak is compared."""
     memory_cases: tuple[str, ...] = ("step", "frozen")
     memory_tokens: tuple[int, ...] = (512, 4096)
@@ -66,7 +66,7 @@ class Plan:
     """A row that is expected to take longer is not run."""
     training_dtypes: tuple[str, ...] = ("float32",)
     training_length: int = 128
-    training_steps: int = 2
+    training_steps: int = 3
     memory_gib: float = 8.0
     """What a process may allocate; an implementation that asks for more has failed."""
     long_memory_gib: float | None = None
@@ -133,7 +133,7 @@ def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
             shapes=(MAIN_SHAPE,),
             dtypes=("float32",),
             cases=("step", "frozen"),
-            seconds=0.6,
+            seconds=0.4,
             memory_length=128,
             memory_cases=("step",),
             memory_tokens=(512,),

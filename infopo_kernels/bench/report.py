@@ -81,6 +81,10 @@ class Timing:
         low, _, high = quantiles(self.seconds, n=4, method="inclusive")
         return (high - low) / 2 / self.median
 
+    @property
+    def spread_text(self) -> str:
+        return "–" if self.spread is None else f"± {self.spread:.1%}"
+
 
 def timings(record: dict[str, Any]) -> dict[str, dict[str, Timing]]:
     """Timings of a pytest-benchmark record by point and contender."""
@@ -120,7 +124,7 @@ def _speed(record: dict[str, Any]) -> list[Table]:
                 [
                     name,
                     _ms(timing.median),
-                    "–" if timing.spread is None else f"± {timing.spread:.1%}",
+                    timing.spread_text,
                     str(len(timing.seconds)),
                     f"{timing.median / ours.median:.2f}" if ours else "–",
                     f"{timing.median / floor.median:.2f}" if floor else "–",
@@ -259,11 +263,15 @@ def _training(record: dict[str, Any]) -> list[Table]:
     table = Table(
         "training",
         f"Whole steps of SmolLM2-135M (AdamW, all weights), {one['sequences']} sequences of {one['length']} tokens",
-        ["", "type", "s a step", "peak beyond weights and optimiser state, MiB", "repetitions"],
+        ["", "type", "s a step", "spread", "repetitions", "peak beyond weights and optimiser state, MiB"],
     )
     for row in record["rows"]:
-        figures = [f"{row['seconds']:.2f}", f"{row['peak_mib']:,.0f}", str(len(row["each"]))] if "each" in row else []
-        table.rows.append([row["contender"], row["dtype"], *(figures or [_no_figure(row) or "–", "", ""])])
+        if "each" in row:
+            timing = Timing(tuple(row["each"]))
+            figures = [f"{timing.median:.2f}", timing.spread_text, str(len(row["each"])), f"{row['peak_mib']:,.0f}"]
+        else:
+            figures = [_no_figure(row) or "–", "", "", ""]
+        table.rows.append([row["contender"], row["dtype"], *figures])
     return [table]
 
 
@@ -327,7 +335,8 @@ checked against plain PyTorch in float32 before it is timed; wrong values are no
 are interleaved in an order that rotates; a figure is their median, the spread half the interquartile range over it. The
 floor is the bare `torch.mm` products that the case needs (3 of size N V H for a scored token with a trainable head, 2
 with a frozen one, 1 forward), at full size, in the type of the inputs, into memory that is there already. Memory is
-measured in a fresh process for each figure, by the allocator on a GPU and by the resident set on a CPU.
+measured in a fresh process for each figure, by the allocator on a GPU and by the resident set on a CPU; whole training
+steps in one process, in turns on one model.
 """
 
 

@@ -50,7 +50,8 @@ def interleave(
     return times
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
+    """A contender's failure in one line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
@@ -82,7 +83,7 @@ def measure(point: SpeedPoint, plan: Plan) -> Measured:
                 reason = check(contender, batch, right)
                 synchronize()
             except Exception as error:  # a peer may fail in any way, and that is a row of the table
-                reason = _message(error)
+                reason = message(error)
         batch.clear()
         if reason is not None:
             result.skipped[name] = reason
