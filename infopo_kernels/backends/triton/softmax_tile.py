@@ -2,7 +2,7 @@
 """Logits of a chunk of rows kept once, as unnormalised probabilities, and turned into G when the logsumexp is known.
 
 The first kernel forms the logits and keeps, relative to the maximum m of a row within its own part T of the vocabulary
-(64 words),
+(64 words; 32 where rows are not aligned),
 
     Q_iv = exp(z_iv - m_Ti) * (1 - tanh(a_iv / softcap)^2)      m_Ti, s_Ti = sum_{v in T} exp(z_iv - m_Ti), y_i
 
