@@ -62,7 +62,7 @@ class Plan:
     """Of sequences of one length."""
     accuracy_lengths: tuple[int, ...] = (256, 512)
     long_lengths: tuple[int, ...] = tuple(2**k for k in range(10, 21))
-    long_seconds: float = 6.0
+    long_seconds: float = 5.0
     """A row that is expected to take longer is not run."""
     training_dtypes: tuple[str, ...] = ("float32",)
     training_length: int = 128
