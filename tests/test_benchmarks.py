@@ -147,9 +147,10 @@ def test_repetitions_are_interleaved_and_bounded(monkeypatch: pytest.MonkeyPatch
 
         return act
 
-    times = timing.interleave({"a": call("a", 1.0), "b": call("b", 2.0), "c": call("c", 9.0)}, 3, 5.0, lambda: None)
-    assert order == ["a", "b", "c", "b", "a", "a"]  # c has had its 5 seconds after one, b after two
-    assert times == {"a": [1.0] * 3, "b": [2.0] * 2, "c": [9.0]}
+    times = timing.interleave({"a": call("a", 1.0), "b": call("b", 2.0), "c": call("c", 9.0)}, 4, 5.0, lambda: None)
+    # c has had its 5 seconds after one, b after two, but gets a third one; a gets as many as there are rounds.
+    assert order == ["a", "b", "c", "b", "a", "a", "b", "a"]
+    assert times == {"a": [1.0] * 4, "b": [2.0] * 3, "c": [9.0]}
 
 
 def test_a_failure_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -16,6 +16,9 @@ from infopo_kernels.bench.contenders import CONTENDERS, FLOOR, floor
 from infopo_kernels.bench.plan import DTYPES, Plan, SpeedPoint, available_gib
 from infopo_kernels.bench.shapes import SHAPES
 from infopo_kernels.bench.truth import check, run, truth
+
+LEAST: Final = 3
+"""Repetitions from which on a median leaves one stall out."""
 
 
 @dataclass
@@ -31,15 +34,16 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time each call in turn, in an order that rotates, until it has had `rounds` repetitions or `seconds` in all.
 
-    Every call has one repetition at least. A machine that slows down for a while slows them all.
+    Every call has one repetition at least, and LEAST of them unless one alone takes `seconds`, so that a stall of the
+    machine is not all that is known of it. A machine that slows down for a while slows them all.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for round_ in range(rounds):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
-            spent = sum(times[name])
-            if times[name] and spent + spent / len(times[name]) > seconds:
+            count, spent = len(times[name]), sum(times[name])
+            if count and spent + spent / count > seconds and (count >= LEAST or spent / count > seconds):
                 continue
             gc.collect()
             synchronize()
