@@ -48,7 +48,7 @@ class Plan:
     """Size of one product of a timed case; it sets the number of tokens."""
     fit_gib: float | None = None
     """Fewer tokens where a naive step would need more than this; None keeps the number the same on every machine."""
-    seconds: float = 0.6
+    seconds: float = 0.4
     """Timed seconds for each contender and case."""
     rounds: int = 5
     """Most repetitions."""
