@@ -133,7 +133,6 @@ def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
             shapes=(MAIN_SHAPE,),
             dtypes=("float32",),
             cases=("step", "frozen"),
-            seconds=0.4,
             memory_length=128,
             memory_cases=("step",),
             memory_tokens=(512,),

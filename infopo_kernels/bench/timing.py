@@ -39,7 +39,7 @@ def interleave(
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for round_ in range(rounds):
+    for round_ in range(rounds if names else 0):
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
             count, spent = len(times[name]), sum(times[name])

@@ -88,13 +88,13 @@ _UNALIGNED = replace(
 _SINGLE_UNALIGNED = replace(_SINGLE, logits=replace(_SINGLE.logits, depth=8))
 
 # sm_100 and sm_120: the assembler fits dX of float32 into 128 registers (64 with TF32), so that two programs share a
-# multiprocessor, and spills a few on the way; parts of 32 columns leave room. So they do on sm_120 for dW of rows that
-# do not begin on 16 elements.
-_SINGLE_HIDDEN = replace(_SINGLE.hidden, part=32)
+# multiprocessor, and spills a few on the way; parts of 32 columns leave room.
+_SINGLE_100 = replace(_SINGLE, hidden=replace(_SINGLE.hidden, part=32))
+_SINGLE_UNALIGNED_100 = replace(_SINGLE_UNALIGNED, hidden=_SINGLE_100.hidden)
+
+# sm_120: so they do for dW of rows that do not begin on 16 elements.
 _UNALIGNED_120 = replace(_UNALIGNED, weight=replace(_UNALIGNED.weight, part=32))
-_SINGLE_UNALIGNED_120 = replace(
-    _SINGLE_UNALIGNED, hidden=_SINGLE_HIDDEN, weight=replace(_SINGLE_UNALIGNED.weight, part=32)
-)
+_SINGLE_UNALIGNED_120 = replace(_SINGLE_UNALIGNED_100, weight=replace(_SINGLE.weight, part=32))
 
 # gfx950: with two stages the head goes to LDS by itself, but four bytes a lane at a time; with one it passes through
 # registers, sixteen at a time.
@@ -155,9 +155,9 @@ TARGETS: dict[str, Target] = {
             232_448,
             255,
             Products(_WIDE_LOGITS, _WIDE, _WIDE),
-            replace(_SINGLE, hidden=_SINGLE_HIDDEN),
+            _SINGLE_100,
             _UNALIGNED,
-            replace(_SINGLE_UNALIGNED, hidden=_SINGLE_HIDDEN),
+            _SINGLE_UNALIGNED_100,
         ),
         # RTX 50, RTX PRO 6000: mma.sync again.
         Target(
@@ -169,7 +169,7 @@ TARGETS: dict[str, Target] = {
             101_376,
             255,
             _99_KIB,
-            replace(_SINGLE, hidden=_SINGLE_HIDDEN),
+            _SINGLE_100,
             _UNALIGNED_120,
             _SINGLE_UNALIGNED_120,
         ),
