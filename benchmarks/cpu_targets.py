@@ -33,6 +33,7 @@ from torch import Tensor
 
 from infopo_kernels import infopo_loss, linear_infopo_loss, linear_logps
 from infopo_kernels.backends import cpp_cpu
+from infopo_kernels.bench.contenders import TORCH_SUMS_FROM, torch_chunked_nll
 
 RESULTS = Path(__file__).parent / "results" / "cpu_targets.json"
 THREADS = 2
@@ -109,18 +110,14 @@ def trl_logps() -> LogpsOf:
 
 
 def torch_chunked_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    rows = torch.nn.functional.linear_cross_entropy(
-        hidden.flatten(0, 1),
-        weight,
-        labels.flatten(),
-        reduction="none",
-        options=torch.nn.LinearCrossEntropyOptions(),
-    )
-    return -rows.view(labels.shape)
+    if hidden.dtype == torch.float32 and labels.shape[1] >= TORCH_SUMS_FROM:
+        sums = [torch_chunked_nll(x, weight, y, "sum") for x, y in zip(hidden, labels, strict=True)]
+        return -torch.stack(sums).unsqueeze(1)
+    return -torch_chunked_nll(hidden.flatten(0, 1), weight, labels.flatten(), "none").view(labels.shape)
 
 
 def step_over(logps_of: LogpsOf) -> Callable[[Batch], Tensor]:
-    """The loss of a contender that brings token log-probabilities only."""
+    """The loss of a contender that brings log-probabilities of tokens (or their sums) only."""
 
     def loss(batch: Batch) -> Tensor:
         sums = logps_of(batch.hidden, batch.weight, batch.labels).double().sum(1)

@@ -147,10 +147,12 @@ def test_repetitions_are_interleaved_and_bounded(monkeypatch: pytest.MonkeyPatch
 
         return act
 
-    times = timing.interleave({"a": call("a", 1.0), "b": call("b", 2.0), "c": call("c", 9.0)}, 4, 5.0, lambda: None)
-    # c has had its 5 seconds after one, b after two, but gets a third one; a gets as many as there are rounds.
-    assert order == ["a", "b", "c", "b", "a", "a", "b", "a"]
-    assert times == {"a": [1.0] * 4, "b": [2.0] * 3, "c": [9.0]}
+    calls = {"a": call("a", 0.25), "b": call("b", 1.0), "c": call("c", 1.5), "d": call("d", 9.0)}
+    times = timing.interleave(calls, 4, 0.5, lambda: None)
+    # All but a are past their half second after one; b has its three within PATIENCE, c two, d no more than it must.
+    assert order == ["a", "b", "c", "d", "b", "c", "a", "a", "b"]
+    assert times == {"a": [0.25] * 3, "b": [1.0] * 3, "c": [1.5] * 2, "d": [9.0]}
+    assert timing.interleave({"a": call("a", 0.1)}, 4, 0.5, lambda: None) == {"a": [pytest.approx(0.1)] * 4}
     assert timing.interleave({}, 4, 5.0, lambda: None) == {}  # none of them can run
 
 

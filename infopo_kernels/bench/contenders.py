@@ -124,37 +124,53 @@ class Compiled(Contender):
         return -_compiled_nll()(hidden, batch.weight, labels)
 
 
+TORCH_SUMS_FROM: Final = 256
+"""Tokens of a sequence from which on `F.linear_cross_entropy(reduction="sum")` of each, whose gradients form in the
+forward pass, is faster than one call with "none", which forms logits twice (float32 on a CPU)."""
+
+
+def torch_chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    """`F.linear_cross_entropy` with its fastest options for the device, type and width.
+
+    On a CPU its default of a few rows a chunk took 4 to 15 times as long as 512, and in 16 bits its default of products
+    that accumulate in float32 up to 3 times as long as `acc_policy="balanced"` from 1024 hidden units on (less below).
+    """
+    own: dict[str, Any] = {}
+    if hidden.device.type == "cpu":
+        own["batch_chunk_size"] = 512
+        if hidden.dtype != torch.float32 and hidden.shape[-1] >= 1024:
+            own["acc_policy"] = "balanced"
+    options = torch.nn.LinearCrossEntropyOptions(**own)
+    return F.linear_cross_entropy(
+        hidden, weight, labels, reduction=reduction, ignore_index=IGNORE_INDEX, options=options
+    )
+
+
 class TorchChunked(Contender):
     """PyTorch's own chunked linear cross-entropy."""
 
     name = "F.linear_cross_entropy"
     setting = (
-        "`F.linear_cross_entropy(options=...)`: on a CPU chunks of 512 rows (its default of a few rows took 3 to 9 "
-        "times as long), elsewhere the defaults. float32: one call with `reduction='sum'` for each "
-        "sequence (gradients formed in the forward pass); 16-bit: `reduction='none'` (sums would be 16-bit)"
+        "`F.linear_cross_entropy(options=...)`: on a CPU chunks of 512 rows, and in 16 bits `acc_policy='balanced'` from "
+        "1024 hidden units on (its defaults took 4 to 15 times as long), elsewhere the defaults. float32 sequences of "
+        "256 tokens or more: one call each with `reduction='sum'` (gradients formed in the forward pass); shorter ones "
+        "(it is slower there) and 16-bit (sums would be 16-bit): `reduction='none'`"
     )
 
     def unsupported_reason(self, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if hasattr(torch.nn, "LinearCrossEntropyOptions") else "needs torch 2.13 or newer"
 
-    def _nll(self, hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        own: dict[str, Any] = {"batch_chunk_size": 512} if hidden.device.type == "cpu" else {}
-        options = torch.nn.LinearCrossEntropyOptions(**own)
-        return F.linear_cross_entropy(
-            hidden, weight, labels, reduction=reduction, ignore_index=IGNORE_INDEX, options=options
-        )
-
     def token_logps(self, batch: Batch) -> Tensor:
         hidden, labels = batch.rows
-        return -self._nll(hidden, batch.weight, labels, "none").float()
+        return -torch_chunked_nll(hidden, batch.weight, labels, "none").float()
 
     def sequence_logps(self, batch: Batch) -> Tensor:
-        if batch.hidden.dtype != torch.float32:
+        lengths = batch.lengths.tolist()
+        if batch.hidden.dtype != torch.float32 or max(lengths) < TORCH_SUMS_FROM:
             return super().sequence_logps(batch)
         hidden, labels = batch.rows
-        lengths = batch.lengths.tolist()
         parts = zip(torch.split(hidden, lengths), torch.split(labels, lengths), strict=True)
-        return -torch.stack([self._nll(rows, batch.weight, own, "sum") for rows, own in parts])
+        return -torch.stack([torch_chunked_nll(rows, batch.weight, own, "sum") for rows, own in parts])
 
     def loss(self, batch: Batch) -> Tensor:
         counts = batch.sequence_sums((batch.rows[1] != IGNORE_INDEX).float())

@@ -20,6 +20,9 @@ from infopo_kernels.bench.truth import check, run, truth
 LEAST: Final = 3
 """Repetitions from which on a median leaves one stall out."""
 
+PATIENCE: Final = 4.0
+"""Seconds that those may take, whatever the limit of a run; calls that are slower have fewer."""
+
 
 @dataclass
 class Measured:
@@ -34,8 +37,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time each call in turn, in an order that rotates, until it has had `rounds` repetitions or `seconds` in all.
 
-    Every call has one repetition at least, and LEAST of them unless one alone takes `seconds`, so that a stall of the
-    machine is not all that is known of it. A machine that slows down for a while slows them all.
+    Every call has one repetition at least, and LEAST of them if they fit PATIENCE, so that a stall of the machine is
+    not all that is known of it. A machine that slows down for a while slows them all.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -43,7 +46,8 @@ def interleave(
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
             count, spent = len(times[name]), sum(times[name])
-            if count and spent + spent / count > seconds and (count >= LEAST or spent / count > seconds):
+            limit = seconds if count >= LEAST else max(seconds, PATIENCE)
+            if count and spent + spent / count > limit:
                 continue
             gc.collect()
             synchronize()
