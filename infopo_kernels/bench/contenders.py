@@ -151,10 +151,10 @@ class TorchChunked(Contender):
 
     name = "F.linear_cross_entropy"
     setting = (
-        "`F.linear_cross_entropy(options=...)`: on a CPU chunks of 512 rows, and in 16 bits `acc_policy='balanced'` from "
-        "1024 hidden units on (its defaults took 4 to 15 times as long), elsewhere the defaults. float32 sequences of "
-        "256 tokens or more: one call each with `reduction='sum'` (gradients formed in the forward pass); shorter ones "
-        "(it is slower there) and 16-bit (sums would be 16-bit): `reduction='none'`"
+        "`F.linear_cross_entropy(options=...)`: on a CPU chunks of 512 rows, and in 16 bits from 1024 hidden units on "
+        "`acc_policy='balanced'` (its defaults took 4 to 15 times as long), elsewhere the defaults. float32 sequences "
+        "of 256 tokens or more: one call each with `reduction='sum'` (gradients formed in the forward pass); shorter "
+        "ones (that is slower there) and 16-bit (sums would be 16-bit): `reduction='none'`"
     )
 
     def unsupported_reason(self, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -48,9 +48,9 @@ class Plan:
     """Size of one product of a timed case; it sets the number of tokens."""
     fit_gib: float | None = None
     """Fewer tokens where a naive step would need more than this; None keeps the number the same on every machine."""
-    seconds: float = 0.4
+    seconds: float = 0.8
     """Timed seconds for each contender and case."""
-    rounds: int = 5
+    rounds: int = 7
     """Most repetitions."""
     memory_length: int = 768
     """Tokens of each of the four sequences of a step whose peak is compared."""
