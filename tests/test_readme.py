@@ -25,7 +25,7 @@ def test_snippets_run_in_order(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_figures_are_those_of_the_record() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/readme_table.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "benchmarks/doc_tables.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tests import triton_support as ts
 
 from infopo_kernels import InfoPOOptions, dispatch, linear_infopo_loss, objective
 from infopo_kernels.backends.base import Head
-from infopo_kernels.backends.triton import TritonBackend
+from infopo_kernels.backends.triton import TritonBackend, launch
 from tests import support
 from tests.support import CASES, Case
 
@@ -182,6 +184,32 @@ def test_underflown_sequences_cost_their_forward_only() -> None:
     with ts.checked_addresses() as full:
         ts.backend().backward(inputs.head, inputs.labels, torch.zeros(37), torch.ones(37), ts.buffers(inputs, "xw"))
     assert spaces.loads < 0.2 * full.loads
+
+
+def test_the_autotuner_is_asked_with_names_that_kernels_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials need a GPU. Here a choice of the autotuner's is taken without any: every kernel with a product gets it."""
+    tuned = set()
+
+    class Chosen:
+        """What `triton.autotune` makes of a kernel, once it has chosen."""
+
+        def __init__(self, kernel: Any, key: tuple[str, ...], in_place: str | None) -> None:
+            restored = () if in_place is None else (in_place,)
+            assert {*key, *restored} <= set(kernel.arg_names)
+            tuned.add(kernel.__name__)
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return partial(self.kernel[grid], GROUP=4, num_warps=8, num_stages=2)
+
+    monkeypatch.setenv("INFOPO_KERNELS_AUTOTUNE", "1")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_tuned", Chosen)
+    inputs = support.make(Case("autotuned"), torch.float32)
+    got = support.fused(inputs, backend="triton")
+    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+    products = ("logprob", "softmax_tile", "gradient_tile", "hidden_product", "weight_product")
+    assert tuned == {f"{name}_kernel" for name in products}
 
 
 def test_halves_of_a_batch_in_two_calls() -> None:

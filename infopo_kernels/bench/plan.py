@@ -105,7 +105,7 @@ def available_gib(device: str) -> float:
 
 
 def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
-    """About 14 minutes on 2 cores, 3 if `quick`; on a GPU sizes that fill it."""
+    """About 12 minutes on 2 cores, 3 if `quick`; on a GPU sizes that fill it."""
     plan = Plan(
         device=device,
         memory_gib=round(min(available_gib(device) * 0.6, 8.0 if device == "cpu" else 1e4), 1),

@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 
 from infopo_kernels.bench.batches import CASES
 from infopo_kernels.bench.contenders import CONTENDERS, FLOOR, OURS
-from infopo_kernels.bench.plan import PARTS
+from infopo_kernels.bench.plan import MAIN_SHAPE, PARTS
 from infopo_kernels.bench.shapes import SHAPES
 
 Records = dict[str, dict[str, Any]]
@@ -165,6 +165,33 @@ def summary(record: dict[str, Any]) -> Table:
     return table
 
 
+def overview(records: Records) -> Table:
+    """Every contender in one row: its times over ours at the main shape, and its peak memory."""
+    about, measured = points(records["speed"]), timings(records["speed"])
+    chosen = [
+        point for point, info in about.items() if info["shape"] == MAIN_SHAPE and info["case"] in ("step", "frozen")
+    ]
+    peak: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in records["memory"]["rows"]:
+        if row["sweep"] == "peak" and row["case"] == "step" and "peak_mib" in row:
+            peak[row["dtype"]][row["contender"]] = row["peak_mib"]
+    one = records["memory"]["rows"][0]
+    table = Table(
+        "speed",
+        f"{MAIN_SHAPE}: time over this library's, and peak memory of a step of {one['tokens']:,} tokens",
+        ["", *(f"{about[p]['case']}, {about[p]['dtype']}" for p in chosen), *(f"peak, {dtype}" for dtype in peak)],
+    )
+    for name in (*CONTENDERS, FLOOR):
+        times = [
+            f"{by[name].median / by[OURS].median:.2f} ×" if {name, OURS} <= by.keys() else ""
+            for by in (measured[p] for p in chosen)
+        ]
+        peaks = [f"{by[name]:,.0f} MiB" if name in by else "" for by in peak.values()]
+        if any(times + peaks):
+            table.rows.append([name, *times, *peaks])
+    return table
+
+
 def _no_figure(row: dict[str, Any]) -> str | None:
     """Why a row has no figure; None if it has one."""
     return next(
@@ -282,6 +309,7 @@ def tables(records: Records) -> list[Table]:
     builders = {"memory": _memory, "long-context": _long, "accuracy": _accuracy, "training": _training}
     result = [aim] if (aim := targets.table(records)).rows else []
     if "speed" in records and records["speed"]["benchmarks"]:
+        result += [overview(records)] if "memory" in records else []
         result += [summary(records["speed"]), *_speed(records["speed"])]
     for part, build in builders.items():
         if part in records and records[part]["rows"]:
@@ -311,13 +339,18 @@ def render(console: Console, tables: Sequence[Table]) -> None:
             console.print(f"  {note}")
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_rows(table: Table) -> str:
+    """The table alone, in Markdown."""
     head = [f"| {' | '.join(table.columns)} |", "|" + " --- |" + " ---: |" * (len(table.columns) - 1)]
     body = [
         f"| {' | '.join(f'**{cell}**' if row[0] == OURS and cell else cell for cell in row)} |" for row in table.rows
     ]
+    return "\n".join(head + body)
+
+
+def _markdown_table(table: Table) -> str:
     notes = [f"- {note}" for note in table.notes]
-    return "\n".join([f"### {table.title}", "", *head, *body, *([""] if notes else []), *notes, ""])
+    return "\n".join([f"### {table.title}", "", markdown_rows(table), *([""] if notes else []), *notes, ""])
 
 
 PLOTS: Final = {
