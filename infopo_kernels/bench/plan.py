@@ -60,7 +60,7 @@ class Plan:
     memory_vocab: tuple[int, ...] = (NARROW.vocab, 262144)
     memory_pairs: tuple[int, ...] = (2, 8)
     """Of sequences of one length."""
-    accuracy_lengths: tuple[int, ...] = (256, 512)
+    accuracy_lengths: tuple[int, ...] = (64, 256, 1024)
     long_lengths: tuple[int, ...] = tuple(2**k for k in range(10, 21))
     long_seconds: float = 5.0
     """A row that is expected to take longer is not run."""
@@ -105,7 +105,7 @@ def available_gib(device: str) -> float:
 
 
 def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
-    """About 12 minutes on 2 cores, 3 if `quick`; on a GPU sizes that fill it."""
+    """About 13 minutes on 2 cores, 3 if `quick`; on a GPU sizes that fill it."""
     plan = Plan(
         device=device,
         memory_gib=round(min(available_gib(device) * 0.6, 8.0 if device == "cpu" else 1e4), 1),
