@@ -22,7 +22,7 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 def peers() -> str:
     """Every contender of `make bench` in one row."""
     records = report.load(RESULTS)
-    table, machine = report.overview(records), records["speed"]["machine_info"]
+    table, machine = report.overview(records["speed"], records["memory"]), records["speed"]["machine_info"]
     return f"{table.title} ({machine['cpu']}, {machine['threads']} threads).\n\n{report.markdown_rows(table)}"
 
 

@@ -269,6 +269,20 @@ def test_plots_and_page_of_a_run(small_run: Path) -> None:
     assert "float64" in page or "Accuracy" in page
 
 
+def test_every_contender_has_a_row_of_the_overview(small_run: Path) -> None:
+    speed = json.loads((small_run / "speed.json").read_text())
+    about = {"sweep": "peak", "case": "step", "dtype": "float32", "tokens": 96}
+    memory = {"rows": [about | {"contender": OURS, "peak_mib": 3.0}, about | {"contender": "TRL", "failed": "why"}]}
+    table = report.overview(speed, memory)
+    assert table.columns == ["", "step, float32", "step, bfloat16", "peak, float32"]
+    assert "96 tokens" in table.title
+    assert [row[0] for row in table.rows] == [OURS, "naive PyTorch", "F.linear_cross_entropy", FLOOR]  # TRL: no figure
+    assert table.rows[0][1:] == ["1.00 ×", "1.00 ×", "3 MiB"]
+    measured = report.timings(speed)[next(p for p, info in report.points(speed).items() if info["case"] == "step")]
+    assert table.rows[1][1] == f"{measured['naive PyTorch'].median / measured[OURS].median:.2f} ×"
+    assert table.rows[1][3] == "–"
+
+
 def _slower(record: dict[str, Any], contender: str, factor: float) -> dict[str, Any]:
     changed = json.loads(json.dumps(record))
     for entry in changed["benchmarks"]:

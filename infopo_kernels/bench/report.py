@@ -165,30 +165,35 @@ def summary(record: dict[str, Any]) -> Table:
     return table
 
 
-def overview(records: Records) -> Table:
+def overview(speed: dict[str, Any], memory: dict[str, Any]) -> Table:
     """Every contender in one row: its times over ours at the main shape, and its peak memory."""
-    about, measured = points(records["speed"]), timings(records["speed"])
-    chosen = [
-        point for point, info in about.items() if info["shape"] == MAIN_SHAPE and info["case"] in ("step", "frozen")
+    about, measured = points(speed), timings(speed)
+    chosen = [p for p, info in about.items() if info["shape"] == MAIN_SHAPE and info["case"] in ("step", "frozen")]
+    rows = [row for row in memory["rows"] if row["sweep"] == "peak" and row["case"] == "step"]
+    peaks = {
+        dtype: {row["contender"]: row for row in rows if row["dtype"] == dtype}
+        for dtype in dict.fromkeys(row["dtype"] for row in rows)
+    }
+    titles = [
+        f"time of {2 * info['pairs'] * info['length']:,} tokens over this library's"
+        for info in (about[p] for p in chosen[:1])
     ]
-    peak: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in records["memory"]["rows"]:
-        if row["sweep"] == "peak" and row["case"] == "step" and "peak_mib" in row:
-            peak[row["dtype"]][row["contender"]] = row["peak_mib"]
-    one = records["memory"]["rows"][0]
+    titles += [f"peak memory of a step of {row['tokens']:,} tokens beyond inputs and gradients" for row in rows[:1]]
     table = Table(
         "speed",
-        f"{MAIN_SHAPE}: time over this library's, and peak memory of a step of {one['tokens']:,} tokens",
-        ["", *(f"{about[p]['case']}, {about[p]['dtype']}" for p in chosen), *(f"peak, {dtype}" for dtype in peak)],
+        f"{MAIN_SHAPE}: {', and '.join(titles)}",
+        ["", *(f"{about[p]['case']}, {about[p]['dtype']}" for p in chosen), *(f"peak, {dtype}" for dtype in peaks)],
     )
     for name in (*CONTENDERS, FLOOR):
-        times = [
-            f"{by[name].median / by[OURS].median:.2f} ×" if {name, OURS} <= by.keys() else ""
+        cells = [
+            f"{by[name].median / by[OURS].median:.2f} ×" if {name, OURS} <= by.keys() else "–"
             for by in (measured[p] for p in chosen)
         ]
-        peaks = [f"{by[name]:,.0f} MiB" if name in by else "" for by in peak.values()]
-        if any(times + peaks):
-            table.rows.append([name, *times, *peaks])
+        cells += [
+            f"{by[name]['peak_mib']:,.0f} MiB" if "peak_mib" in by.get(name, {}) else "–" for by in peaks.values()
+        ]
+        if set(cells) - {"–"}:
+            table.rows.append([name, *cells])
     return table
 
 
@@ -309,7 +314,7 @@ def tables(records: Records) -> list[Table]:
     builders = {"memory": _memory, "long-context": _long, "accuracy": _accuracy, "training": _training}
     result = [aim] if (aim := targets.table(records)).rows else []
     if "speed" in records and records["speed"]["benchmarks"]:
-        result += [overview(records)] if "memory" in records else []
+        result += [overview(records["speed"], records["memory"])] if "memory" in records else []
         result += [summary(records["speed"]), *_speed(records["speed"])]
     for part, build in builders.items():
         if part in records and records[part]["rows"]:
