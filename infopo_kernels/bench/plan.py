@@ -48,9 +48,9 @@ class Plan:
     """Size of one product of a timed case; it sets the number of tokens."""
     fit_gib: float | None = None
     """Fewer tokens where a naive step would need more than this; None keeps the number the same on every machine."""
-    seconds: float = 0.8
+    seconds: float = 0.6
     """Timed seconds for each contender and case."""
-    rounds: int = 7
+    rounds: int = 5
     """Most repetitions."""
     memory_length: int = 768
     """Tokens of each of the four sequences of a step whose peak is compared."""
@@ -60,9 +60,9 @@ class Plan:
     memory_vocab: tuple[int, ...] = (NARROW.vocab, 262144)
     memory_pairs: tuple[int, ...] = (2, 8)
     """Of sequences of one length."""
-    accuracy_lengths: tuple[int, ...] = (64, 256, 1024)
+    accuracy_lengths: tuple[int, ...] = (64, 512)
     long_lengths: tuple[int, ...] = tuple(2**k for k in range(10, 21))
-    long_seconds: float = 5.0
+    long_seconds: float = 4.0
     """A row that is expected to take longer is not run."""
     training_dtypes: tuple[str, ...] = ("float32",)
     training_length: int = 128
