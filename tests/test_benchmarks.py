@@ -147,11 +147,11 @@ def test_repetitions_are_interleaved_and_bounded(monkeypatch: pytest.MonkeyPatch
 
         return act
 
-    calls = {"a": call("a", 0.25), "b": call("b", 1.0), "c": call("c", 1.5), "d": call("d", 9.0)}
+    calls = {"a": call("a", 0.25), "b": call("b", 0.75), "c": call("c", 1.0), "d": call("d", 9.0)}
     times = timing.interleave(calls, 4, 0.5, lambda: None)
     # All but a are past their half second after one; b has its three within PATIENCE, c two, d no more than it must.
     assert order == ["a", "b", "c", "d", "b", "c", "a", "a", "b"]
-    assert times == {"a": [0.25] * 3, "b": [1.0] * 3, "c": [1.5] * 2, "d": [9.0]}
+    assert times == {"a": [0.25] * 3, "b": [0.75] * 3, "c": [1.0] * 2, "d": [9.0]}
     assert timing.interleave({"a": call("a", 0.1)}, 4, 0.5, lambda: None) == {"a": [pytest.approx(0.1)] * 4}
     assert timing.interleave({}, 4, 5.0, lambda: None) == {}  # none of them can run
 

@@ -60,12 +60,12 @@ class Plan:
     memory_vocab: tuple[int, ...] = (NARROW.vocab, 262144)
     memory_pairs: tuple[int, ...] = (2, 8)
     """Of sequences of one length."""
-    accuracy_lengths: tuple[int, ...] = (64, 512)
+    accuracy_lengths: tuple[int, ...] = (64, 256)
     long_lengths: tuple[int, ...] = tuple(2**k for k in range(10, 21))
-    long_seconds: float = 4.0
+    long_seconds: float = 2.5
     """A row that is expected to take longer is not run."""
     training_dtypes: tuple[str, ...] = ("float32",)
-    training_length: int = 128
+    training_length: int = 96
     training_steps: int = 3
     memory_gib: float = 8.0
     """What a process may allocate; an implementation that asks for more has failed."""

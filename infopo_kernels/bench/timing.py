@@ -20,7 +20,7 @@ from infopo_kernels.bench.truth import check, run, truth
 LEAST: Final = 3
 """Repetitions from which on a median leaves one stall out."""
 
-PATIENCE: Final = 4.0
+PATIENCE: Final = 2.5
 """Seconds that those may take, whatever the limit of a run; calls that are slower have fewer."""
 
 
