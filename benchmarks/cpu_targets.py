@@ -33,7 +33,7 @@ from torch import Tensor
 
 from infopo_kernels import infopo_loss, linear_infopo_loss, linear_logps
 from infopo_kernels.backends import cpp_cpu
-from infopo_kernels.bench.contenders import TORCH_SUMS_FROM, torch_chunked_nll
+from infopo_kernels.bench.contenders import torch_chunked_by_sequence, torch_chunked_nll
 
 RESULTS = Path(__file__).parent / "results" / "cpu_targets.json"
 THREADS = 2
@@ -110,7 +110,7 @@ def trl_logps() -> LogpsOf:
 
 
 def torch_chunked_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    if hidden.dtype == torch.float32 and labels.shape[1] >= TORCH_SUMS_FROM:
+    if torch_chunked_by_sequence(hidden.dtype, labels.shape[1]):
         sums = [torch_chunked_nll(x, weight, y, "sum") for x, y in zip(hidden, labels, strict=True)]
         return -torch.stack(sums).unsqueeze(1)
     return -torch_chunked_nll(hidden.flatten(0, 1), weight, labels.flatten(), "none").view(labels.shape)

@@ -124,9 +124,13 @@ class Compiled(Contender):
         return -_compiled_nll()(hidden, batch.weight, labels)
 
 
-TORCH_SUMS_FROM: Final = 256
-"""Tokens of a sequence from which on `F.linear_cross_entropy(reduction="sum")` of each, whose gradients form in the
-forward pass, is faster than one call with "none", which forms logits twice (float32 on a CPU)."""
+def torch_chunked_by_sequence(dtype: torch.dtype, length: int) -> bool:
+    """Whether `F.linear_cross_entropy` does better with one call and `reduction="sum"` a sequence than with "none".
+
+    Sums form gradients in the forward pass, where "none" forms logits twice; they repay a call each from some 256
+    tokens on (float32 on a CPU). In 16 bits they would be rounded to 16 bits.
+    """
+    return dtype == torch.float32 and length >= 256
 
 
 def torch_chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -166,7 +170,7 @@ class TorchChunked(Contender):
 
     def sequence_logps(self, batch: Batch) -> Tensor:
         lengths = batch.lengths.tolist()
-        if batch.hidden.dtype != torch.float32 or max(lengths) < TORCH_SUMS_FROM:
+        if not torch_chunked_by_sequence(batch.hidden.dtype, max(lengths)):
             return super().sequence_logps(batch)
         hidden, labels = batch.rows
         parts = zip(torch.split(hidden, lengths), torch.split(labels, lengths), strict=True)

@@ -174,11 +174,12 @@ def overview(speed: dict[str, Any], memory: dict[str, Any]) -> Table:
         dtype: {row["contender"]: row for row in rows if row["dtype"] == dtype}
         for dtype in dict.fromkeys(row["dtype"] for row in rows)
     }
-    titles = [
-        f"time of {2 * info['pairs'] * info['length']:,} tokens over this library's"
-        for info in (about[p] for p in chosen[:1])
-    ]
-    titles += [f"peak memory of a step of {row['tokens']:,} tokens beyond inputs and gradients" for row in rows[:1]]
+    titles = []
+    if chosen:
+        info = about[chosen[0]]
+        titles.append(f"time of {2 * info['pairs'] * info['length']:,} tokens over this library's")
+    if rows:
+        titles.append(f"peak memory of a step of {rows[0]['tokens']:,} tokens beyond inputs and gradients")
     table = Table(
         "speed",
         f"{MAIN_SHAPE}: {', and '.join(titles)}",
