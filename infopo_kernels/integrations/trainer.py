@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infopo_kernels.integrations.preference_step import (
+from infopo_kernels.integrations.step import (
     infopo_output,
     metric_sums,
     metrics,
@@ -99,7 +99,7 @@ class PreferenceTrainer(Trainer):
         skip_chosen_reference: see `linear_infopo_loss`.
 
     Other arguments are those of `Trainer`; the dataset holds `prompt_ids`, `chosen_ids`, `rejected_ids` (see
-    `preference_features`). The metrics of `preference_step.metrics` are logged.
+    `preference_features`). The metrics of `step.metrics` are logged.
 
     Raises:
         ValueError: several GPUs in one process (`nn.DataParallel`), or no collator.

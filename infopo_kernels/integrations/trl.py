@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
-from infopo_kernels.integrations.preference_step import (
+from infopo_kernels.integrations.step import (
     infopo_output,
     metric_sums,
     metrics,
@@ -245,8 +245,10 @@ class InfoPOTrainer(DPOTrainer):
         out = infopo_output(
             model, model_inputs, known, self._infopo, skip_chosen_reference=self.args.skip_chosen_reference
         )
+        assert out.infopo is not None
         loss = out.infopo.loss
         if self.aux_loss_enabled:  # with TRL's coefficient, which the user may have set
+            assert out.aux_loss is not None
             loss = loss + self.router_aux_loss_coef * out.aux_loss
             aux_loss = self.accelerator.gather_for_metrics(out.aux_loss.detach())
             self._metrics[mode]["aux_loss"].append(aux_loss.mean().item())

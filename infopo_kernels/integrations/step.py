@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from infopo_kernels.functional import InfoPOOutput
+from infopo_kernels.integrations.sealed import Sealed
+from infopo_kernels.integrations.transformers import LinearLogpsOutput, check_attached, own_output
 from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions
 
 LAYOUT_KEYS = ("labels", "cu_seqlens", "rows")
@@ -72,8 +74,10 @@ def reference_logps(
     cut = skip_chosen and "rows" not in model_inputs
     inputs = rejected_half(model_inputs) if cut else model_inputs
     inputs = {key: value for key, value in inputs.items() if key != "output_router_logits"}
+    check_attached(model)
     with torch.no_grad(), adapter or contextlib.nullcontext():
-        logps: Tensor = model(**inputs, linear_logps="mean" if average else "sum").logps
+        logps = own_output(model, model(**inputs, linear_logps="mean" if average else "sum")).logps
+    assert logps is not None
     if not skip_chosen:
         return logps
     rejected = logps if cut else logps[len(logps) // 2 :]
@@ -82,10 +86,12 @@ def reference_logps(
 
 def infopo_output(
     model: Any, model_inputs: Inputs, known: Inputs, options: InfoPOOptions, *, skip_chosen_reference: bool = False
-) -> Any:
+) -> LinearLogpsOutput:
     """The attached model's output with the InfoPO loss of a batch."""
+    check_attached(model)
     skip = skip_chosen_reference and known.get("ref_logps") is not None
-    return model(**model_inputs, **known, infopo=options, skip_chosen_reference=skip)
+    given = {k: Sealed(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in known.items()}
+    return own_output(model, model(**model_inputs, **given, infopo=options, skip_chosen_reference=skip))
 
 
 def metric_sums(output: InfoPOOutput, options: InfoPOOptions) -> Tensor:
