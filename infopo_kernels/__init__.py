@@ -4,7 +4,7 @@ Importing this package needs torch only. Mathematics: `infopo_kernels.objective`
 `ops` -> `schedule` -> `backends`.
 """
 
-from infopo_kernels.dispatch import available_backends
+from infopo_kernels.backends.dispatch import available_backends
 from infopo_kernels.functional import InfoPOOutput, infopo_loss, linear_infopo_loss, linear_logps
 from infopo_kernels.modules import InfoPOLoss, LinearInfoPOLoss
 from infopo_kernels.options import InfoPOOptions, KernelOptions, LogitOptions

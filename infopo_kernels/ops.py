@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infopo_kernels import checks, dispatch, packing, schedule
+from infopo_kernels import checks, packing, schedule
+from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions, KernelOptions
 
 _DOUBLE_BACKWARD = (
     "second derivatives are not available: the fused op forms first derivatives only. Call backward() without "
-    "create_graph=True, or use the plain functions of infopo_kernels.reference."
+    "create_graph=True, or use the plain functions of infopo_kernels.naive."
 )
 
 

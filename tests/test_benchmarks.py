@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("pytest_benchmark")
 
-from infopo_kernels import reference
+from infopo_kernels import naive
 from infopo_kernels.bench import compare, isolated, main, report, timing, train_steps
 from infopo_kernels.bench.batches import CASES, Batch, Case, make_batch
 from infopo_kernels.bench.contenders import CONTENDERS, FLOOR, OURS, Contender, Naive, floor
@@ -45,7 +45,7 @@ def test_the_truth_is_the_reference(case: Case) -> None:
     """What contenders are checked against equals autograd through materialised logits in float64."""
     batch, right = small(case), truth(small(case), torch.float64)
     hidden, weight = (t.detach().double().requires_grad_() for t in (batch.hidden, batch.weight))
-    loss = reference.linear_infopo_loss(
+    loss = naive.linear_infopo_loss(
         hidden,
         weight,
         batch.labels,

@@ -21,7 +21,7 @@ from tests import triton_support as ts
 # Triton is imported by the module above, and by what follows.
 
 from infopo_kernels.backends.base import Head
-from infopo_kernels.backends.triton import (
+from infopo_kernels.backends.triton.kernels import (
     gradient_tile,
     hidden_product,
     kept,
@@ -134,7 +134,7 @@ def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
 
 def test_a_dropped_vocabulary_mask_is_caught_by_value() -> None:
     """A tail that counts exp(0) instead of exp(-inf) stays inside its tensors; the numbers tell."""
-    from infopo_kernels.backends.triton import logits
+    from infopo_kernels.backends.triton.kernels import logits
 
     inputs = ts.make(Problem("tail", v=75), torch.float32)
     truth = ts.plain(inputs)

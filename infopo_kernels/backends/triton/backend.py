@@ -66,11 +66,14 @@ class TritonBackend:
     def logprob(
         self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token log-probabilities l [N] and logsumexp [N]. One product. `keep` holds logits afterwards (`kept.py`)."""
+        """Token log-probabilities l [N] and logsumexp [N]. One product.
+
+        `keep` holds logits afterwards (`kernels/kept.py`).
+        """
         from infopo_kernels.backends.triton.gradients import logprob_keeping
+        from infopo_kernels.backends.triton.kernels.logprob import launch_logprob
+        from infopo_kernels.backends.triton.kernels.rows import find_live_rows
         from infopo_kernels.backends.triton.launch import on_device, prepare
-        from infopo_kernels.backends.triton.logprob import launch_logprob
-        from infopo_kernels.backends.triton.rows import find_live_rows
 
         logp, lse = _outputs(labels)
         if labels.numel() == 0:
@@ -92,8 +95,8 @@ class TritonBackend:
         the workspace holds too few rows of logits for it to pay (`workspace.py`), `logprob` and `backward` run: four.
         """
         from infopo_kernels.backends.triton.gradients import gradients_from_tiles
+        from infopo_kernels.backends.triton.kernels.rows import find_live_rows
         from infopo_kernels.backends.triton.launch import on_device, prepare
-        from infopo_kernels.backends.triton.rows import find_live_rows
         from infopo_kernels.backends.triton.workspace import plan_tile
 
         if labels.numel() == 0 or not _any(gradients):
@@ -142,8 +145,8 @@ class TritonBackend:
         num_pairs: float,
     ) -> Objective:
         """`infopo_kernels.objective.objective` in one launch."""
+        from infopo_kernels.backends.triton.kernels.objective import launch_objective
         from infopo_kernels.backends.triton.launch import on_device
-        from infopo_kernels.backends.triton.objective import launch_objective
 
         with on_device(labels.device):
             return launch_objective(logp, labels, cu_seqlens, is_chosen, ref_logps, options, num_pairs)
@@ -165,8 +168,8 @@ def _backward(
 ) -> None:
     """`backward`; without `skip_zero` scored rows of weight zero are written as well (with zeros)."""
     from infopo_kernels.backends.triton.gradients import gradients_from_lse
+    from infopo_kernels.backends.triton.kernels.rows import find_live_rows
     from infopo_kernels.backends.triton.launch import on_device, prepare
-    from infopo_kernels.backends.triton.rows import find_live_rows
 
     if labels.numel() == 0 or not _any(gradients):
         return
