@@ -1,8 +1,9 @@
-"""Log-probabilities and the InfoPO loss from inside the forward of any causal language model of transformers.
+"""Log-probabilities and preference losses from inside the forward of any causal language model of transformers.
 
     attach_linear_logps(model)
     out = model(input_ids, attention_mask=mask, labels=labels, linear_logps="sum")         # out.logps
-    out = model(input_ids, attention_mask=mask, labels=labels, infopo=InfoPOOptions())     # out.loss, out.infopo
+    out = model(input_ids, attention_mask=mask, labels=labels, infopo=InfoPO())            # out.loss, out.infopo
+    out = model(input_ids, attention_mask=mask, labels=labels, objective=DPO())            # the same, of DPO
 
 How it works. The model's own forward runs, with its head told to hand over its input instead of multiplying it: so
 whatever happens before the head (embedding scales, image features, projections, router losses) is the model's own. Then
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infopo_kernels.functional import InfoPOOutput, Reduction, linear_infopo_loss
+from infopo_kernels.functional import Reduction, linear_preference_loss
 from infopo_kernels.functional import linear_logps as _linear_logps  # an argument of the forward has its name
 from infopo_kernels.integrations.heads import (
     HandsOver,
@@ -36,7 +37,9 @@ from infopo_kernels.integrations.heads import (
 )
 from infopo_kernels.integrations.logit_transform import known_logits, logit_options, observed_transform
 from infopo_kernels.integrations.sealed import Sealed, least_cast, unsealed
-from infopo_kernels.options import InfoPOOptions, KernelOptions, LogitOptions
+from infopo_kernels.objectives import InfoPO, Objective
+from infopo_kernels.options import KernelOptions, LogitOptions
+from infopo_kernels.output import PreferenceOutput
 
 try:
     from transformers.utils import ModelOutput
@@ -54,13 +57,13 @@ class LinearLogpsOutput(ModelOutput):
     """What an attached model returns instead of logits."""
 
     loss: Tensor | None = None
-    """[] float32, nats per pair: the InfoPO loss, plus the auxiliary loss of a mixture of experts with its configured
-    coefficient; only of a call with `infopo`."""
+    """[] float32, nats per pair: the loss of the objective, plus the auxiliary loss of a mixture of experts with its
+    configured coefficient; only of a call with `infopo` or `objective`."""
     logps: Tensor | None = None
     """Of a call with `linear_logps`: [S, T] or [1, N] float32 ("none"; entry t belongs to token t + 1), or [S] float64
-    ("sum", "mean"), nats, differentiable. Of a call with `infopo`: [S] float64, without gradient."""
-    infopo: InfoPOOutput | None = None
-    """Everything that `linear_infopo_loss` returns; its `loss` is without the auxiliary loss."""
+    ("sum", "mean"), nats, differentiable. Of a call with `infopo` or `objective`: [S] float64, without gradient."""
+    infopo: PreferenceOutput | None = None
+    """Everything that `linear_preference_loss` returns; its `loss` is without the auxiliary loss."""
     aux_loss: Tensor | None = None
     """[], the load-balancing loss of a mixture of experts, unscaled, if the model was asked for its router logits."""
     exact: Sealed | None = None
@@ -136,19 +139,21 @@ def causal_model(model: Any) -> Any:
 
 
 def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel: KernelOptions | None = None) -> Any:
-    """Give a causal language model a forward path that returns log-probabilities or the InfoPO loss, not logits.
+    """Give a causal language model a forward path that returns log-probabilities or a preference loss, not logits.
 
     The attached model's forward takes, besides its own arguments:
 
     - ``linear_logps="none" | "sum" | "mean"``: `LinearLogpsOutput.logps`, see `infopo_kernels.linear_logps`; or
-    - ``infopo=InfoPOOptions(...)``: `LinearLogpsOutput.loss` and `.infopo`, see `infopo_kernels.linear_infopo_loss`,
-      with its `ref_logps`, `is_chosen`, `num_pairs` and `skip_chosen_reference`;
+    - ``infopo=InfoPO(...)``, or ``objective=`` any of `infopo_kernels.objectives`: `LinearLogpsOutput.loss` and
+      `.infopo`, see `infopo_kernels.linear_preference_loss`, with its `ref_logps`, `is_chosen`, `num_pairs`,
+      `sequence_weights` and `skip_chosen_reference`. Under a wrapper that averages gradients over R ranks (DDP, FSDP,
+      DeepSpeed), `num_pairs` is the number of all ranks over R (`step.pairs_per_rank`);
     - with either, ``labels`` in the shape of `input_ids`, not shifted, -100 where a token is not scored; and
       ``cu_seqlens`` for a packed row (`input_ids` [1, N] with `position_ids` that start anew with each sequence);
     - ``rows`` [M], for packs in which sequences share a prompt: the row of the hidden states that each of the M
       `labels` is scored on; then labels [M] and `cu_seqlens` count these, and nothing is shifted.
 
-    Without `linear_logps` and `infopo` it is the forward that it was: generation, evaluation and other losses go on.
+    Without any of these it is the forward that it was: generation, evaluation and other losses go on.
 
     Equivalent to::
 
@@ -173,7 +178,8 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
     Raises:
         TypeError: the head cannot be served (quantised, adapter on it, not a linear layer, sharded already); reason and
             way out in the message.
-        ValueError: an encoder-decoder; or, at the first call, a model that does to its logits what is not known.
+        ValueError: an encoder-decoder; or, at the first call, a model that does to its logits what is not known; or, at
+            the first call with a packed row, a model that mixes its sequences.
     """
     causal = causal_model(model)
     name = type(causal).__name__
@@ -246,7 +252,7 @@ def is_attached(model: Any) -> bool:
 
 
 def own_output(model: Any, output: Any) -> LinearLogpsOutput:
-    """`output`, if it is what an attached model returns to a call with `linear_logps` or `infopo`.
+    """`output`, if it is what an attached model returns to a call with `linear_logps`, `infopo` or `objective`.
 
     Raises:
         RuntimeError: it is something else, whose loss must not be trained on; says what happened and what to do.
@@ -285,28 +291,31 @@ def _forward(
     *args: Any,
     labels: Tensor | None = None,
     linear_logps: Reduction | None = None,
-    infopo: InfoPOOptions | None = None,
+    infopo: InfoPO | None = None,
+    objective: Objective | None = None,
     ref_logps: Tensor | Sealed | None = None,
     is_chosen: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     rows: Tensor | None = None,
     num_pairs: float | None = None,
+    sequence_weights: Tensor | Sealed | None = None,
     skip_chosen_reference: bool = False,
     **kwargs: Any,
 ) -> Any:
     """The forward of an attached model; see `attach_linear_logps`."""
     attachment: _Attachment = vars(self)[_ATTACHMENT]
-    _check_mode(linear_logps, infopo)
-    if linear_logps is None and infopo is None:
+    objective = _asked_for(linear_logps, infopo, objective)
+    if linear_logps is None and objective is None:
         given = {
             "ref_logps": ref_logps,
             "is_chosen": is_chosen,
             "num_pairs": num_pairs,
+            "sequence_weights": sequence_weights,
             "cu_seqlens": cu_seqlens,
             "rows": rows,
         }
         if stray := [name for name, value in given.items() if value is not None]:
-            raise TypeError(f"`{stray[0]}` was given without `infopo` or `linear_logps`; pass one of them too.")
+            raise TypeError(f"`{stray[0]}` was given without `infopo`, `objective` or `linear_logps`; pass one of them too.")
         if labels is not None:
             kwargs["labels"] = labels
         return attachment.forward(*args, **kwargs)
@@ -324,11 +333,12 @@ def _forward(
         y = labels.to(hidden.device)
         if linear_logps is not None:
             return (_linear_logps(hidden, weight, y, bias=bias, reduction=linear_logps, **shared),)
-        assert infopo is not None
-        loss = linear_infopo_loss(
-            hidden, weight, y, bias=bias, is_chosen=is_chosen, num_pairs=num_pairs,
+        assert objective is not None
+        loss = linear_preference_loss(
+            hidden, weight, y, bias=bias, objective=objective, is_chosen=is_chosen, num_pairs=num_pairs,
+            sequence_weights=unsealed("sequence_weights", sequence_weights, hidden.device),
             ref_logps=unsealed("ref_logps", ref_logps, hidden.device), skip_chosen_reference=skip_chosen_reference,
-            **asdict(infopo), **shared,
+            **shared,
         )  # fmt: skip
         return tuple(loss[:-1])
 
@@ -336,7 +346,7 @@ def _forward(
     aux_loss = getattr(own, "aux_loss", None)
     if linear_logps is not None:
         return LinearLogpsOutput(logps=answer[0], aux_loss=aux_loss, exact=Sealed((None, answer[0], None)))
-    output = InfoPOOutput._make((*answer, skip_chosen_reference))
+    output = PreferenceOutput._make((*answer, skip_chosen_reference))
     loss = output.loss
     if isinstance(aux_loss, Tensor):
         loss = loss + router_coefficient(self.config) * aux_loss.to(loss.device)
@@ -344,11 +354,18 @@ def _forward(
     return LinearLogpsOutput(loss=loss, logps=output.logps, infopo=output, aux_loss=aux_loss, exact=exact)
 
 
-def _check_mode(reduction: Any, infopo: Any) -> None:
-    if reduction is not None and infopo is not None:
-        raise TypeError("`linear_logps` and `infopo` were both given; the InfoPO output holds `logps` already.")
-    if infopo is not None and not isinstance(infopo, InfoPOOptions):
-        raise TypeError(f"`infopo` must be an InfoPOOptions, got {type(infopo).__name__}.")
+def _asked_for(reduction: Any, infopo: Any, objective: Any) -> Objective | None:
+    """The objective of a call; None if it asks for none."""
+    given = {"linear_logps": reduction, "infopo": infopo, "objective": objective}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise TypeError(f"`{names[0]}` and `{names[1]}` were both given; pass one. The loss's output holds `logps` too.")
+    if infopo is not None and not isinstance(infopo, InfoPO):
+        raise TypeError(f"`infopo` must be an InfoPO (InfoPOOptions), got {type(infopo).__name__}.")
+    if objective is not None and not isinstance(objective, Objective):
+        raise TypeError(f"`objective` must be one of infopo_kernels.objectives, got {type(objective).__name__}.")
+    chosen: Objective | None = infopo if objective is None else objective
+    return chosen
 
 
 def _check_shared_prompts(config: Any) -> None:
