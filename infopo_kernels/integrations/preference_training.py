@@ -133,12 +133,16 @@ class PreferenceTraining:
         return out, result
 
     def _has_reference(self, known: Inputs) -> bool:
-        return self.objective.reference != "none" and ("ref_logps" in known or self.reference_for(self.model) is not None)
+        return self.objective.reference != "none" and (
+            "ref_logps" in known or self.reference_for(self.model) is not None
+        )
 
     def _reference_logps(self, model: Any, model_inputs: Inputs, known: Inputs) -> Tensor:
         asked = self.reference_for(model)
         assert asked is not None
-        prompts = len(model_inputs["labels"]) if "cu_seqlens" not in model_inputs else len(model_inputs["cu_seqlens"]) - 1
+        prompts = (
+            len(model_inputs["labels"]) if "cu_seqlens" not in model_inputs else len(model_inputs["cu_seqlens"]) - 1
+        )
         return reference_logps(
             asked[0],
             {**model_inputs, "use_cache": False},

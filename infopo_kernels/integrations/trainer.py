@@ -97,9 +97,7 @@ def compute_infopo_loss(
             )
     else:
         _check_reference(True, reference_free)
-    out, result = preference_output(
-        model, model_inputs, known, objective, skip_chosen_reference=skip_chosen_reference
-    )
+    out, result = preference_output(model, model_inputs, known, objective, skip_chosen_reference=skip_chosen_reference)
     if result.loss.requires_grad and result.loss.device.type == "cpu":
         check_finite(result, objective)
     return out

@@ -315,7 +315,9 @@ def _forward(
             "rows": rows,
         }
         if stray := [name for name, value in given.items() if value is not None]:
-            raise TypeError(f"`{stray[0]}` was given without `infopo`, `objective` or `linear_logps`; pass one of them too.")
+            raise TypeError(
+                f"`{stray[0]}` was given without `infopo`, `objective` or `linear_logps`; pass one of them too."
+            )
         if labels is not None:
             kwargs["labels"] = labels
         return attachment.forward(*args, **kwargs)
@@ -359,7 +361,9 @@ def _asked_for(reduction: Any, infopo: Any, objective: Any) -> Objective | None:
     given = {"linear_logps": reduction, "infopo": infopo, "objective": objective}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
-        raise TypeError(f"`{names[0]}` and `{names[1]}` were both given; pass one. The loss's output holds `logps` too.")
+        raise TypeError(
+            f"`{names[0]}` and `{names[1]}` were both given; pass one. The loss's output holds `logps` too."
+        )
     if infopo is not None and not isinstance(infopo, InfoPO):
         raise TypeError(f"`infopo` must be an InfoPO (InfoPOOptions), got {type(infopo).__name__}.")
     if objective is not None and not isinstance(objective, Objective):

@@ -152,9 +152,7 @@ class InfoPOConfig(DPOConfig):
             return SimPO(self.beta, self.simpo_gamma)
         if kind == "sft":
             return SFT()
-        return InfoPO(
-            self.beta, self.offset, self.max_log_weight, self.min_log_weight, self.sft_weight, self.average
-        )
+        return InfoPO(self.beta, self.offset, self.max_log_weight, self.min_log_weight, self.sft_weight, self.average)
 
     def kernel_options(self) -> KernelOptions:
         """Backend and workspace."""
