@@ -10,7 +10,7 @@ import pytest
 
 from infopo_kernels.training.data import read_preferences
 from infopo_kernels.training.errors import UserError
-from infopo_kernels.training.word_problems import word_problems
+from infopo_kernels.commands.demo.word_problems import word_problems
 
 
 def user(text: str) -> dict[str, str]:

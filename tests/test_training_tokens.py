@@ -10,7 +10,7 @@ import pytest
 from infopo_kernels.training.data import Preference, parse_preference
 from infopo_kernels.training.errors import UserError
 from infopo_kernels.training.tokens import Example, tokenize
-from infopo_kernels.training.word_problems import word_problems
+from infopo_kernels.commands.demo.word_problems import word_problems
 
 from .training_fixtures import byte_tokenizer, save_tiny_model
 
