@@ -8,23 +8,19 @@ from typing import Any
 
 import pytest
 
+from infopo_kernels.commands.demo.word_problems import word_problems
 from infopo_kernels.integrations.preferences import (
     Preference,
     PreferenceError,
     PreferenceWarning,
-    check_features,
-    cut,
     encode,
     feature_dataset,
-    nothing_to_score,
     parse_preference,
     preference_features,
     read_preferences,
-    scorable,
 )
-from infopo_kernels.training.word_problems import word_problems
 
-from .training_fixtures import byte_tokenizer, save_tiny_model, tiny_model
+from .training_fixtures import byte_tokenizer, save_tiny_model
 
 
 def user(text: str) -> dict[str, str]:

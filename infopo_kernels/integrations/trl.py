@@ -185,6 +185,12 @@ class InfoPOTrainer(DPOTrainer):
     def ref_model(self, value: Any) -> None:
         self._reference_model = _attached(value, self._kernel)
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        # Tokenised pairs come as they are; see `infopo_kernels.integrations.collators`.
+        if "chosen_ids" in (dataset.column_names or []):
+            return dataset
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
     def _without_reference_model(self, dataset: Any) -> Any | None:
         """The dataset if it needs no reference model, or has what the reference model would say; else None."""
         if self.args.reference_free:

@@ -34,10 +34,10 @@ from infopo_kernels.training.plot import plot_history
 from infopo_kernels.training.policy import Policy, load_tokenizer
 from infopo_kernels.training.progress import Progress
 from infopo_kernels.training.report import claim, result_table
-from infopo_kernels.training.smollm2 import SMOLLM2
+from infopo_kernels.commands.smollm2 import SMOLLM2
 from infopo_kernels.training.tokens import tokenize
 from infopo_kernels.training.trainer import Trainer
-from infopo_kernels.training.word_problems import word_problems
+from infopo_kernels.commands.demo.word_problems import word_problems
 
 _SECONDS_TO_FINISH: Final = 15.0
 """For saving, plotting and the measurement of memory at the end: about 10 s on two cores."""

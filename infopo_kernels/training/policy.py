@@ -16,7 +16,7 @@ from infopo_kernels.integrations.transformers import attach_linear_logps
 from infopo_kernels.options import InfoPOOptions, KernelOptions
 from infopo_kernels.training.batches import Batch, collate
 from infopo_kernels.training.errors import UserError
-from infopo_kernels.training.smollm2 import SMOLLM2, smollm2_directory
+from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
 from infopo_kernels.training.tokens import Example
 
 

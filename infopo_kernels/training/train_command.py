@@ -34,7 +34,7 @@ from infopo_kernels.training.plot import plot_history
 from infopo_kernels.training.policy import Policy, load_tokenizer
 from infopo_kernels.training.progress import Progress
 from infopo_kernels.training.report import result_table
-from infopo_kernels.training.smollm2 import SMOLLM2
+from infopo_kernels.commands.smollm2 import SMOLLM2
 from infopo_kernels.training.tokens import Example, tokenize
 from infopo_kernels.training.trainer import Trainer
 
