@@ -112,7 +112,10 @@ class _Parser(TrlParser):  # type: ignore[misc, unused-ignore]
 
 def make_parser(prog: str = "python -m infopo_kernels train") -> TrlParser:
     """TRL's parser over its own options, `InfoPOConfig` and `TrainArguments`."""
-    names = {**SHORT_NAMES, **{" ".join(pair): long or "nothing: it is the default" for pair, long in SHORT_VALUES.items()}}
+    names = {
+        **SHORT_NAMES,
+        **{" ".join(pair): long or "nothing: it is the default" for pair, long in SHORT_VALUES.items()},
+    }
     epilog = _EPILOG.format(
         smollm2=SMOLLM2,
         short_names="\n".join(f"  {name:<15}{long.format('...')}" for name, long in names.items()),
@@ -170,7 +173,9 @@ def parse(words: Sequence[str], prog: str) -> tuple[TrainArguments, InfoPOConfig
         changed = [name for name in given if getattr(model, name) != DEFAULTS.get(name, getattr(ModelConfig, name))]
         if changed or script.merge_adapter:
             name = (changed or ["merge_adapter"])[0]
-            raise UserError(f"--{name} has no meaning without --use_peft (short: --lora-rank R); add it, or leave it out")
+            raise UserError(
+                f"--{name} has no meaning without --use_peft (short: --lora-rank R); add it, or leave it out"
+            )
     if model.lora_alpha is None:
         model.lora_alpha = 2 * model.lora_r
     return script, config, model, mixture
@@ -381,9 +386,7 @@ def main(words: Sequence[str], prog: str) -> None:
     processor = load_model_files(model, config)
     train, test = data.datasets(processor)
     _check_references(config, train)
-    prepare_output(
-        Path(config.output_dir), overwrite=script.overwrite or config.resume_from_checkpoint is not None
-    )
+    prepare_output(Path(config.output_dir), overwrite=script.overwrite or config.resume_from_checkpoint is not None)
     checkpoint = _resume(config)
     if data.has_eval and config.eval_strategy == "no":
         config.eval_on_start = checkpoint is None
@@ -391,7 +394,9 @@ def main(words: Sequence[str], prog: str) -> None:
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if script.merge_adapter and sharded:
         raise UserError("--merge_adapter does not go with sharded weights; save the adapter, merge it on one device")
-    pairs = "a stream of pairs" if isinstance(train, datasets.IterableDataset) else f"{len(trainer.train_dataset)} pairs"
+    pairs = (
+        "a stream of pairs" if isinstance(train, datasets.IterableDataset) else f"{len(trainer.train_dataset)} pairs"
+    )
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     _say(
         f"{' + '.join(config.loss_type)} on {pairs}: {batch} pairs a step on {config.world_size} "

@@ -132,11 +132,11 @@ def _references(
 ) -> tuple[Tensor, Tensor | None]:
     """What the table says of both; None for held-out pairs of which it does not say all: those are scored anyway."""
     try:
-        reference = table.of_examples(examples)
+        reference = _values(table, examples)
     except ValueError as error:
         raise UserError(f"--reference-logps {error} --data is {named}.") from None
     try:
-        known = table.of_examples(held_out)
+        known = _values(table, held_out)
     except ValueError:
         return reference, None
     return reference, None if table.header.skip_chosen or not held_out else known
