@@ -63,6 +63,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "lora_alpha": None,
     "lora_target_modules": "all-linear",
     "report_to": "none",
+    "log_level_replica": "error",
     "dataloader_pin_memory": torch.cuda.is_available(),
     **({} if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else {"bf16": False}),
 }
