@@ -8,9 +8,23 @@ from typing import Any
 
 import pytest
 
-from infopo_kernels.training.data import read_preferences
-from infopo_kernels.training.errors import UserError
+from infopo_kernels.integrations.preferences import (
+    Preference,
+    PreferenceError,
+    PreferenceWarning,
+    check_features,
+    cut,
+    encode,
+    feature_dataset,
+    nothing_to_score,
+    parse_preference,
+    preference_features,
+    read_preferences,
+    scorable,
+)
 from infopo_kernels.commands.demo.word_problems import word_problems
+
+from .training_fixtures import byte_tokenizer, save_tiny_model, tiny_model
 
 
 def user(text: str) -> dict[str, str]:
@@ -120,7 +134,52 @@ BAD = [
     ("repeats", {"prompt": Q, "chosen": Q + A, "rejected": Q + B}, "field `chosen`: repeats the prompt", "leave"),
     ("user-reply", {"prompt": Q, "chosen": [user("x")], "rejected": B}, "field `chosen[0].role`", "got 'user'"),
     ("nothing-shared", {"chosen": "a", "rejected": "b"}, "field `prompt`: is missing", "add `prompt`"),
-    ("beginning", {"chosen": "abc", "rejected": "ab"}, "field `rejected`: is the beginning of the other", "add"),
+    ("beginning", {"chosen": Q + A, "rejected": Q}, "field `prompt`: is missing", "add `prompt`"),
+    (
+        "weight",
+        {**GOOD, "weight": 0},
+        "field `weight`: expected a finite number above 0, got 0",
+        "leave such a pair out",
+    ),
+    ("weight-nan", {**GOOD, "weight": float("nan")}, "field `weight`: expected a finite number above 0", "got nan"),
+    ("weight-text", {**GOOD, "weight": "2"}, "field `weight`", "the string '2'"),
+    (
+        "turn-weight",
+        {"prompt": Q, "chosen": [{**assistant("a"), "weight": 0.5}], "rejected": B},
+        "`chosen[0].weight`",
+        "0.5",
+    ),
+    ("several-empty", {**GOOD, "rejected": ["b", ""]}, "field `rejected[1]`: is empty", "leave the line out"),
+    ("several-equal", {**GOOD, "rejected": ["b", "a"]}, "field `rejected[1]`: equals `chosen`", "no preference"),
+    ("several-mixed", {**GOOD, "rejected": ["b", B]}, "field `rejected[1]`: is a list of 1", "one format"),
+    ("several-role", {"prompt": Q, "chosen": A, "rejected": [B, [user("x")]]}, "field `rejected[1][0].role`", "'user'"),
+    (
+        "references",
+        {**GOOD, "rejected": ["b", "c"], "ref_rejected_logps": [-1.0]},
+        "`ref_rejected_logps`",
+        "a list of 2",
+    ),
+    (
+        "surrogate",
+        '{"prompt": "Q", "chosen": "a\\ud83d", "rejected": "b"}',
+        "field `chosen`: holds half of a character",
+        "d83d",
+    ),
+    (
+        "surrogate-message",
+        {"prompt": Q, "chosen": A, "rejected": [assistant("\udc00b")]},
+        "field `rejected[0].content`: holds half of a character at position 0",
+        "leave it out",
+    ),
+    (
+        "surrogate-tools",
+        {**GOOD, "tools": [{"name": "\ud800"}]},
+        "field `tools[0].name`: holds half",
+        "cannot be tokenised",
+    ),
+    ("nul-bytes", "\x00{}", "line 2: holds NUL bytes", "UTF-8"),
+    ("long-number", '{"prompt": ' + "9" * 5000 + "}", "line 2: is not JSON", "one JSON object a line"),
+    ("deep", "[" * 100_000, "line 2: is not JSON", "one JSON object a line"),
     ("tools-text", {**GOOD, "tools": "not json"}, "field `tools`: is a string but not JSON", "column 1"),
     ("tools-type", {**GOOD, "tools": {"a": 1}}, "field `tools`: expected a list of tools", "an object"),
     (
@@ -135,7 +194,7 @@ BAD = [
 @pytest.mark.parametrize(("row", "what", "remedy"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
 def test_a_bad_line_is_named_with_its_field_and_a_remedy(tmp_path: Path, row: Any, what: str, remedy: str) -> None:
     path = write(tmp_path / "pairs.jsonl", GOOD, row, GOOD)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(PreferenceError) as caught:
         read_preferences(path)
     message = str(caught.value)
     assert message.startswith(f"{path}, line 2")
@@ -145,14 +204,16 @@ def test_a_bad_line_is_named_with_its_field_and_a_remedy(tmp_path: Path, row: An
 
 
 def test_other_bad_lines_are_counted(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"line 1, field `chosen`.* \(2 more with problems: line 3, 4\)$"):
+    with pytest.raises(
+        PreferenceError, match=r"line 1, field `chosen`.* \(2 more with problems: line 3, 4; `skip_bad_rows`"
+    ):
         read_preferences(write(tmp_path / "pairs.jsonl", {}, GOOD, "oops", {"chosen": "x"}))
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(UserError, match="line 2: byte 12 is not UTF-8"):
+    with pytest.raises(PreferenceError, match="line 2: byte 12 is not UTF-8"):
         read_preferences(path)
 
 
@@ -164,6 +225,71 @@ def test_files_that_hold_nothing(tmp_path: Path, kind: str) -> None:
     elif kind == "empty":
         path.write_text("\n\n")
     expected = {"missing": "no such file", "directory": "is a directory", "empty": "holds no pair"}[kind]
-    with pytest.raises(UserError, match=expected) as caught:
+    with pytest.raises(PreferenceError, match=expected) as caught:
         read_preferences(path)
     assert str(path) in str(caught.value)
+
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+STANDARD = [
+    {"prompt": "The sky is", "chosen": " blue.", "rejected": " green, I think."},
+    {"prompt": "Grün? ", "chosen": "ja", "rejected": "nein<|end|>"},
+]
+CONVERSATIONS = [pair.row() for pair in word_problems(4)]
+
+
+@pytest.mark.parametrize("rows", [STANDARD, CONVERSATIONS], ids=["standard", "conversational"])
+def test_token_ids_are_those_of_trl(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    tokenizer = byte_tokenizer()
+    trainer = trl.DPOTrainer(
+        str(save_tiny_model(tmp_path / "model")),
+        args=trl.DPOConfig(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True, bf16=False),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    theirs = [{key: row[key] for key in IDS} for row in trainer.train_dataset]
+    assert [encode(tokenizer, parse_preference(row)) for row in rows] == theirs
+    mapped = feature_dataset(datasets.Dataset.from_list(rows), tokenizer)
+    assert [{key: row[key] for key in IDS} for row in mapped] == theirs
+
+
+def test_text_comes_back() -> None:
+    tokenizer = byte_tokenizer()
+    (feature,) = preference_features(tokenizer, CONVERSATIONS[:1])
+    assert tokenizer.decode(feature["prompt_ids"]).endswith("<|start|>assistant\n")
+    assert tokenizer.decode(feature["chosen_ids"]) == CONVERSATIONS[0]["chosen"][0]["content"] + "<|end|>\n"
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> Preference:
+    return Preference(prompt, chosen, rejected)
+
+
+def test_the_limit_cuts_the_end_and_drops_what_says_nothing() -> None:
+    tokenizer = byte_tokenizer()
+    pairs = [
+        pair("12345", "abcdef", "xyz"),  # chosen is cut
+        pair("1234567", "abc", "xyz"),  # one token of each is left
+        pair("12345678", "abc", "xyz"),  # the prompt fills the limit
+        pair("12345", "abcX", "abcY"),  # the difference is cut away
+        pair("1", "ab", "xy"),
+    ]
+    with pytest.warns(PreferenceWarning, match="2 of 5 pairs are left out.* within max_length 8"):
+        features = preference_features(tokenizer, pairs, 8)
+    assert [tuple(len(f[key]) for key in IDS) for f in features] == [(5, 3, 3), (7, 1, 1), (1, 3, 3)]
+    assert tokenizer.decode(features[0]["chosen_ids"]) == "abc"
+
+
+def test_nothing_left() -> None:
+    with pytest.raises(PreferenceError, match=r"max_length 3 \(the longest pair has 7 tokens\); raise"):
+        preference_features(byte_tokenizer(), [pair("1234", "ab", "xy")], 3)
+
+
+def test_a_conversation_needs_a_template_that_takes_it() -> None:
+    conversation = parse_preference(CONVERSATIONS[0], "pairs.jsonl, line 7")
+    with pytest.raises(PreferenceError, match=r"pairs\.jsonl, line 7: .* no chat template"):
+        encode(byte_tokenizer(None), conversation)
+    refuses = byte_tokenizer("{{ raise_exception('no system role') }}")
+    with pytest.raises(PreferenceError, match=r"line 7: the model's chat template refuses .*no system role"):
+        encode(refuses, conversation)
