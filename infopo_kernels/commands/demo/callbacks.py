@@ -29,7 +29,7 @@ class Lines(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 class Stop(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Ends training after `steps` steps, or when another step would not end within `seconds`; never before the first."""
+    """Ends training after `steps` steps, or (never before the first) when another would not end within `seconds`."""
 
     def __init__(self, *, seconds: float | None = None, steps: int | None = None) -> None:
         self._seconds, self._steps = seconds, steps

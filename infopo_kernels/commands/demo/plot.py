@@ -43,7 +43,9 @@ def plot_runs(logs: Mapping[str, Sequence[Record]], path: Path, *, title: str, b
         axes.grid(alpha=0.3)
     change.axhline(0, color="0.4", linewidth=0.8)
     handles = [
-        Line2D([], [], color=colour, linestyle=line, marker=marker, linewidth=1.6, markersize=8, label=f"{name}, {side}")
+        Line2D(
+            [], [], color=colour, linestyle=line, marker=marker, linewidth=1.6, markersize=8, label=f"{name}, {side}"
+        )
         for name, colour in zip(logs, _COLOURS, strict=False)
         for side, line, marker in _SIDES
     ]
