@@ -17,28 +17,37 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-class MetricsFile(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Writes each log of the trainer as one JSON object with its `step`, on the first process only.
+def write_record(path: Path, record: Record) -> None:
+    """Add one line. Numbers that are not finite become null: JSON has no NaN."""
+    finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in record.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite) + "\n")
 
-    A run that resumes keeps the records up to the step at which it goes on. Numbers that are not finite become null:
-    JSON has no NaN.
+
+class MetricsFile(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Writes each log of the trainer as one JSON object with its `step` and `labels`, on the first process only.
+
+    A run that resumes keeps the records up to the step at which it goes on. Records with other labels, of another run
+    that shares the file, stay.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, **labels: str) -> None:
         self._path = path
-        self._first = True
+        self._labels = labels
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the file, or go on with it."""
-        if state.is_world_process_zero and self._first:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [r for r in read_records(self._path) if r["step"] <= state.global_step] if state.global_step else []
-            self._path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            self._first = False
+        """Drop what this run is going to write again."""
+        if not state.is_world_process_zero:
+            return
+        records = read_records(self._path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("", encoding="utf-8")
+        for record in records:
+            mine = all(record.get(name) == label for name, label in self._labels.items())
+            if not mine or (state.global_step and record["step"] <= state.global_step):
+                write_record(self._path, record)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Record | None = None, **kwargs: Any) -> None:
         """One line."""
         if state.is_world_process_zero and logs:
-            finite = {k: None if isinstance(v, float) and not abs(v) < float("inf") else v for k, v in logs.items()}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **finite}) + "\n")
+            write_record(self._path, {"step": state.global_step, **self._labels, **logs})
