@@ -8,6 +8,7 @@ PEFT's forty methods has its own.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def adapters_of(model: Any) -> Adapters:
         # Attention with an adaption prompt, which is not a tuner's layer.
         return "model" if hasattr(module, "adaption_prompt") and hasattr(module, "adaption_gate") else None
 
-    def walk(module: nn.Module, plain: str, adapter: str | None) -> None:
+    def walk(module: Any, plain: str, adapter: str | None) -> None:
         """`plain`: the name without PEFT's parts; `adapter`: the path inside an adapter's part, None outside."""
         own = inside(module)
         if own is not None and adapter is None:
@@ -184,14 +185,11 @@ def whole(parameter: Tensor) -> Iterator[Tensor]:
     """A parameter with all its values, also one that ZeRO-3 or FSDP2 has partitioned (then every rank has to ask)."""
     if hasattr(parameter, "ds_id"):
         # Imported here: DeepSpeed is optional, and only its own parameters have an id.
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([parameter]):
+        with importlib.import_module("deepspeed").zero.GatheredParameters([parameter]):
             yield parameter.detach()
-    elif hasattr(parameter, "full_tensor"):
-        yield parameter.detach().full_tensor()  # type: ignore[operator]
     else:
-        yield parameter.detach()
+        value: Any = parameter.detach()
+        yield value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 @torch.no_grad()
