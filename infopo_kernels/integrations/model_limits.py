@@ -125,8 +125,9 @@ def check_features(features: Iterable[dict[str, Any]], model: Any, places: Seque
                 )
             length = len(ids) if name == "prompt" else len(feature["prompt_ids"]) + len(ids)
             if limits.positions is not None and length > limits.positions:
+                what = "the prompt has" if name == "prompt" else "prompt and response have"
                 raise PreferenceError(
-                    f"prompt and response have {length} tokens, and the model has learned positions for "
+                    f"{what} {length} tokens, and the model has learned positions for "
                     f"{limits.positions}; cut the data with max_length={limits.positions} (or less), or use a model "
                     f"with longer context.",
                     where=where,
