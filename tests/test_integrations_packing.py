@@ -225,7 +225,7 @@ def test_features_of_rows_and_what_is_wrong_with_them() -> None:
     rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}]
     (feature,) = preference_features(tokenizer, rows)
     assert tokenizer.decode(feature["prompt_ids"] + feature["chosen_ids"]) == "2+2=4<|end|>"
-    with pytest.raises(PreferenceError, match="^row 0, field `rejected`: is missing"):
+    with pytest.raises(PreferenceError, match=r"^row 0, field `rejected`: is missing"):
         preference_features(tokenizer, [{"prompt": "a", "chosen": "b"}])
 
 

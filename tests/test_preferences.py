@@ -598,6 +598,7 @@ LEARNED = {  # architecture: its options, learned positions
         {"max_position_embeddings": 26, "pad_token_id": 1, "is_decoder": True},
         24,
     ),  # padding takes two rows
+    "mpt": ({"max_seq_len": 24, "d_model": 32, "n_layers": 2, "n_heads": 2}, 24),
     "gptj": ({"n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}, 24),  # a table of sines
 }
 

@@ -114,6 +114,8 @@ def adapters_of(model: Any) -> Adapters:
     kinds = sorted(
         {str(getattr(configs[name].peft_type, "value", configs[name].peft_type)) for name in switched_on & set(configs)}
     )
+    if switched_on and not kinds:  # injected into the model, which then has no configuration of it
+        kinds = ["injected"]
     return Adapters(found.base, found.active, found.layers, tuple(kinds), bool(prompt))
 
 

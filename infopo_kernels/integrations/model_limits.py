@@ -72,7 +72,8 @@ def _learned_positions(model: nn.Module, embedding: Any) -> int | None:
     """
     config: Any = getattr(model, "config", None)
     named = getattr(config, "max_position_embeddings", None)
-    limits: list[int] = []
+    # MPT makes its ALiBi slopes for so many tokens, and fails beyond.
+    limits: list[int] = [config.max_seq_len] if getattr(config, "model_type", None) == "mpt" else []
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and module is not embedding and _names_positions(own):
