@@ -85,6 +85,11 @@ def other_type(model: Any, reference: Any) -> str | None:
     )
 
 
+def computing_type(model: Any, autocast: torch.dtype | None) -> torch.dtype:
+    """The type in which a model computes: autocast's, else that of most of its weights."""
+    return autocast or _type_of_weights(model)
+
+
 def _type_of_weights(model: Any) -> torch.dtype:
     """The type of most of a model's weights; an adapter's are few."""
     size: dict[torch.dtype, int] = {}

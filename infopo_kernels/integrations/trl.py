@@ -29,6 +29,7 @@ try:
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import get_config_model_id, use_adapter
 
+    from infopo_kernels.integrations.first_step import computing_type
     from infopo_kernels.integrations.preference_training import PreferenceTraining
     from infopo_kernels.integrations.randomness import check_no_neftune
     from infopo_kernels.integrations.trainer import has_virtual_tokens, same_start
@@ -204,7 +205,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         if self._table is not None:
             self._table.check_options(
                 average=self.objective.average, max_length=args.max_length, skip_chosen=args.skip_chosen_reference
-            )
+            )  # before a model is loaded; its type and weights, below
         packed, images = args.padding_free, _has_images(kwargs.get("train_dataset"))
         if kwargs.get("data_collator") is None and not images:
             kwargs["processing_class"] = _processing_class(kwargs.get("processing_class"), model, args)
@@ -221,6 +222,14 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             super().__init__(model, ref_model=ref_model, args=args, **kwargs)
         finally:
             args.padding_free = packed
+        if self._table is not None:
+            self._table.check_model(self.model)
+            self._table.check_options(
+                average=self.objective.average,
+                max_length=args.max_length,
+                skip_chosen=args.skip_chosen_reference,
+                dtype=computing_type(self.model, self._autocast_type()),
+            )
         self._is_start = given is None or same_start(self.model, given)
         self._prepare_preferences(self.ref_model, dropout=args.disable_dropout)
 
@@ -270,12 +279,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         )
         if self._table is None or self._holds_references(features):
             return features
-        if not self._table_fits:
-            self._table.check_model(self.model)
-            self._table_fits = True
         return features.map(self._table.lookup)
-
-    _table_fits = False
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
