@@ -6,13 +6,28 @@ seen at the first step, where 0 is right. Implementations of DPO therefore switc
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 from torch import nn
 
 _RANDOM: Final = re.compile(r"drop|jitter", re.IGNORECASE)
 _NOT_RANDOM: Final = re.compile(r"drop_?(last|idx|tokens|out_?enabled)", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; afterwards as it was, module by module."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
