@@ -22,6 +22,7 @@ from infopo_kernels import (
     infopo_loss,
     linear_infopo_loss,
     linear_logps,
+    linear_preference_loss,
     naive,
     ops,
 )
@@ -216,10 +217,14 @@ def test_linear_logps_allows_a_second_backward() -> None:
     assert torch.equal(x["hidden"].grad, 2 * first)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("which", ["linear_infopo_loss", "linear_logps"])
+@pytest.mark.parametrize("which", ["linear_infopo_loss", "linear_preference_loss", "linear_logps"])
 def test_double_backward_is_refused(which: str) -> None:
     x = batch()
-    loss = linear_infopo_loss(**x).loss if which == "linear_infopo_loss" else linear_logps(**x).sum()
+    loss = {
+        "linear_infopo_loss": lambda: linear_infopo_loss(**x).loss,
+        "linear_preference_loss": lambda: linear_preference_loss(**x, objective=DPO()).loss,
+        "linear_logps": lambda: linear_logps(**x).sum(),
+    }[which]()
     with pytest.raises(RuntimeError, match=f"{which}: second derivatives are not available"):
         torch.autograd.grad(loss, x["hidden"], create_graph=True)
 

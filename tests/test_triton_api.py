@@ -16,11 +16,11 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above.
 
-from infopo_kernels import DPO, InfoPOOptions, linear_infopo_loss
+from infopo_kernels import DPO, IPO, SFT, InfoPO, InfoPOOptions, SimPO, linear_infopo_loss
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Head
 from infopo_kernels.backends.triton import TritonBackend, launch
-from infopo_kernels.objectives import evaluate
+from infopo_kernels.objectives import Objective, evaluate
 from tests import support
 from tests.support import CASES, Case
 
@@ -92,6 +92,15 @@ def test_logps_and_gradients(name: str, reduction: str) -> None:
     got = support.fused_logps(inputs, reduction, backend="triton")
     truth, single = (support.plain_logps(inputs, reduction, d) for d in (torch.float64, torch.float32))
     support.assert_result(got, truth, single)
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize("objective", [InfoPO(0.3), DPO(0.3), IPO(0.5), SimPO(2.0, 0.7), SFT()], ids=str)
+def test_objectives(objective: Objective, trained: tuple[str, ...]) -> None:
+    case = Case(f"objective-{objective.name}", objective=objective, packed=True, weighted=True, trained=trained)
+    inputs = support.make(case, torch.float32)
+    got = support.fused(inputs, backend="triton")
+    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
 
 
 OPTIONS = [
