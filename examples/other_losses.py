@@ -3,8 +3,8 @@
     python examples/other_losses.py --loss simpo --steps 10
 
 `linear_preference_loss` takes any objective and forms its gradients with fewer products. Any other loss of
-log-probabilities goes by `linear_logps`, which hands them out with their gradient; ORPO shows it (as an objective of its
-own it stands in docs/objectives.md).
+log-probabilities goes by `linear_logps`, which hands them out with their gradient; ORPO shows it (in docs/objectives.md
+it is an objective of its own).
 """
 
 from __future__ import annotations
