@@ -23,7 +23,7 @@ SCRIPT = str(ROOT / "tests" / "cpu_launch.py")
 STEPS = 3
 # A rate at which the weights move by far more than what is compared: by some 0.01 in a step.
 TRAIN = ("--lr", "1e-2", "--steps", str(STEPS), "--warmup", "0", "--beta", "0.1", "--logging_steps", "1")
-TRAIN += ("--disable_tqdm", "true", "--optim", "sgd")
+TRAIN += ("--disable_tqdm", "true")
 
 
 class Runs:
