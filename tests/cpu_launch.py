@@ -25,9 +25,10 @@ from infopo_kernels.commands.cli import main
 def pretend_gpus() -> None:
     """See above. `PartialState` is where Accelerate asks what there is."""
     begin = state.PartialState.__init__
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
     def init(self: Any, cpu: bool = False, **kwargs: Any) -> None:
-        begin(self, cpu, **kwargs)
+        begin(self, cpu and not deepspeed, **kwargs)
         if self.distributed_type == DistributedType.MULTI_CPU:
             state.PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
@@ -38,7 +39,7 @@ def pretend_gpus() -> None:
         self.device = torch.device("cpu")
 
     state.PartialState.__init__ = init
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if deepspeed:
         state.PartialState._prepare_backend, state.PartialState.set_device = prepare_backend, set_device
 
 

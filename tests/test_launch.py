@@ -81,7 +81,7 @@ def test_killed_and_started_again_is_uninterrupted(runs: Runs) -> None:
 
 def test_torchrun_is_one_process_also_after_it_was_killed(runs: Runs) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = runs.words("two", 2, "--save-every", "1", "--device", "cpu")
+    words = runs.words("two", 2, "--save-every", "1")
     assert runs.run([*launcher, SCRIPT], words, KILL_AFTER="2").returncode != 0
     done = runs.run([*launcher, "-m", "infopo_kernels"], [*words, "--resume_from_checkpoint"])
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def test_the_configurations_of_accelerate_are_one_process(runs: Runs, file: str)
             pytest.skip(f"{package} is not installed")
     options = ["--config_file", str(ROOT / "examples" / "accelerate" / file), "--num_processes", "2"]
     launcher = ["-m", "accelerate.commands.launch", *options, "--mixed_precision", "no", SCRIPT]
-    done = runs.run(launcher, runs.words(file, 2, *(("--device", "cpu") if file == "ddp.yaml" else ())))
+    done = runs.run(launcher, runs.words(file, 2))
     assert done.returncode == 0, done.stderr
     assert "4 pairs a step on 2 processes" in done.stdout
     assert runs.difference("one", file) < 5e-5
