@@ -8,6 +8,7 @@ state says that there are GPUs, while the device is the CPU and the process grou
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -40,6 +41,8 @@ def pretend_gpus() -> None:
 
     state.PartialState.__init__ = init
     if deepspeed:
+        # DeepSpeed would compile shared-memory collectives first, for a minute; gloo's serve as well.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         state.PartialState._prepare_backend, state.PartialState.set_device = prepare_backend, set_device
 
 
