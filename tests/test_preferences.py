@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from infopo_kernels.commands.demo.word_problems import word_problems
 from infopo_kernels.integrations.preferences import (
     Preference,
     PreferenceError,
@@ -22,9 +24,8 @@ from infopo_kernels.integrations.preferences import (
     read_preferences,
     scorable,
 )
-from infopo_kernels.commands.demo.word_problems import word_problems
 
-from .training_fixtures import byte_tokenizer, save_tiny_model, tiny_model
+from .training_fixtures import CHAT_TEMPLATE, byte_tokenizer, save_tiny_model, tiny_model
 
 
 def user(text: str) -> dict[str, str]:
@@ -75,6 +76,9 @@ def test_formats(tmp_path: Path, row: Any, prompt: Any, chosen: Any, rejected: A
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
         {"chosen": "One two three", "rejected": "One two four"},
         {"chosen": [user("Q"), assistant("a")], "rejected": [user("Q"), assistant("b")]},
+        {"chosen": "abc", "rejected": "ab"},
+        {"chosen": "a", "rejected": "abc"},
+        {"chosen": [user("Q"), assistant("a")], "rejected": [user("Q"), assistant("a"), user("R"), assistant("b")]},
     ],
 )
 def test_implicit_prompts_are_those_that_trl_finds(tmp_path: Path, row: Any) -> None:
@@ -293,3 +297,349 @@ def test_a_conversation_needs_a_template_that_takes_it() -> None:
     refuses = byte_tokenizer("{{ raise_exception('no system role') }}")
     with pytest.raises(PreferenceError, match=r"line 7: the model's chat template refuses .*no system role"):
         encode(refuses, conversation)
+
+
+def test_responses_that_begin_one_another_have_their_end_to_score() -> None:
+    tokenizer = byte_tokenizer()
+    explicit = {"prompt": "Q", "chosen": "ab", "rejected": "a"}
+    implicit = {"chosen": "Q: ab", "rejected": "Q: a"}
+    for feature in preference_features(tokenizer, [explicit, implicit]):
+        decoded = {tokenizer.decode(feature["prompt_ids"] + feature[f"{half}_ids"]) for half in ("chosen", "rejected")}
+        assert {text[-7:] for text in decoded} == {"<|end|>"}
+        assert scorable(feature)
+
+
+# Bad rows.
+
+ROWS = [GOOD, {**GOOD, "chosen": 3}, {"prompt": "Q2", "chosen": "c", "rejected": "d"}, {"prompt": "Q"}]
+
+
+def report(caught: Any) -> str:
+    (warning,) = [each for each in caught if issubclass(each.category, PreferenceWarning)]
+    return str(warning.message)
+
+
+def test_bad_rows_are_left_out_with_a_report_when_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", *ROWS, *["oops"] * 9)
+    with pytest.raises(PreferenceError, match="line 2"):
+        read_preferences(path)
+    with pytest.warns(PreferenceWarning) as caught:
+        pairs = read_preferences(path, skip_bad_rows=True)
+    assert [pair.chosen for pair in pairs] == ["a", "c"]
+    message = report(caught)
+    assert message.startswith("11 of 13 rows cannot be used and are left out:")
+    assert f"{path}, line 2, field `chosen`: expected a string" in message
+    assert f"{path}, line 5: is not JSON" in message
+    assert message.endswith("... and 6 more")
+
+
+@pytest.mark.parametrize("kind", ["rows", "dataset", "stream"])
+def test_bad_rows_of_every_source(kind: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{**GOOD, "chosen": chosen} for chosen in ("a", "", "c", "b")]
+    tokenizer = byte_tokenizer()
+
+    def features(skip: bool) -> list[dict[str, Any]]:
+        if kind == "rows":
+            return preference_features(tokenizer, rows, skip_bad_rows=skip)
+        source = (
+            datasets.Dataset.from_list(rows)
+            if kind == "dataset"
+            else datasets.IterableDataset.from_generator(lambda: iter(rows))
+        )
+        return list(feature_dataset(source, tokenizer, skip_bad_rows=skip))
+
+    name = "row 1" if kind == "rows" else "train dataset, row 1"
+    with pytest.raises(PreferenceError, match=f"^{name}, field `chosen`: is empty"):
+        features(False)
+    with pytest.warns(PreferenceWarning, match=f"{name}, field `chosen`: is empty"):
+        kept = features(True)
+    assert [tokenizer.decode(f["chosen_ids"]) for f in kept] == ["a<|end|>", "c<|end|>"]
+
+
+def test_nothing_but_bad_rows_is_refused() -> None:
+    with pytest.raises(PreferenceError, match=r"^row 0, field `chosen`.*1 more with problems: row 1"):
+        preference_features(byte_tokenizer(), [{}, {}], skip_bad_rows=True)
+
+
+def test_a_half_of_a_character_is_refused_from_memory_too() -> None:
+    rows = [GOOD, {"prompt": [user("Q")], "chosen": [assistant("a")], "rejected": [[assistant("\ud83d")]]}]
+    with pytest.raises(PreferenceError, match=r"^row 1, field `rejected\[0\]\[0\]\.content`: holds half") as caught:
+        preference_features(byte_tokenizer(), rows)
+    assert caught.value.where == "row 1"
+    assert caught.value.field == "rejected[0][0].content"
+
+
+# Several rejected responses, weights.
+
+
+def test_several_rejected_responses_are_tokenised_like_single_ones() -> None:
+    tokenizer = byte_tokenizer()
+    standard = {"prompt": "Q", "chosen": " a", "rejected": [" b", " cd"], "weight": 2}
+    conversation = {"prompt": [user("Q")], "chosen": A, "rejected": [B, [assistant("cd")]]}
+    for row in (standard, conversation):
+        (feature,) = preference_features(tokenizer, [row])
+        for index, response in enumerate(row["rejected"]):
+            (single,) = preference_features(tokenizer, [{**row, "rejected": response}])
+            assert feature["rejected_ids"][index] == single["rejected_ids"]
+            assert feature["chosen_ids"] == single["chosen_ids"]
+        assert feature.get("weight") == row.get("weight")
+
+
+def test_features_have_one_depth_and_keep_references() -> None:
+    one = {**GOOD, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}
+    two = {**GOOD, "rejected": ["b", "c"], "ref_chosen_logps": -1.0, "ref_rejected_logps": [-2.0, -3.0]}
+    first, second = preference_features(byte_tokenizer(), [one, two])
+    assert first["rejected_ids"] == second["rejected_ids"][:1]
+    assert first["ref_rejected_logps"] == [-2.5]
+    assert second["ref_rejected_logps"] == [-2.0, -3.0]
+
+
+def test_datasets_and_streams_have_the_features_of_rows() -> None:
+    datasets = pytest.importorskip("datasets")
+    tokenizer = byte_tokenizer()
+    turns = [assistant("a"), user("b"), {**assistant("c"), "weight": 1}]
+    rows = [
+        {"prompt": [user("Q")], "chosen": turns, "rejected": [B, [assistant("cd")]], "weight": 0.5},
+        {"prompt": [user("R")], "chosen": A, "rejected": [[assistant("x")]], "weight": 2.0},
+        {"prompt": [user("R" * 100)], "chosen": A, "rejected": [B], "weight": 2.0},  # longer than the limit
+    ]
+    with pytest.warns(PreferenceWarning, match="1 of 3 pairs are left out"):
+        expected = preference_features(tokenizer, rows, 90, score_turns="assistant")
+    with pytest.warns(PreferenceWarning, match="1 of 3 pairs are left out"):
+        table = feature_dataset(datasets.Dataset.from_list(rows), tokenizer, 90, score_turns="assistant")
+    stream = feature_dataset(
+        datasets.IterableDataset.from_generator(lambda: iter(rows)), tokenizer, 90, score_turns="assistant"
+    )
+    for made in (table, stream):
+        assert [{key: row[key] for key in expected[0]} for row in made] == expected
+    assert feature_dataset(table, tokenizer) is table
+
+
+# Turns that are not scored.
+
+TURNS = [assistant("one"), user("two"), assistant("three")]
+
+
+def scored(tokenizer: Any, feature: dict[str, Any], half: str) -> str:
+    pairs = zip(feature[f"{half}_ids"], feature[f"{half}_mask"], strict=True)
+    return str(tokenizer.decode([token for token, mask in pairs if mask]))
+
+
+def test_which_turns_are_scored() -> None:
+    tokenizer = byte_tokenizer()
+    row = {
+        "prompt": [user("Q")],
+        "chosen": TURNS,
+        "rejected": [assistant("x"), {"role": "tool", "content": "t"}, assistant("y")],
+    }
+    (plain,) = preference_features(tokenizer, [row])
+    assert "chosen_mask" not in plain  # as TRL's DPO: all that follows the prompt
+    (feature,) = preference_features(tokenizer, [row], score_turns="assistant")
+    assert {key: feature[key] for key in IDS} == plain
+    assert scored(tokenizer, feature, "chosen") == "one<|end|>\nthree<|end|>\n"
+    assert scored(tokenizer, feature, "rejected") == "x<|end|>\ny<|end|>\n"
+    with pytest.raises(ValueError, match="score_turns"):
+        preference_features(tokenizer, [row], score_turns="last")
+
+
+@pytest.mark.parametrize(("score_turns", "chosen"), [("all", "<|start|>user\ntwo<|end|>\n"), ("assistant", "")])
+def test_a_weight_of_a_message_leaves_its_turn_out(score_turns: str, chosen: str) -> None:
+    tokenizer = byte_tokenizer()
+    weighted = [{**turn, "weight": weight} for turn, weight in zip(TURNS, (0, 1, 0), strict=True)]
+    row = {"prompt": [user("Q")], "chosen": weighted, "rejected": [[{**assistant("x"), "weight": 1}], TURNS]}
+    feature = encode(tokenizer, parse_preference(row), score_turns=score_turns)
+    assert scored(tokenizer, feature, "chosen") == chosen
+    assert feature["rejected_mask"][0] == [1] * len(feature["rejected_ids"][0])
+    assert nothing_to_score(feature) == (None if chosen else "the chosen response")
+
+
+def test_turns_that_a_template_changes_later_cannot_be_told_apart() -> None:
+    # Thinking of all turns but the last is left out, as Qwen3's template does.
+    template = CHAT_TEMPLATE.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] if loop.last else message['content'].split('</think>')[-1] }}",
+    )
+    thinking = [assistant("<think>hm</think>one"), user("two"), assistant("<think>hm</think>three")]
+    row = {"prompt": [user("Q")], "chosen": thinking, "rejected": B}
+    tokenizer = byte_tokenizer(template)
+    preference_features(tokenizer, [row])
+    with pytest.raises(PreferenceError, match=r"row 0, field `chosen\[0\]`: .*cannot be told"):
+        preference_features(tokenizer, [row], score_turns="assistant")
+
+
+# Prompts that a template renders otherwise when a reply follows.
+
+MULTI = {"prompt": [user("Q"), assistant("A"), user("Last question")], "chosen": TURNS, "rejected": B}
+SINGLE = {"prompt": [{"role": "system", "content": "S"}, user("Last question")], "chosen": A, "rejected": B}
+_LAST_USER = "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "row"),
+    [
+        ("{{ messages | length }} messages\n" + CHAT_TEMPLATE, SINGLE),
+        (CHAT_TEMPLATE.replace("{{ message['role'] }}", "{{ message['role'] }} {{ loop.revindex }}"), SINGLE),
+        (
+            # The system line, or the tools, stand before the last user message (Mistral).
+            _LAST_USER
+            + CHAT_TEMPLATE.replace(
+                "{{ message['content'] }}", "{% if message == users[-1] %}Tools. {% endif %}{{ message['content'] }}"
+            ),
+            MULTI,
+        ),
+        (
+            CHAT_TEMPLATE.replace("{% for message in messages %}", "{% for message in messages[-2:] %}"),  # forgets
+            MULTI,
+        ),
+    ],
+    ids=["counts", "counts-in-each-header", "before-the-last-turn", "window"],
+)
+def test_a_prompt_whose_last_turn_changes_is_refused(template: str, row: dict[str, Any]) -> None:
+    with pytest.raises(PreferenceError, match=r"^row 0, field `prompt`: .* part of the prompt would be scored"):
+        preference_features(byte_tokenizer(template), [row])
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        # The generation prompt opens a thought that the finished conversation does not have.
+        (CHAT_TEMPLATE.replace("<|start|>assistant\n{%", "<|start|>assistant\n<think>{%"), "<think>"),
+        # Its header is not that of an assistant's message.
+        (CHAT_TEMPLATE.replace("<|start|>assistant\n{%", "<|start|>bot\n{%"), "bot\\n"),
+        # A mark after the last message.
+        (CHAT_TEMPLATE.replace("<|end|>", "{% if loop.last %} /think{% endif %}<|end|>"), " /think<"),
+    ],
+    ids=["thought", "header", "mark"],
+)
+def test_a_prompt_whose_end_changes_is_counted(template: str, lost: str) -> None:
+    tokenizer = byte_tokenizer(template)
+    with pytest.warns(PreferenceWarning) as caught:
+        features = preference_features(tokenizer, [SINGLE, {**SINGLE, "chosen": [assistant("z")]}])
+    message = report(caught)
+    assert message.startswith("2 of 2 pairs: the prompt tokenised alone is not what")
+    assert lost in message
+    assert (
+        tokenizer.decode(features[0]["prompt_ids"])
+        .rstrip("/")
+        .endswith(("assistant\n", "<|start|>", "question", "question "))
+    )
+
+
+def test_tokens_that_merge_at_the_boundary_are_counted() -> None:
+    class Merging:
+        """One token a word with the space before it."""
+
+        eos_token = ""
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [hash(word) % 1000 for word in text.replace(" ", "| ").split("|") if word]}
+
+        def decode(self, ids: list[int]) -> str:
+            return f"{len(ids)} tokens"
+
+    rows = [
+        {"prompt": "the sk", "chosen": "y is", "rejected": "in was"},
+        {"prompt": "a", "chosen": " b", "rejected": " c"},
+    ]
+    with pytest.warns(PreferenceWarning, match=r"^1 of 2 pairs: .*first: row 0, where '1 tokens'"):
+        first, _ = preference_features(Merging(), rows)
+    assert len(first["prompt_ids"]) == 1
+    with pytest.warns(PreferenceWarning, match="row 7"):
+        encode(Merging(), parse_preference(rows[0], "row 7"))
+
+
+# What can be scored, and what a model can take.
+
+
+def feature(chosen: list[int], rejected: Any, prompt: tuple[int, ...] = (4,), **masks: Any) -> dict[str, Any]:
+    return {"prompt_ids": list(prompt), "chosen_ids": chosen, "rejected_ids": rejected, **masks}
+
+
+@pytest.mark.parametrize(
+    ("case", "missing", "usable"),
+    [
+        (feature([5], [6]), None, True),
+        (feature([], [6]), "the chosen response", False),
+        (feature([5], [6], prompt=()), "the chosen response", False),  # nothing predicts a first token
+        (feature([5, 6], [6], prompt=()), "the rejected response", False),
+        (feature([5, 6], [[6, 7], [6]], prompt=()), "rejected response 1", False),
+        (feature([5], [5]), None, False),
+        (feature([5], [[6], [5]]), None, False),
+        (feature([5], [[6], [7]]), None, True),
+        (feature([5, 6], [7], chosen_mask=[0, 0], rejected_mask=[1]), "the chosen response", False),
+        (feature([5, 6], [[7], [8]], chosen_mask=[0, 1], rejected_mask=[[1], [0]]), "rejected response 1", False),
+        (feature([5, 6], [7, 8], prompt=(), chosen_mask=[1, 0], rejected_mask=[0, 1]), "the chosen response", False),
+    ],
+)
+def test_what_can_be_scored(case: dict[str, Any], missing: str | None, usable: bool) -> None:
+    assert nothing_to_score(case) == missing
+    assert scorable(case) == usable
+
+
+def test_a_cut_takes_the_masks_along() -> None:
+    whole = feature([5, 6, 7], [[6, 7], [8, 9, 10]], chosen_mask=[0, 1, 1], rejected_mask=[[1, 1], [0, 0, 1]])
+    assert cut(whole, None) is whole
+    assert cut(whole, 3) == feature([5, 6], [[6, 7], [8, 9]], chosen_mask=[0, 1], rejected_mask=[[1, 1], [0, 0]])
+    assert cut(whole, 1) == feature([], [[], []], chosen_mask=[], rejected_mask=[[], []])
+
+
+LEARNED = {  # architecture: its options, learned positions
+    "gpt2": ({"n_positions": 24}, 24),
+    "opt": (
+        {"max_position_embeddings": 24, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        24,
+    ),  # two rows more in its table
+    "gpt_neo": (
+        {"max_position_embeddings": 24, "num_layers": 2, "num_heads": 2, "attention_types": [[["global"], 2]]},
+        24,
+    ),
+    "xlm-roberta": (
+        {"max_position_embeddings": 26, "pad_token_id": 1, "is_decoder": True},
+        24,
+    ),  # padding takes two rows
+    "mpt": ({"max_seq_len": 24, "d_model": 32, "n_layers": 2, "n_heads": 2}, 24),
+    "gptj": ({"n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}, 24),  # a table of sines
+}
+
+
+@pytest.mark.parametrize("architecture", LEARNED)
+def test_the_longest_pair_is_compared_with_learned_positions(architecture: str) -> None:
+    options, positions = LEARNED[architecture]
+    model = tiny_model(architecture, **options)
+    longest = feature([5] * (positions - 1), [6])
+    ids = longest["prompt_ids"] + longest["chosen_ids"]
+    model(torch.tensor([ids]))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.tensor([[*ids, 5]]))
+    for source in (model, model.config):
+        check_features([longest], source)
+        with pytest.raises(
+            PreferenceError, match=rf"^pair 1, field `chosen`: .* {positions + 1} tokens.* for {positions};"
+        ):
+            check_features([longest, feature([5] * positions, [6])], source)
+        with pytest.raises(PreferenceError, match=r"field `rejected\[1\]`"):
+            check_features([feature([5], [[6], [6] * positions])], source)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])
+def test_positions_without_a_table_have_no_end(architecture: str) -> None:
+    options = {"n_layer": 2, "n_head": 2} if architecture == "bloom" else {"max_position_embeddings": 8}
+    model = tiny_model(architecture, **options)
+    long = feature([5] * 40, [6])
+    check_features([long], model)
+    model(torch.tensor([long["chosen_ids"]]))
+
+
+def test_the_largest_id_is_compared_with_the_embeddings() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    model = tiny_model()
+    rows = [GOOD, {"prompt": "Q", "chosen": "a", "rejected": "<think>b"}]
+    for source in (model, model.config):
+        with pytest.raises(
+            PreferenceError, match=r"^row 1, field `rejected`: holds the token id 259.*ids below 259.*resize"
+        ):
+            preference_features(tokenizer, rows, model=source)
+    model.resize_token_embeddings(260)
+    assert len(preference_features(tokenizer, rows, model=model)) == 2

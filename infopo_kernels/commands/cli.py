@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from infopo_kernels import __version__
@@ -15,7 +15,7 @@ from infopo_kernels.commands.errors import UserError
 COMMANDS: Final = {
     "train": ("infopo_kernels.commands.train", "tune your model on your preference pairs, on one device or many"),
     "precompute-reference": (
-        "infopo_kernels.reference_logps",
+        "infopo_kernels.commands.precompute_reference",
         "compute reference log-probabilities ahead of time, beside the data",
     ),
     "demo": (
@@ -28,7 +28,7 @@ COMMANDS: Final = {
 
 _NEEDED: Final = {
     "train": ("transformers", "trl", "peft", "datasets", "rich"),
-    "precompute-reference": ("transformers", "trl", "rich"),
+    "precompute-reference": ("transformers", "trl", "datasets", "rich"),
     "demo": ("transformers", "trl", "datasets", "rich", "matplotlib"),
     "info": (),
 }
@@ -61,8 +61,8 @@ SHORT_VALUES: Final = {
 """Names with a value that TRL calls otherwise. A GPU is taken where there is one; CUDA_VISIBLE_DEVICES says which."""
 
 
-def expand(words: Sequence[str]) -> list[str]:
-    """The words with each name of `SHORT_NAMES` and `SHORT_VALUES` written out.
+def expand(words: Sequence[str], names: Mapping[str, str] = SHORT_NAMES) -> list[str]:
+    """The words with each name of `names` and `SHORT_VALUES` written out.
 
     Raises:
         UserError: a short name without its value, or with one that it does not have.
@@ -72,14 +72,14 @@ def expand(words: Sequence[str]) -> list[str]:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         values = [known for short, known in SHORT_VALUES if short == name]
-        if name not in SHORT_NAMES and not values:
+        if name not in names and not values:
             expanded.append(name + equals + value)
             continue
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{name} expects a value (see --help)")
             value = rest.pop(0)
-        if (long := SHORT_VALUES.get((name, value), SHORT_NAMES.get(name))) is None:
+        if (long := SHORT_VALUES.get((name, value), names.get(name))) is None:
             raise UserError(f"{name} expects one of {', '.join(values)}, got {value!r} (see --help)")
         expanded += [word.format(value) for word in long.split()]
     return expanded

@@ -108,7 +108,7 @@ class Data:
                 rows, processor, config.max_length, skip_bad_rows=script.skip_bad_rows,
                 num_proc=config.dataset_num_proc, name=split,
             )  # fmt: skip
-        if not isinstance(features, datasets.IterableDataset):
+        if not isinstance(features, datasets.IterableDataset) and model_config is not None:
             check_features(features, model_config)
         return features
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, NoReturn
 
@@ -14,6 +14,7 @@ from infopo_kernels.commands.cli import SHORT_NAMES, SHORT_VALUES, expand
 from infopo_kernels.commands.errors import UserError, one_line, user_errors
 from infopo_kernels.commands.resume import LAST
 from infopo_kernels.commands.smollm2 import SMOLLM2
+from infopo_kernels.integrations.adapters import WAYS
 from infopo_kernels.integrations.trl import InfoPOConfig
 
 
@@ -31,6 +32,11 @@ class TrainArguments(ScriptArguments):  # type: ignore[misc, unused-ignore]
     skip_bad_rows: bool = _option(False, "Leave rows out that cannot be used, instead of refusing the file.")
     overwrite: bool = _option(False, "Write into an output directory that is not empty.")
     merge_adapter: bool = _option(False, "Save the merged model instead of the adapter.")
+    adapter: str | None = _option(
+        None,
+        "What becomes of an adapter in the model's directory: continue (train it on), merge (into the weights, before "
+        "training), refuse. Default: continue with --use_peft, else refuse; precompute-reference: continue.",
+    )
 
 
 DEFAULTS: Final[dict[str, Any]] = {
@@ -89,10 +95,19 @@ class _Parser(TrlParser):  # type: ignore[misc, unused-ignore]
         raise UserError(f"{one_line(message)} (see --help)")
 
 
-def make_parser(prog: str = "python -m infopo_kernels train") -> TrlParser:
-    """TRL's parser over its own options, `InfoPOConfig` and `TrainArguments`."""
+_DESCRIPTION: Final = """\
+Tune a causal language model on preference pairs with InfoPO, without ever forming its logits: infopo_kernels in the
+place of the loss of `trl dpo`, with its options, YAML files (--config FILE), trackers, checkpoints and launchers."""
+
+
+def make_parser(
+    prog: str = "python -m infopo_kernels train",
+    names: Mapping[str, str] = SHORT_NAMES,
+    description: str = _DESCRIPTION,
+) -> TrlParser:
+    """TRL's parser over its own options, `InfoPOConfig` and `TrainArguments`; `names` are the short ones."""
     names = {
-        **SHORT_NAMES,
+        **names,
         **{" ".join(pair): long or "nothing: it is the default" for pair, long in SHORT_VALUES.items()},
     }
     epilog = _EPILOG.format(
@@ -104,9 +119,7 @@ def make_parser(prog: str = "python -m infopo_kernels train") -> TrlParser:
         (TrainArguments, InfoPOConfig, ModelConfig, DatasetMixtureConfig),
         prog=prog,
         usage="%(prog)s --model_name_or_path M --dataset_name D --output_dir O [options] [--config FILE.yaml]",
-        description="Tune a causal language model on preference pairs with InfoPO, without ever forming its logits: "
-        "infopo_kernels in the place of the loss of `trl dpo`, with its options, YAML files (--config FILE), trackers, "
-        "checkpoints and launchers.",
+        description=description,
         epilog=epilog,
         formatter_class=_Formatter,
         allow_abbrev=False,
@@ -118,16 +131,30 @@ def make_parser(prog: str = "python -m infopo_kernels train") -> TrlParser:
     return parser
 
 
-def parse(words: Sequence[str], prog: str) -> tuple[TrainArguments, InfoPOConfig, ModelConfig, DatasetMixtureConfig]:
+def parse(
+    words: Sequence[str],
+    prog: str,
+    *,
+    names: Mapping[str, str] = SHORT_NAMES,
+    needed: Sequence[str] = ("dataset_name", "output_dir", "model_name_or_path"),
+    description: str = _DESCRIPTION,
+) -> tuple[TrainArguments, InfoPOConfig, ModelConfig, DatasetMixtureConfig]:
     """The options, checked as far as they can be without data and model.
+
+    Args:
+        words: of the command line.
+        prog: what --help calls the command.
+        names: its short names (see `cli.expand`).
+        needed: options that have to be given.
+        description: for --help.
 
     Raises:
         UserError: an option is unknown, wrong, or contradicts another.
     """
-    parser = make_parser(prog)
+    parser = make_parser(prog, names, description)
     with user_errors():
         script, config, model, mixture, unknown = parser.parse_args_and_config(
-            expand(words), return_remaining_strings=True
+            expand(words, names), return_remaining_strings=True
         )
     if unknown:
         parser.error(f"unknown option: {' '.join(unknown)}")
@@ -143,9 +170,11 @@ def parse(words: Sequence[str], prog: str) -> tuple[TrainArguments, InfoPOConfig
             raise UserError(f"--{name}: expected {expected}, got {values[name]}")
     for name, value in (("dataset_name", script.dataset_name or mixture.datasets), ("output_dir", config.output_dir),
                         ("model_name_or_path", model.model_name_or_path)):  # fmt: skip
-        if not value:
-            short = next(short for short, long in SHORT_NAMES.items() if long.startswith(f"--{name} "))
+        if name in needed and not value:
+            short = next(short for short, long in names.items() if long.startswith(f"--{name} "))
             raise UserError(f"--{name} (short: {short}) is needed (see --help)")
+    if script.adapter is not None and script.adapter not in WAYS:
+        raise UserError(f"--adapter: expected one of {', '.join(WAYS)}, got {script.adapter}")
     if script.held_out and script.eval_dataset_name is not None:
         raise UserError("--held_out and --eval_dataset_name were both given; pass one of them")
     if not model.use_peft:

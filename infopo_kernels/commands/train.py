@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -19,15 +20,19 @@ from infopo_kernels.commands.data import Data
 from infopo_kernels.commands.errors import UserError, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile
 from infopo_kernels.commands.options import parse
+from infopo_kernels.commands.policy import check_adapter, init_options, load_start, saved_adapter
 from infopo_kernels.commands.report import evaluation_table
 from infopo_kernels.commands.resume import checkpoint_to_resume
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
+from infopo_kernels.integrations.preferences import check_features
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer
 from infopo_kernels.reference_logps import ReferenceTable
 
 
 def load_model_files(model: ModelConfig, config: InfoPOConfig) -> tuple[Any, Any]:
     """The model's tokenizer (or processor) and configuration, after `smollm2` has become a directory.
+
+    Of a directory with an adapter there is no configuration: the adapter may have added tokens to its base's.
 
     Raises:
         UserError: there is no such model.
@@ -40,6 +45,8 @@ def load_model_files(model: ModelConfig, config: InfoPOConfig) -> tuple[Any, Any
         f"`--model_name_or_path {name}` cannot be loaded; pass a directory written by save_pretrained, the id of a "
         f"causal language model on the hub, or {SMOLLM2!r}. Reason: "
     ):
+        if saved_adapter(model) is not None:
+            return AutoProcessor.from_pretrained(model.model_name_or_path, **options), None
         model_config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
         return AutoProcessor.from_pretrained(model.model_name_or_path, **options), model_config
 
@@ -89,13 +96,14 @@ def main(words: Sequence[str], prog: str) -> None:
     script, config, model, mixture = parse(words, prog)
     data = Data(script, config, mixture)
     processor, model_config = load_model_files(model, config)
+    adapter = check_adapter(script, model)
     train, test = data.features(processor, model_config)
     _check_references(config, train)
     prepare_output(Path(config.output_dir), overwrite=script.overwrite or config.resume_from_checkpoint is not None)
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir), config.world_size)
     if data.has_eval and config.eval_strategy == "no":
         config.eval_on_start = checkpoint is None
-    trainer = make_trainer(model, config, processor, train, test)
+    trainer = make_trainer(model, config, processor, train, test, adapter)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if script.merge_adapter and sharded:
         raise UserError("--merge_adapter does not go with sharded weights; save the adapter, merge it on one device")
@@ -115,38 +123,46 @@ def main(words: Sequence[str], prog: str) -> None:
         # rich takes 80 columns where it cannot ask a terminal; the table needs more.
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(evaluation_table({"held out": trainer.state.log_history}))
-    say(f"The {'adapter' if model.use_peft and not script.merge_adapter else 'model'} is in {config.output_dir}.")
+    kept = (model.use_peft or adapter == "continue") and not script.merge_adapter
+    say(f"The {'adapter' if kept else 'model'} is in {config.output_dir}.")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.end_training()
 
 
-def make_trainer(model: ModelConfig, config: InfoPOConfig, processor: Any, train: Any, test: Any) -> InfoPOTrainer:
-    """The trainer, as `trl dpo` builds it.
+def make_trainer(
+    model: ModelConfig, config: InfoPOConfig, processor: Any, train: Any, test: Any, adapter: str = "refuse"
+) -> InfoPOTrainer:
+    """The trainer, as `trl dpo` builds it; `adapter`: see `check_adapter`.
 
     Raises:
         UserError: model, data and options do not go together.
     """
-    config.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(config.model_init_kwargs or {}),
-    }
+    config.model_init_kwargs = init_options(model, config)
     if model.dtype in ("bfloat16", "float16") and not model.use_peft:
         say(
             f"--dtype {model.dtype}: the weights that are trained have this type, and small updates are lost in it; "
             f"--dtype float32 --bf16 keeps them and computes in bfloat16."
         )
+    start: Any = model.model_name_or_path
+    reference = None
+    if adapter != "refuse":
+        start = load_start(adapter, model, config)
+        config.model_init_kwargs = None  # the model is here
+        if adapter == "merge" and not model.use_peft and not config.precompute_ref_log_probs:
+            reference = copy.deepcopy(start)  # TRL would load it by its name, which is that of the adapter
+        with user_errors():
+            check_features(train if isinstance(train, datasets.Dataset) else (), start)
     with user_errors():
         return InfoPOTrainer(
-            model=model.model_name_or_path,
+            model=start,
+            ref_model=reference,
             args=config,
             train_dataset=train,
             eval_dataset=test,
             processing_class=processor,
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            quantization_config=get_quantization_config(model) if adapter == "refuse" else None,
+            peft_config=get_peft_config(model) if adapter != "continue" else None,
             callbacks=[MetricsFile(Path(config.output_dir) / "metrics.jsonl")],
         )
 

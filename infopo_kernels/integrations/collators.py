@@ -24,6 +24,7 @@ from torch import Tensor
 from infopo_kernels.integrations.preferences import (
     Feature,
     cut,
+    lists_rejected,
     nothing_to_score,
     preference_features,
     rejected_responses,
@@ -88,8 +89,7 @@ def _loss_keys(features: Sequence[Feature], prompts: Sequence[_Prompt], *, packe
     """What the loss takes beside the layout (see the head of this file)."""
     keys: dict[str, Any] = {}
     K = [len(p.rejected) for p in prompts]
-    weighted = any(feature.get("weight") is not None for feature in features)
-    several = weighted or any(isinstance(next(iter(f["rejected_ids"]), None), Sequence) for f in features)
+    several = any(feature.get("weight") is not None or lists_rejected(feature) for feature in features)
     if packed or several:
         keys["is_chosen"] = torch.arange(len(prompts) + sum(K)) < len(prompts)
     if several:

@@ -72,7 +72,8 @@ def _learned_positions(model: nn.Module, embedding: Any) -> int | None:
     """
     config: Any = getattr(model, "config", None)
     named = getattr(config, "max_position_embeddings", None)
-    limits: list[int] = []
+    # MPT makes its ALiBi slopes for so many tokens, and fails beyond.
+    limits: list[int] = [config.max_seq_len] if getattr(config, "model_type", None) == "mpt" else []
     for name, module in model.named_modules():
         own = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and module is not embedding and _names_positions(own):
@@ -125,8 +126,9 @@ def check_features(features: Iterable[dict[str, Any]], model: Any, places: Seque
                 )
             length = len(ids) if name == "prompt" else len(feature["prompt_ids"]) + len(ids)
             if limits.positions is not None and length > limits.positions:
+                what = "the prompt has" if name == "prompt" else "prompt and response have"
                 raise PreferenceError(
-                    f"prompt and response have {length} tokens, and the model has learned positions for "
+                    f"{what} {length} tokens, and the model has learned positions for "
                     f"{limits.positions}; cut the data with max_length={limits.positions} (or less), or use a model "
                     f"with longer context.",
                     where=where,

@@ -44,6 +44,7 @@ __all__ = [
     "cut",
     "encode",
     "feature_dataset",
+    "lists_rejected",
     "nothing_to_score",
     "parse_preference",
     "preference_features",
@@ -144,10 +145,11 @@ def _warn_of_lost_prompts(lost: Sequence[tuple[str, str]], pairs: int) -> None:
 def rejected_responses(feature: Feature, name: str = "rejected_ids") -> list[Any]:
     """`feature[name]`, a field of the rejected responses, as a list of one entry a response, also for a single one."""
     values = feature[name]
-    return list(values) if _several(feature) else [values]
+    return list(values) if lists_rejected(feature) else [values]
 
 
-def _several(feature: Feature) -> bool:
+def lists_rejected(feature: Feature) -> bool:
+    """Whether the feature lists its rejected responses, be it one, rather than holding a single one."""
     ids = feature["rejected_ids"]
     return bool(ids) and isinstance(ids[0], Sequence)
 
@@ -160,7 +162,7 @@ def cut(feature: Feature, max_length: int | None) -> Feature:
     if max_length is None:
         return feature
     room = max(0, max_length - len(feature["prompt_ids"]))
-    several = _several(feature)
+    several = lists_rejected(feature)
     kept = dict(feature)
     for name in ("chosen_ids", "chosen_mask", "rejected_ids", "rejected_mask"):
         if (value := feature.get(name)) is not None:
@@ -175,7 +177,7 @@ def nothing_to_score(feature: Feature) -> str | None:
     Without a prompt the first token of a response has no logits to be scored by.
     """
     first = 0 if feature["prompt_ids"] else 1
-    several = _several(feature)
+    several = lists_rejected(feature)
     responses = [("the chosen response", feature["chosen_ids"], feature.get("chosen_mask"))]
     masks = feature.get("rejected_mask")
     for index, ids in enumerate(rejected_responses(feature)):
@@ -245,9 +247,9 @@ def preference_features(
     report_bad_rows(problems, len(features) + dropped + len(problems), skip=skip_bad_rows)
     _check_what_is_left(len(features), dropped, max_length, longest)
     _warn_of_lost_prompts(lost, len(features))
-    if any(map(_several, features)):  # one depth, so that the features can become a table
+    if any(map(lists_rejected, features)):  # one depth, so that the features can become a table
         for feature in features:
-            if not _several(feature):
+            if not lists_rejected(feature):
                 for name in ("rejected_ids", "rejected_mask", "ref_rejected_logps"):
                     if name in feature:
                         feature[name] = [feature[name]]
@@ -302,7 +304,7 @@ class _RowEncoder:
         if self.masks and "chosen_mask" not in feature:
             feature["chosen_mask"] = [1] * len(feature["chosen_ids"])
             ids = feature["rejected_ids"]
-            feature["rejected_mask"] = [[1] * len(each) for each in ids] if _several(feature) else [1] * len(ids)
+            feature["rejected_mask"] = [[1] * len(each) for each in ids] if lists_rejected(feature) else [1] * len(ids)
         # The row's own columns (its weight, its references) stay as they are.
         return {**{key: feature[key] for key in empty}, _BAD: None if scorable(feature) else "", _LOST: lost or None}
 
