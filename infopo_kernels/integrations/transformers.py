@@ -14,6 +14,7 @@ do for logits: the head's weight is whole where it is used, and results leave as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -101,28 +102,29 @@ class _AttachedForward:
 
     __name__ = "forward"
 
-    def __init__(self, causal: Any) -> None:
-        self.__setstate__(causal)
+    def __init__(self, causal: Any, attachment: _Attachment) -> None:
+        self.__setstate__((causal, attachment))
 
     def __getstate__(self) -> Any:
-        return self.__self__
+        return self.__self__, self._attachment
 
-    def __setstate__(self, causal: Any) -> None:
-        own = type(causal).forward
-        self.__self__ = causal
+    def __setstate__(self, state: Any) -> None:
+        self.__self__, self._attachment = state
+        own = type(self.__self__).forward
         self.__doc__, self.__qualname__ = own.__doc__, own.__qualname__
-        self.__signature__ = inspect.signature(functools.partial(own, causal))
-        function = FunctionType(_forward.__code__, _forward.__globals__, "forward", _forward.__defaults__)
-        function.__kwdefaults__, function.__doc__, function.__qualname__ = (
-            _forward.__kwdefaults__,
-            own.__doc__,
-            own.__qualname__,
-        )
+        self.__signature__ = inspect.signature(functools.partial(own, self.__self__))
+        # Whoever binds it to a model again (Accelerate) may do so with a copy: it takes the attachment of its model.
+        function = FunctionType(_of_model.__code__, _of_model.__globals__, "forward")
+        function.__doc__, function.__qualname__ = own.__doc__, own.__qualname__
         function.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
         self.__func__ = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self.__self__, *args, **kwargs)
+        return _forward(self.__self__, self._attachment, *args, **kwargs)
+
+
+def _of_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _forward(self, vars(self)[_ATTACHMENT], *args, **kwargs)
 
 
 def causal_model(model: Any) -> Any:
@@ -193,8 +195,9 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
         attachment.logit, attachment.kernel, attachment.checked_vocabulary = transform, kernel, None
         return model
     attribute = forward_attribute(causal)
-    setattr(causal, _ATTACHMENT, _Attachment(getattr(causal, attribute), attribute, transform, kernel))
-    setattr(causal, attribute, _AttachedForward(causal))
+    attachment = _Attachment(getattr(causal, attribute), attribute, transform, kernel)
+    setattr(causal, _ATTACHMENT, attachment)
+    setattr(causal, attribute, _AttachedForward(causal, attachment))
     return model
 
 
@@ -228,7 +231,7 @@ def _stands_for(forward: Any, causal: Any) -> bool:
     """Whether this is the model's attached forward: the object, or its function, bound again by who unwrapped it."""
     if isinstance(forward, _AttachedForward):
         return forward.__self__ is causal
-    return getattr(getattr(forward, "__func__", forward), "__code__", None) is _forward.__code__
+    return getattr(getattr(forward, "__func__", forward), "__code__", None) is _of_model.__code__
 
 
 def is_attached(model: Any) -> bool:
@@ -243,12 +246,21 @@ def is_attached(model: Any) -> bool:
     forward = vars(causal).get("forward")
     if hasattr(causal, "_hf_hook"):  # Accelerate's wrapper looks `_old_forward` up when it is called
         forward = vars(causal).get("_old_forward")
-    while forward is not None:
-        if _stands_for(forward, causal):
-            return True
-        function = getattr(forward, "__func__", forward)
-        forward = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
-    return False
+    return _leads_to_attached(forward, causal)
+
+
+def _leads_to_attached(forward: Any, causal: Any, depth: int = 12) -> bool:
+    """Whether a forward is the attached one, or wraps it: by `functools.wraps`, by `partial`, or in a closure."""
+    if forward is None or depth == 0:
+        return False
+    if _stands_for(forward, causal):
+        return True
+    function = getattr(forward, "__func__", forward)
+    inner = [getattr(function, "__wrapped__", None), getattr(function, "func", None)]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            inner += [cell.cell_contents] if callable(cell.cell_contents) else []
+    return any(_leads_to_attached(each, causal, depth - 1) for each in inner)
 
 
 def own_output(model: Any, output: Any) -> LinearLogpsOutput:
@@ -288,6 +300,7 @@ def _lost(model: Any) -> str:
 
 def _forward(
     self: Any,
+    attachment: _Attachment,
     *args: Any,
     labels: Tensor | None = None,
     linear_logps: Reduction | None = None,
@@ -303,7 +316,6 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """The forward of an attached model; see `attach_linear_logps`."""
-    attachment: _Attachment = vars(self)[_ATTACHMENT]
     objective = _asked_for(linear_logps, infopo, objective)
     if linear_logps is None and objective is None:
         given = {
