@@ -64,12 +64,12 @@ def test_train_leaves_a_model_that_loads_and_has_changed(model: Path, data: Path
 
 
 def test_trls_names_and_yaml_are_the_short_names(model: Path, data: Path, tmp_path: Path) -> None:
-    short = ("--lr", "1e-2", "--steps", "2", "--batch", "1", "--accumulate", "2", "--beta", "0.5", "--warmup", "0")
+    short = ("--lr", "1e-3", "--steps", "2", "--batch", "1", "--accumulate", "2", "--beta", "0.05", "--warmup", "0")
     assert train(model, data, tmp_path / "a", *short) == 0
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"model_name_or_path: {model}\nlearning_rate: 0.01\nmax_steps: 7\nper_device_train_batch_size: 1\n"
-        f"gradient_accumulation_steps: 2\nbeta: 0.5\nwarmup_steps: 0\nuse_cpu: true\ndisable_tqdm: true\n"
+        f"model_name_or_path: {model}\nlearning_rate: 0.001\nmax_steps: 7\nper_device_train_batch_size: 1\n"
+        f"gradient_accumulation_steps: 2\nbeta: 0.05\nwarmup_steps: 0\nuse_cpu: true\ndisable_tqdm: true\n"
     )
     words = ["--config", str(config), "--dataset_name", str(data), "--output-dir", str(tmp_path / "b")]
     assert main(["train", *words, "--max_steps", "2"]) == 0, "a word beats the file"
@@ -174,6 +174,13 @@ def test_what_the_model_cannot_take_is_said_before_any_work(tmp_path: Path, caps
         assert train(model, data, tmp_path / "tuned") == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_step_that_is_not_finite_ends_in_one_line(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    assert train(model, data, tmp_path / "tuned", "--lr", "1", "--beta", "10", "--steps", "3", "--warmup", "0") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("train: Step ")
+    assert "ower the learning rate" in said
 
 
 def test_an_output_that_holds_something_is_left_alone(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
