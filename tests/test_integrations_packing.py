@@ -19,6 +19,7 @@ from infopo_kernels.integrations.collators import (  # noqa: E402
     PreferenceCollator,
     preference_features,
 )
+from infopo_kernels.integrations.preferences import PreferenceError  # noqa: E402
 from infopo_kernels.integrations.step import (  # noqa: E402
     metric_sums,
     metrics,
@@ -26,7 +27,6 @@ from infopo_kernels.integrations.step import (  # noqa: E402
     rejected_half,
     split_inputs,
 )
-from infopo_kernels.integrations.preferences import PreferenceError  # noqa: E402
 from infopo_kernels.integrations.trainer import PreferenceTrainer, compute_infopo_loss  # noqa: E402
 from infopo_kernels.integrations.transformers import attach_linear_logps  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, examples, tiny_model  # noqa: E402
