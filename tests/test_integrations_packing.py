@@ -19,7 +19,7 @@ from infopo_kernels.integrations.collators import (  # noqa: E402
     PreferenceCollator,
     preference_features,
 )
-from infopo_kernels.integrations.preference_step import (  # noqa: E402
+from infopo_kernels.integrations.step import (  # noqa: E402
     metric_sums,
     metrics,
     reference_logps,

@@ -21,7 +21,7 @@ from tests import triton_support as ts
 # Triton is imported by the module above, and by what follows.
 
 from infopo_kernels.backends.base import Head
-from infopo_kernels.backends.triton import (
+from infopo_kernels.backends.triton.kernels import (
     gradient_tile,
     hidden_product,
     kept,
@@ -31,7 +31,8 @@ from infopo_kernels.backends.triton import (
     weight_product,
 )
 from infopo_kernels.backends.triton.launch import prepare
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels.objectives import InfoPOOptions
+from tests.support import objective_arguments
 from tests.triton_support import Problem, interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -74,8 +75,9 @@ def test_objective_stays_inside(cu: list[int]) -> None:
     """Even with `cu_seqlens` that nobody checked: on a GPU that would take a synchronisation."""
     logp, labels = -torch.rand(20), torch.arange(20)
     bounds, chosen = torch.tensor(cu), torch.tensor([True, False, True])
+    arguments = objective_arguments(labels, bounds, chosen, torch.zeros(3).double(), 1.0, torch.ones(3).double())
     with ts.checked_addresses():
-        ts.backend().objective(logp, labels, bounds, chosen, torch.zeros(3).double(), InfoPOOptions(), 1.0)
+        ts.backend().objective(InfoPOOptions(), logp, *arguments)
 
 
 # --- the check itself: a kernel with one mask dropped must be caught -------------------------------------------------
@@ -134,7 +136,7 @@ def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
 
 def test_a_dropped_vocabulary_mask_is_caught_by_value() -> None:
     """A tail that counts exp(0) instead of exp(-inf) stays inside its tensors; the numbers tell."""
-    from infopo_kernels.backends.triton import logits
+    from infopo_kernels.backends.triton.kernels import logits
 
     inputs = ts.make(Problem("tail", v=75), torch.float32)
     truth = ts.plain(inputs)

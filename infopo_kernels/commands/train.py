@@ -17,7 +17,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from infopo_kernels.commands.console import is_main, quiet_other_processes, say
 from infopo_kernels.commands.data import Data
-from infopo_kernels.commands.errors import UserError, user_errors
+from infopo_kernels.commands.errors import UserError, one_line, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile
 from infopo_kernels.commands.options import parse
 from infopo_kernels.commands.policy import check_adapter, init_options, load_start, saved_adapter
@@ -115,7 +115,10 @@ def main(words: Sequence[str], prog: str) -> None:
         f"{' + '.join(config.loss_type)} on {pairs}: {batch} pairs a step on {config.world_size} "
         f"{'process' if config.world_size == 1 else 'processes'}, lr {config.learning_rate:g}, beta {config.beta:g}."
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:  # a step that is not finite: options, not a fault of the program
+        raise UserError(one_line(error)) from error
     if data.has_eval and config.eval_strategy == "no":
         trainer.evaluate()
     save(trainer, merge_adapter=script.merge_adapter)
