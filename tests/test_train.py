@@ -96,7 +96,12 @@ def test_train_with_lora(model: Path, data: Path, tmp_path: Path, merge: bool) -
 
 def test_defaults_are_shown_with_the_short_names() -> None:
     said = make_parser().format_help()
-    for text in ("--lora-rank    --use_peft --lora_r ...", "learning_rate 1e-05", "torchrun --nproc-per-node", "smollm2"):
+    for text in (
+        "--lora-rank    --use_peft --lora_r ...",
+        "learning_rate 1e-05",
+        "torchrun --nproc-per-node",
+        "smollm2",
+    ):
         assert text in said
     assert make_parser().get_default("learning_rate") == 1e-5
 

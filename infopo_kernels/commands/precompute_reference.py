@@ -29,7 +29,6 @@ from infopo_kernels.commands.options import TrainArguments, parse
 from infopo_kernels.commands.policy import check_adapter, load_start, saved_adapter
 from infopo_kernels.commands.train import load_model_files
 from infopo_kernels.integrations.collators import PreferenceCollator
-from infopo_kernels.integrations.step import reference_logps
 from infopo_kernels.integrations.preferences import Feature, check_features, rejected_responses
 from infopo_kernels.integrations.references import (
     Header,
@@ -41,6 +40,7 @@ from infopo_kernels.integrations.references import (
     read_part,
     type_name,
 )
+from infopo_kernels.integrations.step import reference_logps
 from infopo_kernels.integrations.transformers import attach_linear_logps
 from infopo_kernels.integrations.trl import InfoPOConfig
 
