@@ -27,7 +27,6 @@ LEVELS = {
     "modules": 7,
     "integrations": 9,
     "training": 9,
-    "bench": 10,
     "cli": 12,
 }
 
