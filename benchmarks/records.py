@@ -9,7 +9,7 @@ A run on another processor writes into another folder, so records of several lie
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,6 +25,16 @@ RESULTS: Final = Path(__file__).parent / "results"
 
 _POINT: Final = ["shape", "case", "dtype", "pairs", "length"]
 """What tells the points of the speed record apart."""
+
+_FIGURES: Final = {
+    "speed": ("seconds", "spread", "repetitions"),
+    "memory": ("peak_mib",),
+    "long-context": ("seconds", "peak_mib"),
+    "accuracy": ("sequence", "token", "hidden", "weight"),
+    "training": ("seconds", "peak_mib"),
+    "long-context-training": ("seconds", "peak_mib", "held_mib", "asked_mib"),
+}
+"""Columns that a record has even if nobody has a figure there."""
 
 _NO_FIGURE: Final = ("failed", "skipped", "not_run")
 
@@ -45,10 +55,10 @@ Records = dict[str, Record]
 """By part."""
 
 
-def _frame(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    rows = list(rows)
+def _frame(part: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
     why = [next((f"{key.replace('_', ' ')}: {row[key]}" for key in _NO_FIGURE if row.get(key)), None) for row in rows]
-    return pd.DataFrame(rows).assign(why=why)
+    frame = pd.DataFrame(rows).assign(why=why)
+    return frame.assign(**{name: float("nan") for name in _FIGURES.get(part, ()) if name not in frame})
 
 
 def _speed_frame(content: dict[str, Any]) -> pd.DataFrame:
@@ -57,7 +67,7 @@ def _speed_frame(content: dict[str, Any]) -> pd.DataFrame:
         each = entry["stats"]["data"]
         rows.append({**entry["extra_info"], "seconds": median(each), "spread": spread(each), "repetitions": len(each)})
     rows += [{**entry, "skipped": entry["reason"]} for entry in content.get("skipped", ())]
-    frame = _frame(rows)
+    frame = _frame("speed", rows)
     for column, name in (("floor", FLOOR), ("ours", OURS)):
         of_point = frame[frame["contender"] == name].groupby(_POINT)["seconds"].first().rename(column)
         frame = frame.join(of_point, on=_POINT)
@@ -77,7 +87,7 @@ def _load(part: str, pieces: Sequence[dict[str, Any]]) -> Record:
     content = dict(first)
     for key in lists:
         content[key] = [entry for piece in pieces for entry in piece[key]]
-    rows = _speed_frame(content) if "benchmarks" in content else _frame(content["rows"])
+    rows = _speed_frame(content) if "benchmarks" in content else _frame(part, content["rows"])
     settings = {key: value for key, value in content.items() if key not in ("machine_info", *lists)}
     return Record(part, content["machine_info"], settings, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -142,5 +143,7 @@ def test_a_sweep_runs_what_is_missing(tiny: Path, tmp_path: Path, monkeypatch: p
         assert [step["learning_rate"] / run["lr"] for step in train] == pytest.approx([1, 2 / 3, 1 / 3])
         assert train[0]["chosen_log_ratio"] == pytest.approx(0, abs=1e-4), "the first step's batch is the reference's"
         assert abs(train[-1]["chosen_log_ratio"]) > 1e-3
-        assert train[0]["rejected_weight"] == pytest.approx(run["beta"] * (0.5 if run["loss"] == "dpo" else 0.36788))
+        assert train[0]["rejected_weight"] == pytest.approx(
+            run["beta"] * (0.5 if run["loss"] == "dpo" else math.exp(-1))
+        )
         assert run["after"]["chosen_log_ratio"] != 0
