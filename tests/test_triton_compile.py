@@ -45,14 +45,15 @@ def test_sample_of_kernels_passes_the_gates() -> None:
     assert all(row.wide for row in rows if row.kernel == "kept_gradient_kernel"), "kept logits move 16 bytes at a time"
     assigned = [row for row in rows if row.kernel == "weight_product_kernel" and row.constants["ADD"] is False]
     assert {row.target for row in assigned} == set(kernel_report.SAMPLE_TARGETS)
-    failures = [f"{row.name()}: {row.failures()}" for row in rows if row.failures()]
+    failures = [str(row) for row in rows if row.failures()]
     assert not failures, "\n".join(failures)
     assert "| logprob | bfloat16 |" in kernel_report.markdown(rows)
 
 
 def test_gates_can_fail() -> None:
     good = kernel_report.Row(
-        "sm_90", "logprob_kernel", "bfloat16", False, 1, 64, 1, {}, 8, 3, 200, 0, 0, 1000, 1, "HGMMA 4", 30
+        registers=200, stack=0, spills=0, shared=1000, occupancy=1, tensor="HGMMA 4", wide=30, target="sm_90",
+        kernel="logprob_kernel", shape=offline.Shape(1, 64, 1, torch.bfloat16, False), constants={}, warps=8, stages=3,
     )  # fmt: skip
     assert good.failures() == []
     for change, said in (
