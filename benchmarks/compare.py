@@ -6,7 +6,6 @@ their quotient does not.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -70,7 +69,7 @@ def table(changes: pd.DataFrame) -> report.Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m benchmarks compare OLD NEW`: 1 if this library became slower, else 0."""
-    parser = argparse.ArgumentParser("python -m benchmarks compare", description=(__doc__ or "").split("\n\n")[0])
+    parser = records.parser("compare", __doc__, None)
     for name in ("old", "new"):
         parser.add_argument(name, type=Path, help="a speed record, or a folder of records")
     args = parser.parse_args(argv)

@@ -6,11 +6,11 @@ A page holds its tables between `<!-- NAME: begin -->` and `<!-- NAME: end -->`;
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from benchmarks import records, report
+from benchmarks import plots, records, report
 from benchmarks.contenders import CONTENDERS
 from benchmarks.parts import cpu_targets, long_context_training, packing, tuning_sweep
 from benchmarks.records import Record, Records
@@ -133,22 +133,18 @@ def pages(folder: Path = records.RESULTS) -> dict[Path, str]:
     return {**texts, PAGE: benchmarks_page(found)}
 
 
-def main(argv: Any = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write the pages and redraw the plots of the committed records."""
-    import argparse
-
-    from benchmarks import plots
-
-    parser = argparse.ArgumentParser(COMMAND, description=main.__doc__)
+    parser = records.parser("pages", __doc__, None)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is out of date")
-    check = parser.parse_args(argv).check
-    changed = [page for page, text in pages().items() if not page.exists() or page.read_text() != text]
+    check, written = parser.parse_args(argv).check, pages()
+    changed = [page for page, text in written.items() if not page.exists() or page.read_text() != text]
     if check:
         for page in changed:
             print(f"{page.relative_to(ROOT)} is out of date: {COMMAND}")
         return int(bool(changed))
-    for page, text in pages().items():
-        page.write_text(text)
+    for page in changed:
+        page.write_text(written[page])
     for name, of in records.load_all(records.RESULTS).items():
         plots.draw(of, records.RESULTS / name)
     return 0

@@ -8,6 +8,7 @@ A run on another processor writes into another folder, so records of several lie
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,16 @@ class Record:
 
 Records = dict[str, Record]
 """By part."""
+
+
+def parser(name: str, text: str | None, output: Path | None = RESULTS) -> argparse.ArgumentParser:
+    """Options of the command `name`, described by a module's text; `--output` where it writes records."""
+    made = argparse.ArgumentParser(
+        f"python -m benchmarks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if output is not None:
+        made.add_argument("--output", type=Path, default=output, help=f"folder of folders by processor ({output})")
+    return made
 
 
 def _frame(part: str, rows: list[dict[str, Any]]) -> pd.DataFrame:

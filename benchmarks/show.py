@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def show(folder: Path, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m benchmarks show FOLDER`."""
-    parser = argparse.ArgumentParser("python -m benchmarks show", description=__doc__)
+    parser = records.parser("show", __doc__, None)
     parser.add_argument("folder", type=Path, help="of one processor, such as benchmarks/results/intel-6-207-2")
     show(parser.parse_args(argv).folder, report.console())
     return 0

@@ -9,7 +9,6 @@ kernel. `python -m benchmarks --device cuda` measures against other libraries.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,13 +105,10 @@ def table(record: records.Record) -> report.Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the record, show it."""
-    parser = argparse.ArgumentParser(
-        f"python -m benchmarks {RECORD}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser(RECORD, __doc__, Path("out/bench"))
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--output", type=Path, default=Path("out/bench"), help="folder of folders by processor")
     arguments = parser.parse_args(argv)
     gpu = torch.device("cuda")
     reason = TritonBackend().unsupported_reason(gpu, torch.bfloat16)

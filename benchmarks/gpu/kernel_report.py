@@ -6,7 +6,6 @@ inputs (HGMMA on sm_90, UTC*MMA on sm_100, HMMA or MFMA elsewhere), 16-byte acce
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from typing import Any, Final
 import torch
 import triton
 
-from benchmarks import report
+from benchmarks import records, report
 from benchmarks.gpu import offline
 from benchmarks.gpu.machine_code import Usage, usage
 from benchmarks.measure.fresh import in_fresh_process
@@ -185,7 +184,7 @@ def markdown(rows: Sequence[Row], sample: bool = False) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print the report, hold the gates: 0 if every kernel passes, else 1."""
-    parser = argparse.ArgumentParser("python -m benchmarks kernels", description=__doc__)
+    parser = records.parser("kernels", __doc__, None)
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), help="targets (default: all)")
     parser.add_argument("--sample", action="store_true", help=f"a sample for CI: {SAMPLE_RULE}")
     parser.add_argument("--output", type=Path, help="write the report here, for example docs/kernels.md")

@@ -14,7 +14,6 @@ waves, not on how good a product is; `--efficiency` says how much slower Triton'
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import records, report
 from benchmarks.gpu import offline
 from benchmarks.gpu.offline import Launched
 from infopo_kernels.backends.base import Gradients, Head
@@ -339,39 +339,48 @@ def bare(device: Device, work: Work, n: int, h: int, v: int) -> float:
     return work.products * 2 * n * h * v / (device.tflops * 1e12 * SHARE_OF_PEAK)
 
 
+def overview(shape: tuple[int, int, int], efficiency: float) -> report.Table:
+    """Every work on every device, overlapped - serial, over the bare products (milliseconds in brackets)."""
+    rows = []
+    for work in WORK:
+        cells = []
+        for device in DEVICES:
+            p, floor = predict(device, calls(work, device, *shape), efficiency), bare(device, work, *shape)
+            ratios = f"{p.overlapped / floor:.2f} - {p.serial / floor:.2f}"
+            cells.append(f"{ratios} ({p.overlapped * 1e3:.1f} - {p.serial * 1e3:.1f})")
+        rows.append([work.name, str(work.products), *cells])
+    title = (
+        f"MODEL, nothing measured: bfloat16, {shape[0]} rows, hidden size {shape[1]}, vocabulary {shape[2]};\n"
+        f"products at {SHARE_OF_PEAK:.3f} of peak, Triton's at {efficiency:g} of that. Time over the bare\n"
+        "products' time, overlapped - serial (milliseconds in brackets):"
+    )
+    return report.Table("roofline", title, ["work", "bare products", *(device.name for device in DEVICES)], rows)
+
+
+def details(work: Work, device: Device, shape: tuple[int, int, int], efficiency: float) -> report.Table:
+    """Every kernel of a work on a device."""
+    prediction = predict(device, calls(work, device, *shape), efficiency)
+    rows = []
+    for name, (count, operations, size, compute, memory) in prediction.by_kernel.items():
+        figures = (operations / 1e12, size / 1e9, compute * 1e3, memory * 1e3)
+        rows.append([name, f"{count:.0f}", *(f"{figure:.2f}" for figure in figures)])
+    columns = ["kernel", "launches", "TFLOP", "GB", "ms of operations", "ms of bytes"]
+    return report.Table("roofline", f"{work.name}, {device.name}: {prediction.launches} launches", columns, rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the model's tables."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser("roofline", __doc__, None)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--efficiency", type=float, default=1.0, help="Triton's product rate over the bare one")
     parser.add_argument("--details", choices=[d.name for d in DEVICES], help="count every kernel on this device")
     arguments = parser.parse_args(argv)
-    shape = arguments.rows, arguments.hidden, arguments.vocabulary
-    print(f"MODEL, nothing measured: bfloat16, {shape[0]} rows, hidden size {shape[1]}, vocabulary {shape[2]};")
-    print(f"products at {SHARE_OF_PEAK:.3f} of peak, Triton's at {arguments.efficiency:g} of that. Time over the bare")
-    print("products' time, overlapped - serial (milliseconds in brackets):\n")
-    print("| work | bare products | " + " | ".join(d.name for d in DEVICES) + " |")
-    print("| --- | --: |" + " --: |" * len(DEVICES))
-    for work in WORK:
-        cells = []
-        for device in DEVICES:
-            prediction = predict(device, calls(work, device, *shape), arguments.efficiency)
-            floor = bare(device, work, *shape)
-            ratios = f"{prediction.overlapped / floor:.2f} - {prediction.serial / floor:.2f}"
-            cells.append(f"{ratios} ({prediction.overlapped * 1e3:.1f} - {prediction.serial * 1e3:.1f})")
-        print(f"| {work.name} | {work.products} | " + " | ".join(cells) + " |")
-    if arguments.details:
-        device = next(d for d in DEVICES if d.name == arguments.details)
-        for work in WORK:
-            prediction = predict(device, calls(work, device, *shape), arguments.efficiency)
-            print(f"\n{work.name}, {device.name}: {prediction.launches} launches\n")
-            print("| kernel | launches | TFLOP | GB | ms of operations | ms of bytes |")
-            print("| --- | --: | --: | --: | --: | --: |")
-            for name, (count, operations, size, compute, memory) in prediction.by_kernel.items():
-                numbers = f"{operations / 1e12:.2f} | {size / 1e9:.2f} | {compute * 1e3:.2f} | {memory * 1e3:.2f}"
-                print(f"| {name} | {count:.0f} | {numbers} |")
+    shape, efficiency = (arguments.rows, arguments.hidden, arguments.vocabulary), arguments.efficiency
+    tables = [overview(shape, efficiency)]
+    for device in DEVICES:
+        if device.name == arguments.details:
+            tables += [details(work, device, shape, efficiency) for work in WORK]
+    print("\n\n".join(f"{table.title}\n\n{report.markdown(table)}" for table in tables))
     return 0

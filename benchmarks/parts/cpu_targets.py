@@ -10,10 +10,8 @@ be run one at a time.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -139,10 +137,9 @@ def table(record: records.Record) -> report.Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, merge into the record, show the table."""
-    parser = argparse.ArgumentParser("python -m benchmarks cpu-targets", description=(__doc__ or "").split("\n\n")[0])
+    parser = records.parser(RECORD, __doc__)
     for name, known in (("shapes", tuple(LENGTHS)), ("dtypes", tuple(DTYPES)[:2]), ("parts", PARTS)):
         parser.add_argument(f"--{name}", default=",".join(known), help=f"of: {', '.join(known)} (default: all)")
-    parser.add_argument("--output", type=Path, default=records.RESULTS, help="folder of folders by processor")
     args = parser.parse_args(argv)
     parts = among("parts", args.parts, PARTS)
     rows: list[dict[str, Any]] = []

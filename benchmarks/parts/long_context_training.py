@@ -12,13 +12,11 @@ really fails, and its row says what it had allocated and asked for then. Peak me
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,14 +135,13 @@ def table(record: records.Record) -> report.Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases, write record and plot, show the table."""
-    parser = argparse.ArgumentParser(f"python -m benchmarks {RECORD}", description=(__doc__ or "").split("\n\n")[0])
+    parser = records.parser(RECORD, __doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
     parser.add_argument("--memory-gib", type=float, default=16.0, help="beyond model and gradients (default: 16)")
     for name, value in asdict(Model()).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"of the model (default: {value})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=records.RESULTS, help="folder of folders by processor")
     args = parser.parse_args(argv)
     model, machine, console = (
         Model(args.hidden, args.layers, args.vocabulary),

@@ -7,10 +7,8 @@ The demo's word problems, float32, the same pairs in every layout; repetitions a
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -55,10 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and show."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    parser = argparse.ArgumentParser(f"python -m benchmarks {RECORD}", description=(__doc__ or "").split("\n\n")[0])
+    parser = records.parser(RECORD, __doc__)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=records.RESULTS, help="folder of folders by processor")
     args = parser.parse_args(argv)
     source = str(smollm2_directory())
     model = attach_linear_logps(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)).train()

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,8 +187,7 @@ def table(record: records.Record) -> report.Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, write the record, show the table."""
-    parser = argparse.ArgumentParser(f"python -m benchmarks {RECORD}", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=records.RESULTS, help="folder of folders by processor")
+    parser = records.parser(RECORD, __doc__)
     parser.add_argument("--name", default=RECORD, help="of the record: one for each size of runs")
     parser.add_argument("--only", metavar="TEXT", action="append", help="runs whose name holds this (default: all)")
     parser.add_argument("--steps", type=int, default=12)
