@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -459,3 +460,60 @@ def test_every_command_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
     assert "--product-gflop" in text
+
+
+# Lower may not import higher; every module has a level, by the longest prefix that names it.
+LEVELS = {
+    "cases": 0,
+    "measure": 0,
+    "contenders": 1,
+    "truth": 2,
+    "plan": 2,
+    "records": 2,
+    "style": 2,
+    "parts": 3,
+    "targets": 3,
+    "report": 4,
+    "plots": 4,
+    "compare": 5,
+    "show": 5,
+    "parts.cpu_targets": 5,
+    "parts.long_context_training": 5,
+    "parts.packing": 5,
+    "parts.tuning_sweep": 5,
+    "gpu": 5,
+    "pages": 6,
+    "test_speed": 6,
+    "conftest": 6,
+    "__main__": 7,
+}
+
+
+def test_imports_of_benchmarks_run_one_way() -> None:
+    """And nothing of the package imports benchmarks, which are not installed with it."""
+
+    def imported(path: Path) -> set[str]:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        return {name.removeprefix("benchmarks.") for name in found if name.startswith("benchmarks.")}
+
+    def level(module: str) -> int | None:
+        names = [name for name in LEVELS if module == name or module.startswith(name + ".")]
+        return LEVELS[max(names, key=len)] if names else None
+
+    folder = Path(pages.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        module = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if not module:
+            continue
+        own = level(module)
+        assert own is not None, f"{module} has no level"
+        for name in imported(path):
+            other = level(name)
+            assert other is None or other <= own, f"{module} (level {own}) imports {name} (level {other})"
+    for path in sorted((folder.parent / "infopo_kernels").rglob("*.py")):
+        assert not imported(path), path
