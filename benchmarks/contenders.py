@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Batch, Case
-from infopo_kernels import dispatch
+from infopo_kernels.backends import dispatch
 from infopo_kernels.functional import linear_infopo_loss, linear_logps
 from infopo_kernels.options import IGNORE_INDEX
 

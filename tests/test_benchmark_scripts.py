@@ -23,7 +23,7 @@ from benchmarks.cases import SHAPES, Shape
 from benchmarks.measure.environment import environment
 from benchmarks.parts import cpu_targets, long_context_training, packing, tuning_sweep
 from benchmarks.parts.long_context_training import Model, Setup
-from infopo_kernels.dispatch import unavailable_reason
+from infopo_kernels.backends.dispatch import unavailable_reason
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")

@@ -32,8 +32,8 @@ from benchmarks.measure.fresh import in_fresh_process
 from benchmarks.parts import memory, speed, training
 from benchmarks.plan import SpeedPoint, default_plan
 from benchmarks.truth import check, run, truth
-from infopo_kernels import reference
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels import naive
+from infopo_kernels.objectives import InfoPOOptions
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 48, 301)
@@ -55,13 +55,13 @@ def test_the_truth_is_the_reference(case: Case) -> None:
     """What contenders are checked against equals autograd through materialised logits in float64."""
     batch, right = small(case), truth(small(case), torch.float64)
     hidden, weight = (t.detach().double().requires_grad_() for t in (batch.hidden, batch.weight))
-    loss = reference.linear_infopo_loss(
+    loss = naive.linear_preference_loss(
         hidden,
         weight,
         batch.labels,
         cu_seqlens=batch.cu_seqlens if case.packed else None,
         is_chosen=batch.is_chosen,
-        options=InfoPOOptions(beta=batch.beta, average=True),
+        objective=InfoPOOptions(beta=batch.beta, average=True),
     )
     loss.backward()
     torch.testing.assert_close(right.loss, loss.detach(), rtol=1e-12, atol=1e-12)

@@ -11,7 +11,8 @@ import torch
 from benchmarks.cases import CASES, Batch, Shape, make_batch
 from benchmarks.measure.fresh import in_fresh_process
 from benchmarks.measure.memory import watch
-from infopo_kernels import dispatch, linear_infopo_loss
+from infopo_kernels import linear_infopo_loss
+from infopo_kernels.backends import dispatch
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from benchmarks.measure.timing import interleave
 from benchmarks.parts.memory import Setup, measure_step
 from benchmarks.plan import among
 from benchmarks.truth import check, run, truth
-from infopo_kernels.backends import cpp_cpu
+from infopo_kernels.backends import cpp
 
 RECORD = "cpu-targets"
 PARTS = ("speed", "memory", "long", "accuracy")
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += _memory(f"{case}: memory", shape, dtype) if "memory" in parts else []
     rows += _long() if "long" in parts else []
     rows += _accuracy() if "accuracy" in parts else []
-    machine = environment() | {"isa": cpp_cpu.isa()}
+    machine = environment() | {"isa": cpp.isa()}
     record = records.merge(args.output, RECORD, machine, rows, by=("case",), repetitions=REPETITIONS)
     report.render(report.console(), [table(record)])
     return 0
