@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infopo_kernels.backends import cpp_cpu
+from infopo_kernels.backends import cpp
 from infopo_kernels.backends.base import Head
 from infopo_kernels.options import IGNORE_INDEX
 
@@ -60,7 +60,7 @@ class Budget:
 def operand_rounding(backend: str, dtype: torch.dtype, roundings: int = 2) -> float:
     """r: relative error of what a backend's products take for G. `roundings` of the Triton kernels, two at most."""
     if backend == "cpp":
-        return HALF_STEP[dtype] if cpp_cpu.isa(dtype) == "avx512_bf16" else 0.0
+        return HALF_STEP[dtype] if cpp.isa(dtype) == "avx512_bf16" else 0.0
     return roundings * HALF_STEP[dtype] if backend == "triton" and dtype.itemsize == 2 else 0.0
 
 

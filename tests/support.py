@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from infopo_kernels import InfoPOOptions, LogitOptions, dispatch, linear_infopo_loss, linear_logps, reference
-from infopo_kernels.backends import cpp_cpu as cpp
+from infopo_kernels import InfoPOOptions, LogitOptions, linear_infopo_loss, linear_logps, naive
+from infopo_kernels.backends import cpp, dispatch
 from infopo_kernels.backends.base import Head
 from infopo_kernels.options import IGNORE_INDEX
-from infopo_kernels.packing import to_rows
 from tests.budget import HALF_STEP, SMALLEST, assert_within, error_budget, operand_rounding
 
 CPU_BACKENDS = ["torch", "cpp-portable", "cpp-avx2", "cpp-avx512", "cpp-avx512_bf16"]
@@ -173,11 +172,11 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
 
 
 def logps_truth(inputs: Inputs, reduction: str) -> Tensor:
-    """Log-probabilities by the plain reference."""
+    """Log-probabilities with materialised logits."""
     case = inputs.case
     bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
     with torch.no_grad():
-        return reference.linear_logps(
+        return naive.linear_logps(
             **inputs.fresh(torch.float64), labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
             ignore_index=case.ignore_index, logit=case.logit,
         )  # fmt: skip
@@ -251,25 +250,25 @@ class Truth(Result):
 
 
 def plain(inputs: Inputs) -> Truth:
-    """The reference of a case, differentiated by autograd."""
+    """The naive loss of a case, differentiated by autograd."""
     case = inputs.case
 
     def loss(leaves: dict[str, Tensor | None]) -> Tensor:
-        return reference.linear_infopo_loss(
+        return naive.linear_preference_loss(
             **leaves, labels=inputs.labels, **inputs.layout, ref_logps=inputs.ref_logps, shift=case.shift,
-            ignore_index=case.ignore_index, options=case.objective, logit=case.logit,
+            ignore_index=case.ignore_index, objective=case.objective, logit=case.logit,
         )  # fmt: skip
 
     return differentiated(inputs, loss, lambda value: value * case.loss_factor, case.loss_factor)
 
 
 def plain_logps(inputs: Inputs, reduction: str) -> Truth:
-    """The reference's log-probabilities, with the weights of `fused_logps`."""
+    """Naive log-probabilities, with the weights of `fused_logps`."""
     case = inputs.case
     bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
 
     def logps(leaves: dict[str, Tensor | None]) -> Tensor:
-        return reference.linear_logps(
+        return naive.linear_logps(
             **leaves, labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
             ignore_index=case.ignore_index, logit=case.logit,
         )  # fmt: skip
@@ -293,18 +292,16 @@ def differentiated(
             seen[-1].retain_grad()
             return seen[-1]
 
-        with mock.patch.object(reference, "token_logps", token_logps):
+        with mock.patch.object(naive, "token_logps", token_logps):
             value = compute(leaves)
         scalar(value).backward()
         c = seen[0].grad
         return value.detach(), torch.zeros_like(seen[0]) if c is None else c, leaves
 
-    own, case = reference.token_logps, inputs.case
+    own, case = naive.token_logps, inputs.case
     value, c, leaves = run(0.0)
-    rows = to_rows(
-        cast(Tensor, inputs.tensors["hidden"]), inputs.labels, inputs.layout.get("cu_seqlens"),
-        shift=case.shift, ignore_index=case.ignore_index,
-    )  # fmt: skip
+    hidden = cast(Tensor, inputs.tensors["hidden"])
+    rows = naive._rows(hidden, inputs.labels, inputs.layout.get("cu_seqlens"), case.shift, case.ignore_index)
     weight, bias = cast(Tensor, inputs.tensors["weight"]), inputs.tensors["bias"]
     head = Head(rows.hidden, weight, bias, case.logit.softcap, case.logit.scale, 0)
     dl = error_budget(head, rows.labels, c).l

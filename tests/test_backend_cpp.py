@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.backends.cpp_cpu import CppBackend, isa
+from infopo_kernels.backends.cpp import CppBackend, isa
 from infopo_kernels.options import IGNORE_INDEX
 from tests import support
 from tests.budget import HALF_STEP, Budget, accumulated, assert_within, error_budget, operand_rounding
@@ -296,7 +296,7 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.backends.cpp_cpu import CppBackend
+from infopo_kernels.backends.cpp import CppBackend
 
 def resident(key):
     lines = Path("/proc/self/status").read_text().splitlines()
