@@ -231,6 +231,7 @@ def test_a_fingerprint_reaches_from_the_first_value_of_a_weight_to_the_last(size
 _TARGET = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 FRESH: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(**_TARGET, r=2),
+    "adalora": lambda: peft.AdaLoraConfig(**_TARGET, total_step=10),
     "dora": lambda: peft.LoraConfig(**_TARGET, r=2, use_dora=True),
     "lora-on-everything": lambda: peft.LoraConfig(
         task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens", "o_proj"]
@@ -277,6 +278,13 @@ def test_a_fresh_adapter_does_not_count_and_a_trained_one_does(method: str) -> N
     with torch.no_grad():
         trained[0].add_(0.1)
     assert model_identity(model) not in (plain, (base, adapter))
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-saved-head", "lora-tokens"])
+def test_the_usual_adapters_are_told_without_running_the_model(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft.get_peft_model(tiny_model(), FRESH[method]())
+    monkeypatch.setattr(model.get_base_model(), "forward", None)
+    assert model_identity(model)[1] is None
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def main(words: Sequence[str], prog: str) -> None:
     data = Data(script, config, mixture)
     processor, model_config = load_model_files(model, config)
     train, test = data.features(processor, model_config)
+    if any("chosen_ids" not in feature for part in (train, test) if part is not None for feature in part):
+        raise UserError(f"--dataset_name {script.dataset_name}: holds images; references ahead of time are for text")
     with user_errors():
         features = {pair_key(feature): feature for part in (train, test) if part is not None for feature in part}
     policy = _load(script, model, config)

@@ -129,6 +129,7 @@ def changes_model(model: Any, adapters: Adapters) -> bool:
     Raises:
         ValueError: the answer takes a run, and the weights are partitioned (ZeRO-3).
     """
+    from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -148,14 +149,25 @@ def changes_model(model: Any, adapters: Adapters) -> bool:
         elif isinstance(tokens, TrainableTokensLayer):
             if _tokens_differ(tokens):
                 return True
-        elif isinstance(layer, LoraLayer) and not getattr(layer, "use_dora", None):
-            products = [m for kind in (layer.lora_B, layer.lora_embedding_B) for name, m in kind.items()
-                        if name in layer.active_adapters]  # fmt: skip
-            if any(_any_nonzero(p) for m in products for p in ([m] if isinstance(m, Tensor) else m.parameters())):
+        elif isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer) and not any(layer.use_dora.values()):
+            if any(map(_product_is_not_zero, _factors(layer))):
                 return True
         else:
             unknown = True
     return unknown and _runs_differently(model, adapters)
+
+
+def _factors(layer: Any) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Both factors of each active LoRA; a fresh one has zeros in either (of embeddings in the first)."""
+    for first, second in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
+        for name in second:
+            if name in layer.active_adapters:
+                both = first[name], second[name]
+                yield tuple([each] if isinstance(each, Tensor) else list(each.parameters()) for each in both)  # type: ignore[misc]
+
+
+def _product_is_not_zero(factors: tuple[list[Tensor], list[Tensor]]) -> bool:
+    return all(any(map(_any_nonzero, factor)) for factor in factors)
 
 
 def _any_nonzero(parameter: Tensor) -> bool:

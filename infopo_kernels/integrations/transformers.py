@@ -18,7 +18,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -27,11 +27,13 @@ from torch import Tensor
 
 from infopo_kernels.functional import Reduction, linear_preference_loss
 from infopo_kernels.functional import linear_logps as _linear_logps  # an argument of the forward has its name
+from infopo_kernels.integrations import packing_probe
 from infopo_kernels.integrations.heads import (
     HandsOver,
     ask,
     forward_attribute,
     handed_over,
+    is_dtensor,
     prepare,
     restore,
     vocabulary_size,
@@ -90,6 +92,8 @@ class _Attachment:
     kernel: KernelOptions
     checked_vocabulary: int | None = None
     """Size of the vocabulary for which the model's own treatment of its logits was compared with `logit`."""
+    packing: dict[tuple[bool, Any], str | None] = field(default_factory=dict)
+    """By shared prompts and attention implementation: why packed rows would be mixed; None where they are not."""
 
 
 class _AttachedForward:
@@ -338,6 +342,7 @@ def _forward(
     if rows is not None:
         _check_shared_prompts(self.config)
     head = prepare(self)
+    _check_packing(self, head, attachment, cu_seqlens is not None, args, kwargs)
     hidden, own = _hidden_states(self, head, attachment, args, kwargs)
     if rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
@@ -399,6 +404,48 @@ def _check_shared_prompts(config: Any) -> None:
             f"Packs with shared prompts need layers that all attend without a window, got {sorted(layers)}; "
             f"pack without share_prompt."
         )
+
+
+def _check_packing(
+    model: Any, head: HandsOver, attachment: _Attachment, packed: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse packed rows that the model would mix; asks it once (see `packing_probe`).
+
+    Where the weights travel between ranks in a forward, all ranks have to make as many: so there a padded call asks too,
+    since another rank's may be packed.
+    """
+    if torch.compiler.is_compiling():
+        return
+    name, mask = type(model).__name__, kwargs.get("attention_mask")
+    if packed:
+        packing_probe.check_call(name, kwargs)
+    elif not (_gathers(model) and model.config.get_text_config() is model.config):
+        return
+    key = isinstance(mask, Tensor) and mask.ndim == 4, getattr(model.config, "_attn_implementation", None)
+    if key not in attachment.packing:
+
+        def forward(**inputs: Any) -> Tensor:
+            with handed_over(head) as hidden:
+                attachment.forward(**inputs, use_cache=False, return_dict=True)
+            return hidden[0]
+
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        attachment.packing[key] = packing_probe.verdict(model, forward, ids, kwargs)
+    reason = attachment.packing[key]
+    if packed and reason is not None:
+        raise ValueError(
+            f"{name} mixes the sequences of a packed row: {reason}. It does not go by `position_ids` alone, as recurrent "
+            f"and convolutional layers, learned positions and ALiBi do not. Use padded batches (PreferenceCollator, "
+            f"padding_free=False)."
+        )
+
+
+def _gathers(model: Any) -> bool:
+    """Whether a forward gathers weights from other ranks (FSDP, ZeRO-3)."""
+    return any(
+        is_dtensor(weight) or hasattr(weight, "ds_id") or type(weight).__name__ == "FlatParameter"
+        for weight in model.parameters()
+    )
 
 
 def router_coefficient(config: Any) -> float:
