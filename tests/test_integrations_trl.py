@@ -18,8 +18,8 @@ from datasets import Dataset  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from infopo_kernels.commands import cli  # noqa: E402
-from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer  # noqa: E402
 from infopo_kernels.commands.demo.word_problems import word_problems  # noqa: E402
+from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
 
 STEPS = 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -322,6 +323,62 @@ def test_injected_and_inactive_adapters() -> None:
     assert model_identity(two) == plain  # the trained one is not active
     two.set_adapter("other")
     assert model_identity(two)[1] is not None
+
+
+_PARTITIONED = """
+import sys, torch
+import torch.distributed as dist
+import peft
+from tests.training_fixtures import tiny_model
+from infopo_kernels.integrations.references import model_identity
+
+def lora(fresh):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, init_lora_weights=fresh)
+    torch.manual_seed(4)
+    return peft.get_peft_model(tiny_model(), config)
+
+if {way!r} == "zero3":
+    import deepspeed
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for minutes, and not needed
+    deepspeed.init_distributed("gloo")
+
+    def partition(model):
+        config = {{"train_batch_size": 2, "zero_optimization": {{"stage": 3}}}}
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device="cpu")
+else:
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo")
+    partition = fully_shard
+for make in (tiny_model, lambda: lora(True), lambda: lora(False)):
+    truth, model = model_identity(make()), make()
+    partition(model)
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
+    assert held < sum(p.numel() for p in make().parameters()), held
+    assert model_identity(model) == truth
+config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[])
+model = peft.get_peft_model(tiny_model(), config)
+partition(model)
+try:
+    model_identity(model)
+except ValueError as error:
+    assert "IA3 adapter" in str(error) and "partitioned" in str(error), error
+else:
+    raise AssertionError("told without all weights")
+"""
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
+def test_partitioned_weights_have_the_identity_of_whole_ones(tmp_path: Path, way: str) -> None:
+    if way == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    script = tmp_path / "partitioned.py"
+    script.write_text(_PARTITIONED.format(way=way))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        capture_output=True, text=True, timeout=200, cwd=ROOT, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # Directories with an adapter.
