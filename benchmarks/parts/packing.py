@@ -20,7 +20,8 @@ from benchmarks.measure.timing import interleave, spread
 from infopo_kernels import InfoPOOptions
 from infopo_kernels.commands.demo.word_problems import word_problems
 from infopo_kernels.commands.smollm2 import smollm2_directory
-from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator, preference_features
+from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
+from infopo_kernels.integrations.preferences import preference_features
 from infopo_kernels.integrations.transformers import attach_linear_logps
 
 RECORD = "packing"

@@ -25,7 +25,8 @@ from benchmarks.measure.environment import environment
 from infopo_kernels import infopo_loss
 from infopo_kernels.commands.demo.word_problems import word_problems
 from infopo_kernels.commands.smollm2 import smollm2_directory
-from infopo_kernels.integrations.collators import PreferenceCollator, preference_features
+from infopo_kernels.integrations.collators import PreferenceCollator
+from infopo_kernels.integrations.preferences import preference_features
 from infopo_kernels.integrations.transformers import attach_linear_logps
 
 RECORD = "tuning-sweep"
