@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 
 from infopo_kernels import reference_logps  # noqa: E402
 from infopo_kernels.commands import cli, precompute_reference  # noqa: E402
-from infopo_kernels.integrations.adapters import load_policy  # noqa: E402
+from infopo_kernels.integrations.adapters import check_start, load_policy  # noqa: E402
 from infopo_kernels.integrations.preferences import PreferenceWarning, preference_features  # noqa: E402
 from infopo_kernels.integrations.references import ReferenceTable, model_fingerprint, model_identity  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
@@ -232,6 +232,8 @@ def test_a_fingerprint_reaches_from_the_first_value_of_a_weight_to_the_last(size
 _TARGET = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 FRESH: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(**_TARGET, r=2),
+    "lora-orthogonal": lambda: peft.LoraConfig(**_TARGET, r=2, init_lora_weights="orthogonal"),
+    "lora-bias": lambda: peft.LoraConfig(**_TARGET, r=2, lora_bias=True),
     "adalora": lambda: peft.AdaLoraConfig(**_TARGET, total_step=10),
     "dora": lambda: peft.LoraConfig(**_TARGET, r=2, use_dora=True),
     "lora-on-everything": lambda: peft.LoraConfig(
@@ -420,6 +422,16 @@ def test_an_adapter_is_continued_merged_or_refused(tmp_path: Path, kind: str) ->
     assert not isinstance(merged, peft.PeftModel)
     torch.testing.assert_close(merged.eval()(ids).logits, truth, rtol=1e-4, atol=1e-4)
     assert load_policy(str(tmp_path / "base"), adapter="refuse").config.model_type == "llama"
+
+
+def test_a_model_with_a_frozen_adapter_inside_is_no_start(tmp_path: Path) -> None:
+    path, _ = trained_adapter(tmp_path)
+    disguised = transformers.AutoModelForCausalLM.from_pretrained(path)
+    for model in (str(path), disguised):
+        with pytest.raises(ValueError, match=r"holds an adapter.*load_policy"):
+            check_start(model)
+    for model in (str(tmp_path / "base"), tiny_model(), load_policy(str(path), adapter="continue")):
+        check_start(model)
 
 
 def test_a_learned_prompt_cannot_be_merged(tmp_path: Path) -> None:

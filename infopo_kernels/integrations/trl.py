@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
 from infopo_kernels.integrations.preferences import feature_dataset
 from infopo_kernels.integrations.references import ReferenceTable
@@ -199,6 +200,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             raise TypeError(f"`args` must be an InfoPOConfig, got {type(args).__name__}; it takes DPOConfig's fields.")
         if args.reference_free and ref_model is not None:
             raise ValueError("`ref_model` was given with `reference_free=True`; leave one of them out.")
+        check_start(model)
         self.objective, self._kernel = args.objective(), args.kernel_options()
         self.strict_checks, self.skip_chosen_reference = args.strict_checks, args.skip_chosen_reference
         self._table = ReferenceTable.read(args.reference_logps) if args.reference_logps else None
