@@ -6,7 +6,7 @@
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
 #   make test-gpu    the tests that need a GPU
 #   make bench-gpu   benchmarks on a GPU
-#   make check       formatting, lint, types
+#   make check       formatting of Python and C++, lint, types
 
 # The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
 # where that is: make demo TORCH_PIP_ARGS="--index-url ..."
@@ -40,20 +40,21 @@ test: $(PACKAGE) $(TEST)
 	$(PY) -m pytest $(ARGS)
 
 bench: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	$(PY) -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 kernels: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels kernels $(ARGS)
+	$(PY) -m benchmarks kernels $(ARGS)
 
 test-gpu: $(PACKAGE) $(TEST)
 	$(PY) -m pytest -m gpu $(ARGS)
 
 bench-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench --device cuda $(ARGS)
+	$(PY) -m benchmarks --device cuda $(ARGS)
 
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(PY) -m mypy
 
 setup: $(PACKAGE) $(TEST)
@@ -88,5 +89,5 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
-	$(call extras,test bench triton trl)
+	$(call extras,test bench triton)
 	touch $@

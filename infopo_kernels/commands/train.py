@@ -78,18 +78,38 @@ def prepare_output(directory: Path, *, overwrite: bool) -> None:
         raise UserError(f"--output_dir {directory}: cannot be written: {error.strerror}") from None
 
 
-def _check_references(config: InfoPOConfig, train: Any) -> None:
-    """A file of reference log-probabilities that does not fit is refused before the model is loaded."""
-    if config.reference_logps is None or isinstance(train, datasets.IterableDataset):
+def check_references(config: InfoPOConfig, train: Any, test: Any) -> None:
+    """Refuse a file of reference log-probabilities that does not fit, before the model is loaded.
+
+    A file without chosen references sets `skip_chosen_reference`, and says so.
+
+    Raises:
+        UserError: the file is none, or was made for other data or options, or lacks what the loss needs.
+    """
+    if config.reference_logps is None:
         return
     with user_errors("--reference_logps "):
         table = ReferenceTable.read(config.reference_logps)
-        table.check_options(
-            average=config.average, max_length=config.max_length, skip_chosen=config.skip_chosen_reference
-        )
-        if "chosen_ids" in train.column_names:
-            for row in train:
-                table.lookup(row)
+        if table.header.skip_chosen and config.objective().reference == "all":
+            raise UserError(
+                f"{table.path}: holds no chosen references, and the gradients of --loss_type {config.loss_type[0]} "
+                f"need them; compute it again without --skip_chosen_reference"
+            )
+        if table.header.skip_chosen and not config.skip_chosen_reference:
+            config.skip_chosen_reference = True
+            say(
+                f"{table.path} holds no chosen references: gradients are the same, the loss is shifted by a constant, "
+                f"and the chosen rewards and the bound are not logged."
+            )
+        table.check_options(average=config.average, max_length=config.max_length, skip_chosen=True)
+        for features, named in ((train, "--dataset_name"), (test, "--eval_dataset_name")):
+            if features is None or isinstance(features, datasets.IterableDataset):
+                continue
+            try:
+                for feature in features:
+                    table.lookup(feature)
+            except ValueError as error:
+                raise UserError(f"{error} precompute-reference takes the same {named} as training") from None
 
 
 def main(words: Sequence[str], prog: str) -> None:
@@ -104,7 +124,7 @@ def main(words: Sequence[str], prog: str) -> None:
     processor, model_config = load_model_files(model, config)
     adapter = check_adapter(script, model)
     train, test = data.features(processor, model_config)
-    _check_references(config, train)
+    check_references(config, train, test)
     prepare_output(Path(config.output_dir), overwrite=script.overwrite or config.resume_from_checkpoint is not None)
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir), config.world_size)
     if data.has_eval and config.eval_strategy == "no":

@@ -244,7 +244,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         return all(self._holds_references(dataset) for dataset in given if dataset is not None)
 
     def _holds_references(self, dataset: Any) -> bool:
-        row = next(iter(dataset), {})
+        row: dict[str, Any] = next(iter(dataset), {})
         return "ref_rejected_logps" in row and ("ref_chosen_logps" in row or self.skip_chosen_reference)
 
     # Models are attached the moment they are set, before Accelerate, FSDP or DeepSpeed wrap them.
@@ -309,7 +309,8 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         size = -(-len(dataset) // (batch_size * R)) * batch_size
         # Every rank makes as many passes, since sharded weights travel in each; what is too much is scored twice.
         own = [index % len(dataset) for index in range(rank * size, (rank + 1) * size)]
-        model, values = self.ref_model or self.model, []
+        model = self.ref_model or self.model
+        values: list[tuple[float, float]] = []
         for start in range(0, size, batch_size):
             batch = self.data_collator([dataset[index] for index in own[start : start + batch_size]])
             chosen, rejected = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
