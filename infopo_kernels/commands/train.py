@@ -176,7 +176,8 @@ def make_trainer(
     start: Any = model.model_name_or_path
     reference = None
     if adapter != "refuse":
-        start = load_start(adapter, model, config)
+        merged_into = Path(config.output_dir) / "merged" if model.use_peft else None
+        start = load_start(adapter, model, config, merged_into=merged_into)
         config.model_init_kwargs = None  # the model is here
         if adapter == "merge" and not model.use_peft and not config.precompute_ref_log_probs:
             reference = copy.deepcopy(start)  # TRL would load it by its name, which is that of the adapter
