@@ -31,7 +31,7 @@ from infopo_kernels.commands.errors import UserError, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile, Record, write_record
 from infopo_kernels.commands.report import evaluation_table, evaluations
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
-from infopo_kernels.integrations.collators import preference_features
+from infopo_kernels.integrations.preferences import preference_features
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer
 from infopo_kernels.objectives import DPO, InfoPO
 from infopo_kernels.objectives.base import Sequences, Terms
