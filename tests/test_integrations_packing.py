@@ -246,7 +246,7 @@ def test_the_rejected_half_alone(packed: bool) -> None:
     half = reference_logps(model, inputs, average=True, skip_chosen=True)
     assert half[:3].isnan().all()
     torch.testing.assert_close(half[3:], whole[3:], rtol=1e-6, atol=1e-5)
-    assert rejected_half(inputs)["labels"].numel() < inputs["labels"].numel()
+    assert rejected_half(inputs, 3)["labels"].numel() < inputs["labels"].numel()
 
 
 def test_a_batch_of_another_collator_is_explained() -> None:

@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 
 from infopo_kernels import reference_logps  # noqa: E402
 from infopo_kernels.commands import cli, precompute_reference  # noqa: E402
-from infopo_kernels.integrations.adapters import load_policy  # noqa: E402
+from infopo_kernels.integrations.adapters import check_start, load_policy  # noqa: E402
 from infopo_kernels.integrations.preferences import PreferenceWarning, preference_features  # noqa: E402
 from infopo_kernels.integrations.references import ReferenceTable, model_fingerprint, model_identity  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
@@ -232,6 +232,8 @@ def test_a_fingerprint_reaches_from_the_first_value_of_a_weight_to_the_last(size
 _TARGET = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 FRESH: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(**_TARGET, r=2),
+    "lora-orthogonal": lambda: peft.LoraConfig(**_TARGET, r=2, init_lora_weights="orthogonal"),
+    "lora-bias": lambda: peft.LoraConfig(**_TARGET, r=2, lora_bias=True),
     "adalora": lambda: peft.AdaLoraConfig(**_TARGET, total_step=10),
     "dora": lambda: peft.LoraConfig(**_TARGET, r=2, use_dora=True),
     "lora-on-everything": lambda: peft.LoraConfig(
@@ -422,6 +424,16 @@ def test_an_adapter_is_continued_merged_or_refused(tmp_path: Path, kind: str) ->
     assert load_policy(str(tmp_path / "base"), adapter="refuse").config.model_type == "llama"
 
 
+def test_a_model_with_a_frozen_adapter_inside_is_no_start(tmp_path: Path) -> None:
+    path, _ = trained_adapter(tmp_path)
+    disguised = transformers.AutoModelForCausalLM.from_pretrained(path)
+    for model in (str(path), disguised):
+        with pytest.raises(ValueError, match=r"holds an adapter.*load_policy"):
+            check_start(model)
+    for model in (str(tmp_path / "base"), tiny_model(), load_policy(str(path), adapter="continue")):
+        check_start(model)
+
+
 def test_a_learned_prompt_cannot_be_merged(tmp_path: Path) -> None:
     path, _ = trained_adapter(tmp_path, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="no weights to merge"):
@@ -453,3 +465,26 @@ def test_the_reference_of_a_directory_with_an_adapter_has_it_on(
     assert "--adapter continue" in capsys.readouterr().err
     assert run(["--model", str(tmp_path / "base"), *command, "--adapter", "merge"]) == 2
     assert "holds no adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["continue", "merge", "merge, then a new one"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_training_starts_from_the_model_with_its_adapter(tmp_path: Path, way: str, from_file: bool) -> None:
+    path, model = trained_adapter(tmp_path)
+    data, out, file = write_pairs(tmp_path / "pairs.jsonl", 4), tmp_path / "out", tmp_path / "r"
+    adapter = ["--adapter", way.split(",")[0]]
+    common = ["--model", str(path), "--data", str(data), "--use_cpu", *adapter]
+    words = ["--output", str(out), "--steps", "1", "--lr", "1e-9", "--batch", "2", "--logging_steps", "1"]
+    if way != "merge":
+        words += ["--lora-rank", "2"]
+    if from_file:
+        assert run([*common, "--output", str(file)]) == 0
+        words += ["--reference_logps", str(file)]
+    assert cli.main(["train", *common, *words]) == 0
+    saved = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    state = json.loads((out / "trainer_state.json").read_text())
+    first = next(entry for entry in state["log_history"] if "rewards/chosen" in entry)
+    assert abs(first["rewards/chosen"]) < 1e-4
+    assert abs(first["rewards/rejected"]) < 1e-4

@@ -20,7 +20,13 @@ from infopo_kernels.commands.data import Data
 from infopo_kernels.commands.errors import UserError, one_line, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile
 from infopo_kernels.commands.options import parse
-from infopo_kernels.commands.policy import check_adapter, init_options, load_start, saved_adapter
+from infopo_kernels.commands.policy import (
+    check_adapter,
+    init_options,
+    load_adapter_processor,
+    load_start,
+    saved_adapter,
+)
 from infopo_kernels.commands.report import evaluation_table
 from infopo_kernels.commands.resume import checkpoint_to_resume
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
@@ -45,8 +51,8 @@ def load_model_files(model: ModelConfig, config: InfoPOConfig) -> tuple[Any, Any
         f"`--model_name_or_path {name}` cannot be loaded; pass a directory written by save_pretrained, the id of a "
         f"causal language model on the hub, or {SMOLLM2!r}. Reason: "
     ):
-        if saved_adapter(model) is not None:
-            return AutoProcessor.from_pretrained(model.model_name_or_path, **options), None
+        if (adapter := saved_adapter(model)) is not None:
+            return load_adapter_processor(str(model.model_name_or_path), adapter, options), None
         model_config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
         return AutoProcessor.from_pretrained(model.model_name_or_path, **options), model_config
 
@@ -177,7 +183,8 @@ def make_trainer(
     start: Any = model.model_name_or_path
     reference = None
     if adapter != "refuse":
-        start = load_start(adapter, model, config)
+        merged_into = Path(config.output_dir) / "merged" if model.use_peft else None
+        start = load_start(adapter, model, config, merged_into=merged_into)
         config.model_init_kwargs = None  # the model is here
         if adapter == "merge" and not model.use_peft and not config.precompute_ref_log_probs:
             reference = copy.deepcopy(start)  # TRL would load it by its name, which is that of the adapter

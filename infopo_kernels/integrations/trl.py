@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
 from infopo_kernels.integrations.preferences import feature_dataset
 from infopo_kernels.integrations.references import ReferenceTable
@@ -114,15 +115,15 @@ class InfoPOConfig(DPOConfig):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning for InfoPO: {reason}. Leave it out.")
         if len(self.loss_type) != 1 or self.loss_type[0] not in _LOSSES:
             raise ValueError(
-                f"`loss_type` must be one of {', '.join(_LOSSES)}, got {self.loss_type}; TRL's other losses, and sums of "
-                f"several, run on `infopo_kernels.linear_logps`."
+                f"`loss_type` must be one of {', '.join(_LOSSES)}, got {self.loss_type}; TRL's other losses, and sums "
+                f"of several, run on `infopo_kernels.linear_logps`."
             )
         if self.loss_type[0] != "infopo":
             for name in _OF_INFOPO:
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ValueError(
-                        f"`{name}={getattr(self, name)!r}` belongs to InfoPO, and `loss_type` is {self.loss_type[0]!r}; "
-                        f"leave one of them out."
+                        f"`{name}={getattr(self, name)!r}` belongs to InfoPO, and `loss_type` is "
+                        f"{self.loss_type[0]!r}; leave one of them out."
                     )
         self.objective()
         self.kernel_options()
@@ -169,8 +170,8 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
 
     Takes what `DPOTrainer` takes (model or its name, `ref_model`, datasets in preference format, `peft_config`,
     callbacks, ...), with an `InfoPOConfig`. Rows may list several rejected responses, and have a `weight`. No reference
-    model is loaded where none is needed: with `reference_free`, `reference_logps`, a loss without reference, or datasets
-    that hold `ref_chosen_logps` and `ref_rejected_logps` (only the latter with `skip_chosen_reference`).
+    model is loaded where none is needed: with `reference_free`, `reference_logps`, a loss without reference, or
+    datasets that hold `ref_chosen_logps` and `ref_rejected_logps` (only the latter with `skip_chosen_reference`).
 
     Logged beside TRL's `rewards/*`, `logps/*`, `num_tokens` and `aux_loss`: `mi_lower_bound`, `rejected_weight/mean`,
     `/max`, `/underflowed`, `/capped`, `scored_tokens`. TRL's `entropy`, `logits/*` and `mean_token_accuracy` are not:
@@ -199,6 +200,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             raise TypeError(f"`args` must be an InfoPOConfig, got {type(args).__name__}; it takes DPOConfig's fields.")
         if args.reference_free and ref_model is not None:
             raise ValueError("`ref_model` was given with `reference_free=True`; leave one of them out.")
+        check_start(model)
         self.objective, self._kernel = args.objective(), args.kernel_options()
         self.strict_checks, self.skip_chosen_reference = args.strict_checks, args.skip_chosen_reference
         self._table = ReferenceTable.read(args.reference_logps) if args.reference_logps else None
@@ -333,7 +335,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         return model, use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
 
     def reference_is_the_start(self) -> bool:
-        """Not if `ref_model` was given and is another model, nor with virtual tokens, which are never without effect."""
+        """Not if `ref_model` was given and is another model, nor with virtual tokens, which always have an effect."""
         virtual = has_virtual_tokens(self.model) and "ref" not in getattr(self.model, "peft_config", {})
         return self._is_start and not virtual
 
