@@ -129,6 +129,8 @@ def main(words: Sequence[str], prog: str) -> None:
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir), config.world_size)
     if data.has_eval and config.eval_strategy == "no":
         config.eval_on_start = checkpoint is None
+    if checkpoint is None and is_main():
+        metrics_path(config).unlink(missing_ok=True)
     trainer = make_trainer(model, config, processor, train, test, adapter)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if script.merge_adapter and sharded:
@@ -157,6 +159,11 @@ def main(words: Sequence[str], prog: str) -> None:
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.end_training()
+
+
+def metrics_path(config: InfoPOConfig) -> Path:
+    """The file of the trainer's log."""
+    return Path(config.output_dir) / "metrics.jsonl"
 
 
 def make_trainer(
@@ -193,7 +200,7 @@ def make_trainer(
             processing_class=processor,
             quantization_config=get_quantization_config(model) if adapter == "refuse" else None,
             peft_config=get_peft_config(model) if adapter != "continue" else None,
-            callbacks=[MetricsFile(Path(config.output_dir) / "metrics.jsonl")],
+            callbacks=[MetricsFile(metrics_path(config))],
         )
 
 
