@@ -6,7 +6,9 @@
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
 #   make test-gpu    the tests that need a GPU
 #   make bench-gpu   benchmarks on a GPU
-#   make check       formatting, lint, types
+#   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
+#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make check       formatting of Python and C++, lint, types
 
 # The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
 # where that is: make demo TORCH_PIP_ARGS="--index-url ..."
@@ -30,7 +32,7 @@ extras = $(PY) -c 'import sys, tomllib; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels test-gpu bench-gpu check setup clean
+.PHONY: demo test bench kernels test-gpu bench-gpu check fuzz sanitize setup clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -40,21 +42,29 @@ test: $(PACKAGE) $(TEST)
 	$(PY) -m pytest $(ARGS)
 
 bench: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	$(PY) -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 kernels: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels kernels $(ARGS)
+	$(PY) -m benchmarks kernels $(ARGS)
 
 test-gpu: $(PACKAGE) $(TEST)
 	$(PY) -m pytest -m gpu $(ARGS)
 
 bench-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench --device cuda $(ARGS)
+	$(PY) -m benchmarks --device cuda $(ARGS)
 
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(PY) -m mypy
+
+fuzz: $(PACKAGE) $(TEST)
+	$(PY) -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+sanitize: $(PACKAGE) $(TEST)
+	INFOPO_KERNELS_SANITIZE=1 $(PY) setup.py build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
+	$(PY) tests/fuzz/sanitize.py $$(ls build/sanitize/infopo_kernels/_C*.so)
 
 setup: $(PACKAGE) $(TEST)
 
@@ -88,5 +98,5 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
-	$(call extras,test bench triton trl)
+	$(call extras,test bench triton)
 	touch $@

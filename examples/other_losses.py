@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infopo_kernels import DPO, IPO, SFT, SimPO, linear_logps, linear_preference_loss
+from infopo_kernels.commands.demo.word_problems import word_problems
+from infopo_kernels.commands.smollm2 import smollm2_directory
 from infopo_kernels.integrations.collators import PreferenceCollator, preference_features
 from infopo_kernels.objectives import Objective
-from infopo_kernels.commands.smollm2 import smollm2_directory
-from infopo_kernels.commands.demo.word_problems import word_problems
 
 OBJECTIVES: dict[str, Objective] = {"dpo": DPO(), "ipo": IPO(), "simpo": SimPO(), "sft": SFT()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ peft = pytest.importorskip("peft")
 
 from infopo_kernels import reference_logps  # noqa: E402
 from infopo_kernels.commands import cli, precompute_reference  # noqa: E402
-from infopo_kernels.integrations.adapters import load_policy  # noqa: E402
+from infopo_kernels.integrations.adapters import check_start, load_policy  # noqa: E402
 from infopo_kernels.integrations.preferences import PreferenceWarning, preference_features  # noqa: E402
 from infopo_kernels.integrations.references import ReferenceTable, model_fingerprint, model_identity  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
@@ -231,6 +232,8 @@ def test_a_fingerprint_reaches_from_the_first_value_of_a_weight_to_the_last(size
 _TARGET = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 FRESH: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(**_TARGET, r=2),
+    "lora-orthogonal": lambda: peft.LoraConfig(**_TARGET, r=2, init_lora_weights="orthogonal"),
+    "lora-bias": lambda: peft.LoraConfig(**_TARGET, r=2, lora_bias=True),
     "adalora": lambda: peft.AdaLoraConfig(**_TARGET, total_step=10),
     "dora": lambda: peft.LoraConfig(**_TARGET, r=2, use_dora=True),
     "lora-on-everything": lambda: peft.LoraConfig(
@@ -324,6 +327,62 @@ def test_injected_and_inactive_adapters() -> None:
     assert model_identity(two)[1] is not None
 
 
+_PARTITIONED = """
+import sys, torch
+import torch.distributed as dist
+import peft
+from tests.training_fixtures import tiny_model
+from infopo_kernels.integrations.references import model_identity
+
+def lora(fresh):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, init_lora_weights=fresh)
+    torch.manual_seed(4)
+    return peft.get_peft_model(tiny_model(), config)
+
+if {way!r} == "zero3":
+    import deepspeed
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for minutes, and not needed
+    deepspeed.init_distributed("gloo")
+
+    def partition(model):
+        config = {{"train_batch_size": 2, "zero_optimization": {{"stage": 3}}}}
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device="cpu")
+else:
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo")
+    partition = fully_shard
+for make in (tiny_model, lambda: lora(True), lambda: lora(False)):
+    truth, model = model_identity(make()), make()
+    partition(model)
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
+    assert held < sum(p.numel() for p in make().parameters()), held
+    assert model_identity(model) == truth
+config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[])
+model = peft.get_peft_model(tiny_model(), config)
+partition(model)
+try:
+    model_identity(model)
+except ValueError as error:
+    assert "IA3 adapter" in str(error) and "partitioned" in str(error), error
+else:
+    raise AssertionError("told without all weights")
+"""
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
+def test_partitioned_weights_have_the_identity_of_whole_ones(tmp_path: Path, way: str) -> None:
+    if way == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    script = tmp_path / "partitioned.py"
+    script.write_text(_PARTITIONED.format(way=way))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        capture_output=True, text=True, timeout=200, cwd=ROOT, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 # Directories with an adapter.
 
 
@@ -365,6 +424,16 @@ def test_an_adapter_is_continued_merged_or_refused(tmp_path: Path, kind: str) ->
     assert load_policy(str(tmp_path / "base"), adapter="refuse").config.model_type == "llama"
 
 
+def test_a_model_with_a_frozen_adapter_inside_is_no_start(tmp_path: Path) -> None:
+    path, _ = trained_adapter(tmp_path)
+    disguised = transformers.AutoModelForCausalLM.from_pretrained(path)
+    for model in (str(path), disguised):
+        with pytest.raises(ValueError, match=r"holds an adapter.*load_policy"):
+            check_start(model)
+    for model in (str(tmp_path / "base"), tiny_model(), load_policy(str(path), adapter="continue")):
+        check_start(model)
+
+
 def test_a_learned_prompt_cannot_be_merged(tmp_path: Path) -> None:
     path, _ = trained_adapter(tmp_path, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="no weights to merge"):
@@ -396,3 +465,26 @@ def test_the_reference_of_a_directory_with_an_adapter_has_it_on(
     assert "--adapter continue" in capsys.readouterr().err
     assert run(["--model", str(tmp_path / "base"), *command, "--adapter", "merge"]) == 2
     assert "holds no adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["continue", "merge", "merge, then a new one"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_training_starts_from_the_model_with_its_adapter(tmp_path: Path, way: str, from_file: bool) -> None:
+    path, model = trained_adapter(tmp_path)
+    data, out, file = write_pairs(tmp_path / "pairs.jsonl", 4), tmp_path / "out", tmp_path / "r"
+    adapter = ["--adapter", way.split(",")[0]]
+    common = ["--model", str(path), "--data", str(data), "--use_cpu", *adapter]
+    words = ["--output", str(out), "--steps", "1", "--lr", "1e-9", "--batch", "2", "--logging_steps", "1"]
+    if way != "merge":
+        words += ["--lora-rank", "2"]
+    if from_file:
+        assert run([*common, "--output", str(file)]) == 0
+        words += ["--reference_logps", str(file)]
+    assert cli.main(["train", *common, *words]) == 0
+    saved = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    state = json.loads((out / "trainer_state.json").read_text())
+    first = next(entry for entry in state["log_history"] if "rewards/chosen" in entry)
+    assert abs(first["rewards/chosen"]) < 1e-4
+    assert abs(first["rewards/rejected"]) < 1e-4

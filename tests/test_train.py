@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ BAD = [
     (["--lr-scheduler-type", "zigzag"], "zigzag"),
     (["--no-such-option", "3"], "unknown option: --no-such-option 3"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--config"], "--config expects a file"),
     (["--sft-weight", "-1"], "`sft_weight` must not be negative"),
     (["--max-log-weight", "0", "--min-log-weight", "1"], "`min_log_weight` must lie below `max_log_weight`"),
     (["--lora-alpha", "1"], "--lora_alpha has no meaning without --use_peft (short: --lora-rank R)"),
@@ -143,6 +145,33 @@ def test_bad_input_is_one_sentence_and_code_2(
     assert sentence in said
     assert said.startswith("train: ")
     assert not (tmp_path / "tuned" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rate: [1, 2", "--config: is not YAML"),
+        ("learning_rate: [1, 2]", "list"),
+        ("no_such_option: 3", "unknown option: --no_such_option 3"),
+        ("just words", "must contain a YAML mapping"),
+    ],
+)
+def test_a_bad_file_of_options_is_one_sentence(
+    model: Path, data: Path, tmp_path: Path, capsys: Any, text: str, said: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert train(model, data, tmp_path / "tuned", "--config", str(file)) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_damaged_model_is_one_sentence(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert train(damaged, data, tmp_path / "tuned") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("train: ")
 
 
 def test_data_is_checked_before_the_model_is_touched(tmp_path: Path, capsys: Any) -> None:
@@ -186,6 +215,42 @@ def test_a_step_that_is_not_finite_ends_in_one_line(model: Path, data: Path, tmp
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("train: Step ")
     assert "ower the learning rate" in said
+
+
+STEPS = ("--steps", "3", "--batch", "2", "--lr", "1e-3", "--warmup", "0", "--logging_steps", "1")
+
+
+def precompute(model: Path, data: Path, file: Path, *more: str) -> None:
+    words = ["--model", str(model), "--data", str(data), "--output", str(file), "--use_cpu", *more]
+    assert main(["precompute-reference", *words]) == 0
+
+
+def test_a_file_of_references_takes_the_place_of_the_reference(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """With all references, and without the chosen ones, which InfoPO's gradients do not need."""
+    assert train(model, data, tmp_path / "scored here", *STEPS) == 0
+    truth = weights(tmp_path / "scored here")
+    for name, more in (("all", ()), ("half", ("--skip_chosen_reference",))):
+        file = tmp_path / f"{name}.jsonl"
+        precompute(model, data, file, *more)
+        assert train(model, data, tmp_path / name, *STEPS, "--reference-logps", str(file)) == 0
+        found = weights(tmp_path / name)
+        assert max((found[key] - truth[key]).abs().max().item() for key in truth) < 1e-5
+    assert "half.jsonl holds no chosen references" in capsys.readouterr().out
+    steps = {name: [r for r in records(tmp_path / name) if "loss" in r] for name in ("scored here", "all", "half")}
+    for mine, theirs in zip(steps["all"], steps["scored here"], strict=True):
+        assert mine["rewards/chosen"] == pytest.approx(theirs["rewards/chosen"], abs=1e-4)
+    assert all("rewards/chosen" not in record and "logps/chosen" in record for record in steps["half"])
+    half = ("--reference-logps", str(tmp_path / "half.jsonl"))
+    for more, said in (
+        (("--loss", "dpo"), "holds no chosen references, and the gradients of --loss_type sigmoid need them"),
+        (("--average",), "was computed with average=False, training has average=True"),
+        (("--eval-data", str(write_pairs(tmp_path / "others.jsonl", 2, seed=1))), "takes the same --eval_dataset_name"),
+    ):
+        assert train(model, data, tmp_path / "refused", *STEPS, *half, *more) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
 
 
 def test_an_output_that_holds_something_is_left_alone(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:

@@ -20,7 +20,13 @@ from infopo_kernels.commands.data import Data
 from infopo_kernels.commands.errors import UserError, one_line, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile
 from infopo_kernels.commands.options import parse
-from infopo_kernels.commands.policy import check_adapter, init_options, load_start, saved_adapter
+from infopo_kernels.commands.policy import (
+    check_adapter,
+    init_options,
+    load_adapter_processor,
+    load_start,
+    saved_adapter,
+)
 from infopo_kernels.commands.report import evaluation_table
 from infopo_kernels.commands.resume import checkpoint_to_resume
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
@@ -45,8 +51,8 @@ def load_model_files(model: ModelConfig, config: InfoPOConfig) -> tuple[Any, Any
         f"`--model_name_or_path {name}` cannot be loaded; pass a directory written by save_pretrained, the id of a "
         f"causal language model on the hub, or {SMOLLM2!r}. Reason: "
     ):
-        if saved_adapter(model) is not None:
-            return AutoProcessor.from_pretrained(model.model_name_or_path, **options), None
+        if (adapter := saved_adapter(model)) is not None:
+            return load_adapter_processor(str(model.model_name_or_path), adapter, options), None
         model_config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
         return AutoProcessor.from_pretrained(model.model_name_or_path, **options), model_config
 
@@ -72,18 +78,38 @@ def prepare_output(directory: Path, *, overwrite: bool) -> None:
         raise UserError(f"--output_dir {directory}: cannot be written: {error.strerror}") from None
 
 
-def _check_references(config: InfoPOConfig, train: Any) -> None:
-    """A file of reference log-probabilities that does not fit is refused before the model is loaded."""
-    if config.reference_logps is None or isinstance(train, datasets.IterableDataset):
+def check_references(config: InfoPOConfig, train: Any, test: Any) -> None:
+    """Refuse a file of reference log-probabilities that does not fit, before the model is loaded.
+
+    A file without chosen references sets `skip_chosen_reference`, and says so.
+
+    Raises:
+        UserError: the file is none, or was made for other data or options, or lacks what the loss needs.
+    """
+    if config.reference_logps is None:
         return
     with user_errors("--reference_logps "):
         table = ReferenceTable.read(config.reference_logps)
-        table.check_options(
-            average=config.average, max_length=config.max_length, skip_chosen=config.skip_chosen_reference
-        )
-        if "chosen_ids" in train.column_names:
-            for row in train:
-                table.lookup(row)
+        if table.header.skip_chosen and config.objective().reference == "all":
+            raise UserError(
+                f"{table.path}: holds no chosen references, and the gradients of --loss_type {config.loss_type[0]} "
+                f"need them; compute it again without --skip_chosen_reference"
+            )
+        if table.header.skip_chosen and not config.skip_chosen_reference:
+            config.skip_chosen_reference = True
+            say(
+                f"{table.path} holds no chosen references: gradients are the same, the loss is shifted by a constant, "
+                f"and the chosen rewards and the bound are not logged."
+            )
+        table.check_options(average=config.average, max_length=config.max_length, skip_chosen=True)
+        for features, named in ((train, "--dataset_name"), (test, "--eval_dataset_name")):
+            if features is None or isinstance(features, datasets.IterableDataset):
+                continue
+            try:
+                for feature in features:
+                    table.lookup(feature)
+            except ValueError as error:
+                raise UserError(f"{error} precompute-reference takes the same {named} as training") from None
 
 
 def main(words: Sequence[str], prog: str) -> None:
@@ -98,11 +124,13 @@ def main(words: Sequence[str], prog: str) -> None:
     processor, model_config = load_model_files(model, config)
     adapter = check_adapter(script, model)
     train, test = data.features(processor, model_config)
-    _check_references(config, train)
+    check_references(config, train, test)
     prepare_output(Path(config.output_dir), overwrite=script.overwrite or config.resume_from_checkpoint is not None)
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir), config.world_size)
     if data.has_eval and config.eval_strategy == "no":
         config.eval_on_start = checkpoint is None
+    if checkpoint is None and is_main():
+        metrics_path(config).unlink(missing_ok=True)
     trainer = make_trainer(model, config, processor, train, test, adapter)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if script.merge_adapter and sharded:
@@ -133,6 +161,11 @@ def main(words: Sequence[str], prog: str) -> None:
     trainer.accelerator.end_training()
 
 
+def metrics_path(config: InfoPOConfig) -> Path:
+    """The file of the trainer's log."""
+    return Path(config.output_dir) / "metrics.jsonl"
+
+
 def make_trainer(
     model: ModelConfig, config: InfoPOConfig, processor: Any, train: Any, test: Any, adapter: str = "refuse"
 ) -> InfoPOTrainer:
@@ -150,7 +183,8 @@ def make_trainer(
     start: Any = model.model_name_or_path
     reference = None
     if adapter != "refuse":
-        start = load_start(adapter, model, config)
+        merged_into = Path(config.output_dir) / "merged" if model.use_peft else None
+        start = load_start(adapter, model, config, merged_into=merged_into)
         config.model_init_kwargs = None  # the model is here
         if adapter == "merge" and not model.use_peft and not config.precompute_ref_log_probs:
             reference = copy.deepcopy(start)  # TRL would load it by its name, which is that of the adapter
@@ -166,7 +200,7 @@ def make_trainer(
             processing_class=processor,
             quantization_config=get_quantization_config(model) if adapter == "refuse" else None,
             peft_config=get_peft_config(model) if adapter != "continue" else None,
-            callbacks=[MetricsFile(Path(config.output_dir) / "metrics.jsonl")],
+            callbacks=[MetricsFile(metrics_path(config))],
         )
 
 

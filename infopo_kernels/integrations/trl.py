@@ -14,8 +14,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
-from infopo_kernels.integrations.preferences import feature_dataset
+from infopo_kernels.integrations.preferences import check_features, feature_dataset
 from infopo_kernels.integrations.references import ReferenceTable
 from infopo_kernels.integrations.step import reference_logps, split_inputs
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
@@ -199,6 +200,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             raise TypeError(f"`args` must be an InfoPOConfig, got {type(args).__name__}; it takes DPOConfig's fields.")
         if args.reference_free and ref_model is not None:
             raise ValueError("`ref_model` was given with `reference_free=True`; leave one of them out.")
+        check_start(model)
         self.objective, self._kernel = args.objective(), args.kernel_options()
         self.strict_checks, self.skip_chosen_reference = args.strict_checks, args.skip_chosen_reference
         self._table = ReferenceTable.read(args.reference_logps) if args.reference_logps else None
@@ -230,6 +232,10 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
                 skip_chosen=args.skip_chosen_reference,
                 dtype=computing_type(self.model, self._autocast_type()),
             )
+        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for dataset in (self.train_dataset, *evaluations.values()):
+            if "chosen_ids" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
+                check_features(dataset, self.model, max_length=args.max_length)
         self._is_start = given is None or same_start(self.model, given)
         self._prepare_preferences(self.ref_model, dropout=args.disable_dropout)
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import AutoTokenizer, PrinterCallback
 
 from infopo_kernels.commands.demo.callbacks import Lines, Stop
@@ -29,11 +32,25 @@ from infopo_kernels.commands.errors import UserError, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile, Record, write_record
 from infopo_kernels.commands.report import evaluation_table, evaluations
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
-from infopo_kernels.integrations.collators import preference_features
+from infopo_kernels.integrations.preferences import preference_features
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer
+from infopo_kernels.objectives import DPO, InfoPO
+from infopo_kernels.objectives.base import Sequences, Terms
 
 RUNS: Final = {"InfoPO": "infopo", "DPO": "sigmoid"}
 """What is laid side by side, and the `loss_type` of each."""
+
+
+@dataclass(frozen=True)
+class DPOWithBound(DPO):
+    """DPO that logs the bound of InfoPO for what it does, so that the two can be compared; the loss is DPO's."""
+
+    name: ClassVar[str] = "dpo_with_bound"
+
+    def terms(self, sums: Tensor, sequences: Sequences) -> Terms:
+        """DPO's, with InfoPO's bound."""
+        return super().terms(sums, sequences)._replace(bound=InfoPO(self.beta).terms(sums, sequences).bound)
+
 
 _MAX_NEW_TOKENS: Final = 96
 """The longest right answer has 60 tokens; the model as it is says more, and gets half as much again."""
@@ -106,13 +123,16 @@ class Demo:
         return Dataset.from_list(preference_features(self.tokenizer, [problem.row() for problem in problems]))
 
     def trainer(self, name: str) -> InfoPOTrainer:
-        """The trainer of one run. The first one scores the pairs with the reference; the second finds the values."""
+        """The trainer of one run. The first one scores the pairs with the reference; the second finds the values.
+
+        Both responses of a pair share their prompt in a packed row: a third fewer tokens than padded batches have.
+        """
         args = self.args
         config = InfoPOConfig(
             str(self.output / "trainer"), loss_type=[RUNS[name]], beta=args.beta, learning_rate=args.lr,
             max_steps=args.steps, per_device_train_batch_size=args.batch, per_device_eval_batch_size=8,
-            warmup_steps=0.1, adam_beta2=0.99, max_length=None, seed=args.seed, precompute_ref_log_probs=True,
-            gradient_checkpointing=False, bf16=False, save_strategy="no", logging_steps=1, report_to="none",
+            warmup_steps=0, adam_beta2=0.99, max_length=None, seed=args.seed, precompute_ref_log_probs=True,
+            padding_free=True, share_prompt=True, gradient_checkpointing=False, bf16=False, save_strategy="no", logging_steps=1, report_to="none",
             disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(),
             model_init_kwargs={"dtype": "float32"},
         )  # fmt: skip
@@ -121,6 +141,8 @@ class Demo:
             self.model, args=config, train_dataset=self.datasets[0], eval_dataset=self.datasets[1],
             processing_class=self.tokenizer, callbacks=callbacks,
         )  # fmt: skip
+        if name == "DPO":
+            trainer.objective = DPOWithBound(args.beta)
         trainer.remove_callback(PrinterCallback)
         self.datasets = [trainer.train_dataset, trainer.eval_dataset]
         return trainer
@@ -149,12 +171,14 @@ def main(words: Sequence[str], prog: str) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # theirs, of one another
     demo = Demo(args, console)
     example = demo.training[0]
     console.print(f"For example: {example.question}\n  chosen:   {example.chosen}\n  rejected: {example.rejected}\n")
     console.print(
         f"{len(demo.training)} pairs to train on, {len(demo.held_out)} held out; {args.steps} steps of {args.batch} "
-        f"pairs, lr {args.lr:g}, beta {args.beta:g}, float32; the same for both losses.",
+        f"pairs, lr {args.lr:g}, beta {args.beta:g}, float32; the same for both losses.\n"
+        f"Scoring all pairs with the reference, which is the start, and decoding the held-out problems.",
         highlight=False,
     )
     logs: dict[str, list[Record]] = {}
