@@ -6,7 +6,7 @@
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
 #   make test-gpu    the tests that need a GPU
 #   make bench-gpu   benchmarks on a GPU
-#   make check       formatting, lint, types
+#   make check       formatting of Python and C++, lint, types
 
 # The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
 # where that is: make demo TORCH_PIP_ARGS="--index-url ..."
@@ -54,6 +54,7 @@ bench-gpu: $(PACKAGE) $(TEST)
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(PY) -m mypy
 
 setup: $(PACKAGE) $(TEST)

@@ -50,7 +50,7 @@ def extension_arguments() -> dict[str, Any]:
         EXTENSION,
         sorted(glob.glob("csrc/*.cpp")),
         depends=sorted(glob.glob("csrc/*.h")),
-        extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", *openmp],  # torch's headers have those
+        extra_compile_args=["-std=c++20", "-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", *openmp],  # torch's headers have those
         extra_link_args=openmp,
         optional=True,
     )

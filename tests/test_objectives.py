@@ -82,7 +82,7 @@ def test_the_naive_loss_is_the_equation(
     chosen = inputs.layout["is_chosen"] if packed else torch.arange(6) < 3
     ref = torch.zeros_like(logps) if inputs.ref_logps is None else inputs.ref_logps
     expected = pair(logps[chosen], logps[~chosen], ref[chosen], ref[~chosen]).mean()
-    torch.testing.assert_close(support.plain(inputs, torch.float64).loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(support.plain(inputs).loss, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -143,29 +143,29 @@ LAYOUTS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: "-".join(map(str, x)) or "padded")
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_loss_and_gradients(backend: str, objective: Objective, layout: dict[str, Any], dtype: torch.dtype) -> None:
-    if reason := dispatch.unavailable_reason(backend, torch.device("cpu"), dtype):
-        pytest.skip(reason)
+@pytest.mark.parametrize("backend", support.CPU_BACKENDS)
+def test_loss_and_gradients(
+    backend: str, objective: Objective, layout: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = inputs_of(objective, dtype, **layout)
-    got = support.fused(inputs, backend=backend)
-    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+    got = support.fused(inputs, backend=support.use_backend(backend, monkeypatch))
+    support.assert_result(got, support.plain(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids="+".join)
 @pytest.mark.parametrize("objective", [DPO(0.05), SFT()], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_smallest_workspace(backend: str, objective: Objective, trained: tuple[str, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", support.CPU_BACKENDS)
+def test_smallest_workspace(
+    backend: str, objective: Objective, trained: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every loop of tiles runs more than once; a 16-bit weight gradient has no float32 copy.
 
     With a small beta: the error of a sum over 147 tokens times beta is that of the weight.
     """
-    if reason := dispatch.unavailable_reason(backend, torch.device("cpu"), dtype):
-        pytest.skip(reason)
     inputs = inputs_of(objective, dtype, trained=trained, pairs=3, length=150, hidden=384, vocab=4099, prompt=20)
-    got = support.fused(inputs, backend=backend, workspace_mib=1)
-    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+    got = support.fused(inputs, backend=support.use_backend(backend, monkeypatch), workspace_mib=1)
+    support.assert_result(got, support.plain(inputs))
 
 
 def test_compiles_without_a_graph_break() -> None:
@@ -353,7 +353,7 @@ def test_products(
     monkeypatch.setattr(dispatch, "resolve", lambda *_: counting)
     inputs = inputs_of(objective, torch.float32, trained=trained, length=40, hidden=256, vocab=512, reference=False)
     rows = [int((half != -100).sum()) for half in inputs.labels.chunk(2)]
-    support.fused(inputs)
+    support.fused(inputs, backend=backend)
     expected = all_kept if backend == "cpp" else none_kept
     assert counting.products == sum(n * products for n, products in zip(rows, expected, strict=True))
 
@@ -369,7 +369,7 @@ def test_dpo_costs_no_more_than_by_hand(monkeypatch: pytest.MonkeyPatch) -> None
     loss = -F.logsigmoid(chosen - rejected).mean()
     loss.backward()
     by_hand, counting.products = counting.products, 0
-    fused = support.fused(inputs)
+    fused = support.fused(inputs, backend="torch")
     assert 0 < counting.products <= by_hand
     torch.testing.assert_close(fused.loss.double(), loss.detach(), rtol=1e-6, atol=1e-7)
 
@@ -402,4 +402,4 @@ def test_an_objective_without_known_slopes_says_so() -> None:
 
     inputs = inputs_of(Forgetful(), torch.float32)
     with pytest.raises(NotImplementedError, match="Forgetful says known='all'"):
-        support.fused(inputs)
+        support.fused(inputs, backend="torch")

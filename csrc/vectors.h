@@ -1,6 +1,6 @@
 // Vectors of float: the one place with intrinsics.
 //
-// Included by one translation unit per instruction set (tile_kernels_*.cpp), which sets INFOPO_LANES (16, 8 or 4) and
+// Included once for each instruction set by foreach_target.h, which sets INFOPO_LANES (16, 8 or 4) and
 // INFOPO_ISA (the namespace that keeps the copies apart). What can be said with the compilers' vector extensions is;
 // intrinsics stand where those have no words: broadcast, fused multiply-add, minimum-cost conversions.
 //
@@ -101,7 +101,7 @@ INFOPO_INLINE void narrow_f16(const float* from, int64_t n, uint16_t* to) {
   for (; i < n; ++i) to[i] = float_to_half(from[i]);
 }
 
-#ifdef INFOPO_BF16_DOT
+#if INFOPO_BF16_DOT
 // c + a_0 b_0 + a_1 b_1 for pairs of bfloat16; `pair` holds a_0 in its low half, for every lane
 INFOPO_INLINE Vec dot_pairs(uint32_t pair, const uint16_t* b, Vec c) {
   const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
