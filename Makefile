@@ -6,6 +6,8 @@
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
 #   make test-gpu    the tests that need a GPU
 #   make bench-gpu   benchmarks on a GPU
+#   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
+#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make check       formatting of Python and C++, lint, types
 
 # The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
@@ -30,7 +32,7 @@ extras = $(PY) -c 'import sys, tomllib; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels test-gpu bench-gpu check setup clean
+.PHONY: demo test bench kernels test-gpu bench-gpu check fuzz sanitize setup clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -56,6 +58,13 @@ check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(PY) -m mypy
+
+fuzz: $(PACKAGE) $(TEST)
+	$(PY) -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+sanitize: $(PACKAGE) $(TEST)
+	INFOPO_KERNELS_SANITIZE=1 $(PY) setup.py build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
+	$(PY) tests/fuzz/sanitize.py $$(ls build/sanitize/infopo_kernels/_C*.so)
 
 setup: $(PACKAGE) $(TEST)
 

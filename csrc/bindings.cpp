@@ -153,7 +153,7 @@ void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& 
     check_store(to, head, *kept);
   }
   backward(head, labels.const_data_ptr<int64_t>(), lse.const_data_ptr<float>(), row_weight.const_data_ptr<float>(), to,
-           kept ? kept->const_data_ptr<int64_t>() : nullptr);
+           {.any = kept.has_value(), .labels = kept ? kept->const_data_ptr<int64_t>() : nullptr});
 }
 
 std::string isa(at::ScalarType dtype) {
