@@ -42,16 +42,16 @@ test: $(PACKAGE) $(TEST)
 	$(PY) -m pytest $(ARGS)
 
 bench: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	$(PY) -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 kernels: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels kernels $(ARGS)
+	$(PY) -m benchmarks kernels $(ARGS)
 
 test-gpu: $(PACKAGE) $(TEST)
 	$(PY) -m pytest -m gpu $(ARGS)
 
 bench-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench --device cuda $(ARGS)
+	$(PY) -m benchmarks --device cuda $(ARGS)
 
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
@@ -98,5 +98,5 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
-	$(call extras,test bench triton trl)
+	$(call extras,test bench triton)
 	touch $@
