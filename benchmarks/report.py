@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks import targets
+from benchmarks import plots, records, targets
 from benchmarks.cases import CASES, MAIN_SHAPE, SHAPES
 from benchmarks.contenders import CONTENDERS, FLOOR, OURS
 from benchmarks.measure.timing import spread
@@ -277,3 +278,23 @@ def markdown(table: Table) -> str:
         f"| {' | '.join(f'**{cell}**' if row[0] == OURS and cell else cell for cell in row)} |" for row in table.rows
     ]
     return "\n".join(head + body)
+
+
+def show(folder: Path, out: Console) -> None:
+    """Print the tables of one processor's records, and draw their plots beside them.
+
+    Raises:
+        OSError, ValueError: there are none, or they do not belong together.
+    """
+    found = records.load(folder)
+    render(out, tables(found))
+    for path in plots.draw(found, folder):
+        out.print(f"wrote {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m benchmarks show FOLDER`."""
+    parser = records.parser("show", "Tables and plots of records, without measuring.", None)
+    parser.add_argument("folder", type=Path, help="of one processor, such as benchmarks/results/intel-6-207-2")
+    show(parser.parse_args(argv).folder, console())
+    return 0

@@ -1,5 +1,5 @@
-// Registration with torch: namespace `infopo_kernels_cpp`, tensors in, raw pointers out, and the checks that keep reads
-// and writes in bounds. Labels are checked by whoever calls (a label outside the vocabulary is safe; its l is NaN).
+// Registration with torch, namespace `infopo_kernels_cpp`. The ops take tensors, check that all reads and writes stay
+// in bounds, and pass raw pointers on. The caller checks labels (a label outside the vocabulary is safe; its l is NaN).
 
 #include <Python.h>
 
@@ -104,7 +104,7 @@ int64_t kept_rows_op(const Tensor& hidden, const Tensor& grad_weight, int64_t wo
   return kept_rows(head, dtype_of(grad_weight, "grad_weight"));
 }
 
-// The store in `grad_weight`, large enough for the rows that `labels` score.
+// The store in `grad_weight`. Throws if it has too few slots for the rows that `labels` score.
 LogitStore check_store(const Gradients& to, const Head& head, const Tensor& labels) {
   const LogitStore store = LogitStore::in(to.weight, to.weight_dtype, head.H);
   const int64_t* y = labels.const_data_ptr<int64_t>();
@@ -186,7 +186,7 @@ TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
   m.impl("kept_rows", &infopo::kept_rows_op);
 }
 
-// `import infopo_kernels._C` loads the library, and that registers the ops: the module itself is empty.
+// `import infopo_kernels._C` loads the library, and loading registers the ops. The module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
