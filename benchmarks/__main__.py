@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: this library against others, side by side, and every other measurement of it."""
+"""`python -m benchmarks`: compare this library with others, and run every other measurement of it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from benchmarks.plan import Plan
 
 _COMMANDS: Final = {
-    "show": ("benchmarks.show", "tables and plots of records, without measuring"),
-    "compare": ("benchmarks.compare", "what became slower between two speed records"),
+    "show": ("benchmarks.show", "show tables and plots of existing records"),
+    "compare": ("benchmarks.compare", "find what became slower between two speed records"),
     "pages": ("benchmarks.pages", "write the figures of README and docs from the committed records"),
     "cpu-targets": ("benchmarks.parts.cpu_targets", "the targets of the native CPU kernels"),
-    "packing": ("benchmarks.parts.packing", "what packs and shared prompts save"),
+    "packing": ("benchmarks.parts.packing", "time and tokens that packs and shared prompts save"),
     "long-context-training": ("benchmarks.parts.long_context_training", "training steps of up to 128k tokens"),
-    "tuning-sweep": ("benchmarks.parts.tuning_sweep", "which beta and learning rate to start from"),
+    "tuning-sweep": ("benchmarks.parts.tuning_sweep", "runs with several values of beta and learning rate"),
     "kernels": ("benchmarks.gpu.kernel_report", "compile the GPU kernels for every target; no GPU needed"),
     "roofline": ("benchmarks.gpu.roofline", "a model of the GPU kernels' time; no GPU needed"),
     "gpu-kernels": ("benchmarks.gpu.gpu_kernels", "the GPU kernels against bare products, on a GPU"),
 }
-"""Commands, each a module with a `main(words)`, imported when it is run."""
+"""The commands. Each is a module with a `main(words)`, and is imported when it runs."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(plan: Plan, part: str, output: Path, progress: Callable[[str], None]) -> int:
-    """Write the record of a part; 1 where this library's values were wrong."""
+    """Write the record of a part. Returns 1 if this library's values were wrong, else 0."""
     from benchmarks import records
     from benchmarks.measure.environment import environment
     from benchmarks.parts.accuracy import accuracy
@@ -83,7 +83,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; the exit code: 0, 1 where values were wrong or a comparison found a regression, 2 for bad input."""
+    """Run. Returns the exit code: 0; 1 if values were wrong or a comparison found a regression; 2 for bad input."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words and words[0] in _COMMANDS:

@@ -1,4 +1,4 @@
-"""Tables and plots of records, without measuring."""
+"""Show the tables and plots of existing records."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from benchmarks import plots, records, report
 
 
 def show(folder: Path, console: Console) -> None:
-    """Print the tables of one processor's records, and draw their plots beside them.
+    """Print the tables of one processor's records, and write the plots into the same folder.
 
     Raises:
-        OSError, ValueError: there are none, or they do not belong together.
+        OSError, ValueError: there are no records, or they do not belong together.
     """
     found = records.load(folder)
     report.render(console, report.tables(found))
