@@ -89,8 +89,9 @@ struct TileKernels {
   void (*finish)(const LogitMap&, const Tile&, float* max, double* sum);
   // sum[c] += sum_v exp(z - ref[c]); with `keep`, z becomes exp(z - ref) * dz/da / scale.
   void (*exponentials)(const LogitMap&, const Tile&, const float* ref, double* sum, bool keep, float* scratch);
-  // z becomes G^T = coefficient[c] * (exp(z - lse[c]) - 1[v = label]) * dz/da / scale, coefficient = -scale * row weight.
-  // If grad_bias is given, grad_bias[v] += sum_c G. scratch here and above: 2 C floats.
+  // z becomes G^T = coefficient[c] * (exp(z - lse[c]) - 1[v = label]) * dz/da / scale,
+  // with coefficient = -scale * row weight. If grad_bias is given, grad_bias[v] += sum_c G.
+  // scratch, here and above: 2 C floats.
   void (*gradient)(const LogitMap&, const Tile&, int64_t live, const int64_t* labels, const float* lse,
                    const float* coefficient, float* grad_bias, float* scratch);
 
