@@ -408,11 +408,11 @@ def test_noise_is_no_regression(small_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--peers", "nobody"], "--peers: 'nobody' is none of infopo_kernels, naive PyTorch"),
+        (["--peers", "nobody"], "--peers: 'nobody' is not one of infopo_kernels, naive PyTorch"),
         (["--shapes", "GPT-7"], "--shapes: 'GPT-7'"),
         (["--dtype", "int8"], "--dtypes: 'int8'"),
         (["compare", "no.json", "none.json"], "no.json"),
-        (["show", "nowhere"], "nowhere holds no record"),
+        (["show", "nowhere"], "nowhere has no record"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "no CUDA device")]),
     ],
 )
