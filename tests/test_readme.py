@@ -1,4 +1,4 @@
-"""The README is true: its snippets run, its links and targets exist (its figures: tests/test_benchmarks.py)."""
+"""The README is correct: snippets run, links and targets exist (tests/test_benchmarks.py checks the figures)."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 LONG = ("odd-sizes", "power-of-two")
-"""Half a minute in the interpreter; test_triton_kernels.py has sizes of both kinds."""
+"""Larger cases take half a minute in the interpreter; test_triton_kernels.py has sizes of both kinds."""
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in LONG], ids=str)
@@ -54,7 +54,7 @@ def test_loss_from_16_bit_inputs(name: str, dtype: torch.dtype) -> None:
 def test_logits_are_kept_until_the_weight_gradient_is_written(
     dtype: torch.dtype, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rejected rows first; of the longer sequences the memory of dW has no room for all."""
+    """Rejected rows come first. The memory of dW does not have room for all rows of the longer sequences."""
     kept, scored, own = [], [], TritonBackend.logprob
 
     def counted(
@@ -175,7 +175,7 @@ def test_importing_the_package_does_not_import_triton() -> None:
 
 
 def test_unscored_rows_cost_nothing_and_are_never_read() -> None:
-    """The interpreter executes what a device would: with 90 % of the rows unscored, far fewer loads."""
+    """The interpreter does the same loads as a device: far fewer if 90 % of the rows are unscored."""
     loads = []
     for ignored in (0.0, 0.9):
         inputs = ts.make(ts.Problem("cost", n=80, ignored=ignored), torch.float32)
@@ -186,7 +186,7 @@ def test_unscored_rows_cost_nothing_and_are_never_read() -> None:
 
 
 def test_underflown_sequences_cost_their_forward_only() -> None:
-    """A rejected sequence whose weight is 0 is dropped on the device: nothing is loaded but the list of rows."""
+    """The device drops a rejected sequence of weight 0: it loads only the list of rows."""
     inputs = ts.make(ts.Problem("underflown", ignored=0.0), torch.float32)
     with ts.checked_addresses() as spaces:
         ts.backend().backward(inputs.head, inputs.labels, torch.zeros(37), torch.zeros(37), ts.buffers(inputs, "xw"))
@@ -196,11 +196,11 @@ def test_underflown_sequences_cost_their_forward_only() -> None:
 
 
 def test_the_autotuner_is_asked_with_names_that_kernels_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials need a GPU. Here a choice of the autotuner's is taken without any: every kernel with a product gets it."""
+    """The autotuner's trials need a GPU. Here a choice is set without them, and each kernel with a product gets it."""
     tuned = set()
 
     class Chosen:
-        """What `triton.autotune` makes of a kernel, once it has chosen."""
+        """A kernel as `triton.autotune` leaves it after its choice."""
 
         def __init__(self, kernel: Any, key: tuple[str, ...], in_place: str | None) -> None:
             restored = () if in_place is None else (in_place,)

@@ -1,7 +1,7 @@
-"""No Triton kernel reads or writes outside its tensors, at any size: every access is checked, and the check is proved.
+"""No Triton kernel reads or writes outside its tensors, at any size. Every access is checked, and so is the check.
 
-Every tensor argument gets an address space of its own in the interpreter (`triton_support.AddressSpaces`), so a pointer
-that leaves its tensor is caught wherever it lands.
+In the interpreter every tensor argument gets its own address space (`triton_support.AddressSpaces`). So a pointer that
+leaves its tensor is always found.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_every_access_is_inside_with_chunks() -> None:
 
 @pytest.mark.parametrize("cu", [[0, 3, 3, 20], [0, 7, 9, 64], [-5, 4, 2, 20]])
 def test_objective_stays_inside(cu: list[int]) -> None:
-    """Even with `cu_seqlens` that nobody checked: on a GPU that would take a synchronisation."""
+    """This holds even for wrong `cu_seqlens`: on a GPU they are not checked, because the host would have to wait."""
     logp, labels = -torch.rand(20), torch.arange(20)
     bounds, chosen = torch.tensor(cu), torch.tensor([True, False, True])
     arguments = objective_arguments(labels, bounds, chosen, torch.zeros(3).double(), 1.0, torch.ones(3).double())
@@ -126,7 +126,7 @@ def mutated(module: Any, name: str, old: str, new: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m[1]}: {m[2]}")
 def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
-    # 38 rows, 33 of them with a weight: neither number fills its last block of 16, so a mask is all that stops it.
+    # 38 rows, 33 of them with a weight: neither number fills its last block of 16, so only the mask protects the rest.
     # Logits of 16 rows are kept at h = 21, those of all rows at h = 61.
     h = 61 if mutation[1:3] == ("kept_gradient_kernel", "row_ok = offs_n < here") else 21
     problem = Problem("mutant", n=38, h=h, v=75, ignored=0.0)
@@ -135,7 +135,7 @@ def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
 
 
 def test_a_dropped_vocabulary_mask_is_caught_by_value() -> None:
-    """A tail that counts exp(0) instead of exp(-inf) stays inside its tensors; the numbers tell."""
+    """A tail that counts exp(0) instead of exp(-inf) stays inside its tensors, but its numbers are wrong."""
     from infopo_kernels.backends.triton.kernels import logits
 
     inputs = ts.make(Problem("tail", v=75), torch.float32)
@@ -150,7 +150,7 @@ def test_a_dropped_vocabulary_mask_is_caught_by_value() -> None:
 
 
 def huge(rows_: int, columns: int, stride: int, dtype: torch.dtype, values: torch.Tensor | None = None) -> torch.Tensor:
-    """[rows, columns] whose rows lie `stride` elements apart: address space, of which only what is touched is there."""
+    """[rows, columns] with rows `stride` elements apart, in address space; only touched pages take memory."""
     storage = torch.empty((rows_ - 1) * stride + columns, dtype=dtype)
     view = storage.as_strided((rows_, columns), (stride, 1))
     if values is not None:
@@ -178,7 +178,7 @@ def test_inputs_beyond_two_to_the_31() -> None:
 
 @contextmanager
 def last_program_only() -> Iterator[None]:
-    """Run one program of a grid, that with the largest indices, instead of millions."""
+    """Run only the program with the largest indices of a grid, instead of millions."""
     builder = interpreter.interpreter_builder
     call = interpreter.GridExecutor.__call__
 

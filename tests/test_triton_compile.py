@@ -67,7 +67,7 @@ def test_gates_can_fail() -> None:
 
 
 def test_backend_never_needs_a_value_on_the_host() -> None:
-    """Tensors on the meta device have none: the whole host side runs on them, so nothing is synchronised on the way."""
+    """Tensors on the meta device have no values. The whole host side runs on them, so it never waits for the device."""
     code = (
         "from benchmarks.gpu import offline\n"
         "from infopo_kernels.backends.triton.tiles import TARGETS\n"
@@ -117,7 +117,7 @@ def test_devices_find_their_row() -> None:
 
 @pytest.mark.parametrize(("h", "gap", "aligned"), [(64, 0, True), (64, 16, True), (60, 4, False), (64, 3, False)])
 def test_rows_that_are_not_aligned_take_tiles_of_their_own(h: int, gap: int, aligned: bool) -> None:
-    """Those of the table spill where every element is loaded by itself."""
+    """The tiles of the table spill registers if every element is loaded separately."""
     row = TARGETS["sm_90"]
     with offline.recorded(row):
         hidden, weight = (torch.empty(n, h + gap, dtype=torch.float16, device="meta")[:, :h] for n in (5, 7))
@@ -146,7 +146,7 @@ def a_launch(target: str, n: int, h: int, v: int, dtype: torch.dtype, workspace:
 def test_plans_fit_any_shape(
     target: str, n: int, h: int, v: int, dtype: torch.dtype, mib: int, bias: bool, frozen: bool
 ) -> None:
-    """Every plan keeps to the workspace and covers the rows; grids stay below 2^31 programs."""
+    """Every plan stays within the workspace and covers the rows; grids stay below 2^31 programs."""
     launch = a_launch(target, n, h, v, dtype, mib << 20)
     some = torch.empty(1, device="meta")
     gradients = Gradients(some, None if frozen else some, some if bias else None)
@@ -209,7 +209,7 @@ def test_a_weight_gradient_keeps_the_rows_that_its_memory_and_the_workspace_hold
 def test_kept_rows_fit_any_shape(
     target: str, n: int, h: int, v: int, types: tuple[torch.dtype, torch.dtype], mib: int
 ) -> None:
-    """All of them in the first chunk, whatever gradients are wanted; a 16-bit dW has one chunk only."""
+    """All kept rows are in the first chunk, for all wanted gradients; a 16-bit dW has only one chunk."""
     from infopo_kernels.backends.triton.gradients import kept_rows
     from infopo_kernels.backends.triton.kernels.kept import capacity
 
@@ -232,7 +232,7 @@ def test_kept_rows_fit_any_shape(
 
 
 def test_the_model_counts_the_products_that_are_promised() -> None:
-    """Operations from the launches' own arguments: 2 N V H a product, no more; and the target on the peer's shape."""
+    """Operations, counted from the arguments of the launches, are 2 N V H for a product; and the target is met."""
     code = (
         "import json, benchmarks.gpu.roofline as r\n"
         "h100 = r.DEVICES[1]; shape = (8192, 4096, 151936); out = {}\n"

@@ -1,4 +1,4 @@
-"""The Triton backend on a device: the tables of cases, then what only a device can show."""
+"""The Triton backend on a device: the tables of cases, then tests that only a device can run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def on(gradients: Gradients, device: str) -> Gradients:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [*PROBLEMS, *LARGE], ids=str)
 def test_three_primitives(problem: Problem, dtype: torch.dtype) -> None:
-    """As in the interpreter, with fresh memory filled with NaN."""
+    """The same test as in the interpreter, with fresh memory filled with NaN."""
     inputs = tp.make(problem, dtype)
     truth, backend, there = tp.plain(inputs), TritonBackend(), moved(inputs, DEVICE)
     wanted = "xwb" if problem.bias else "xw"
@@ -122,7 +122,7 @@ def test_kept_logits(problem: Problem, types: tuple[torch.dtype, torch.dtype]) -
 @pytest.mark.parametrize("mib", [8, 32])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_small_workspace(mib: int, weight_dtype: torch.dtype) -> None:
-    """Chunks and pieces; the allocator's peak is the proof that the workspace holds."""
+    """Chunks and pieces. The allocator's peak proves that the call stays within the workspace."""
     problem = Problem("small", n=1500, h=512, v=32003, bias=True)
     inputs = tp.make(problem, torch.bfloat16, mib << 20)
     truth, backend, there = tp.plain(inputs), TritonBackend(), moved(inputs, DEVICE)
@@ -194,7 +194,7 @@ def test_objectives(objective: Objective, trained: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_no_objective_waits_for_the_device(objective: Objective) -> None:
-    """Not even to count chosen and rejected sequences; where their numbers differ the loss of pairs is NaN."""
+    """The host does not even count chosen and rejected sequences; if the numbers differ, the loss of pairs is NaN."""
     inputs = support.make(Case("waits", objective=objective, reference=False), torch.float32)
     there, leaves = inputs.moved(DEVICE), inputs.fresh(device=DEVICE)
     chosen = torch.tensor([True, False, True, True]).to(DEVICE)
@@ -231,7 +231,7 @@ def no_synchronisation() -> Iterator[None]:
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cuda_graph_of_a_step(weight_dtype: torch.dtype) -> None:
-    """Captured once, replayed on new values with another number of scored rows; and nothing synchronises."""
+    """A graph is captured once, and replayed on new values with another number of scored rows, without a wait."""
     head, labels = random_head(600, 256, 8192)
     c = torch.rand(600, device=DEVICE)
     backend = TritonBackend()
@@ -315,7 +315,7 @@ def needs(gib: float) -> None:
     ("n", "h", "v"), [(40_000, 64, 151_936), (300, 8_320, 262_144), (280_000, 8_192, 300)], ids=["NV", "VH", "NH"]
 )
 def test_products_of_sizes_beyond_two_to_the_31(n: int, h: int, v: int) -> None:
-    """Log-probabilities and dX of the last rows, and dW of the last words, against float32 of those alone."""
+    """Log-probabilities and dX of the last rows, and dW of the last words, against float32 for these alone."""
     needs(24)
     head, labels = random_head(n, h, v)
     c = torch.full((n,), 1e-3, device=DEVICE)
