@@ -1,4 +1,4 @@
-"""The optional C++ extension; everything else about the package stands in pyproject.toml.
+"""What pyproject.toml cannot state: the optional C++ extension, and the README as an index shows it.
 
 Without a compiler, without torch at build time, or with INFOPO_KERNELS_SKIP_EXTENSION=1, the package installs without
 its native CPU kernels and says so; plain PyTorch serves on a CPU then.
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
 EXTENSION = "infopo_kernels._C"
+REPOSITORY = os.environ.get("INFOPO_KERNELS_REPOSITORY_URL", "").rstrip("/")
+"""Where the repository can be read, for the links of the README on an index; whoever publishes a release sets it."""
 
 
 def say(message: str) -> None:
@@ -50,11 +54,47 @@ def extension_arguments() -> dict[str, Any]:
         EXTENSION,
         sorted(glob.glob("csrc/*.cpp")),
         depends=sorted(glob.glob("csrc/*.h")),
-        extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", *openmp],  # torch's headers have those
+        # -g0: Python adds -g, and debug symbols were nine tenths of the wheel. The warnings switched off are torch's.
+        extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", *openmp],
         extra_link_args=openmp,
         optional=True,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 
-setup(**extension_arguments())
+def description_arguments() -> dict[str, Any]:
+    """`long_description`: the README with links that lead somewhere from an index, and `project_urls` if known.
+
+    With INFOPO_KERNELS_REPOSITORY_URL=https://HOST/OWNER/NAME links and pictures point into that repository. Without
+    it a link becomes its text with the path of the file, which lies in the source distribution, and a picture its
+    description.
+    """
+    text = Path("README.md").read_text(encoding="utf-8")
+
+    def picture(match: re.Match[str]) -> str:
+        about, path = match["text"], match["target"]
+        return f"![{about}]({REPOSITORY}/raw/HEAD/{path})" if REPOSITORY else f"*(Picture `{path}`: {about})*"
+
+    def link(match: re.Match[str]) -> str:
+        label, path = match["text"], match["target"]
+        if REPOSITORY:
+            return f"[{label}]({REPOSITORY}/blob/HEAD/{path})"
+        file = path.partition("#")[0]
+        return f"`{file}`" if label.strip("`") == file else f"{label} (`{file}`)"
+
+    relative = r"\[(?P<text>[^\]]*)\]\((?P<target>(?![a-z]+:|#)[^)]+)\)"
+    text = re.sub("!" + relative, picture, text)
+    text = re.sub("(?<!!)" + relative, link, text)
+    urls = {
+        "Repository": REPOSITORY,
+        "Issues": f"{REPOSITORY}/issues",
+        "Changelog": f"{REPOSITORY}/blob/HEAD/CHANGELOG.md",
+    }
+    return {
+        "long_description": text,
+        "long_description_content_type": "text/markdown",
+        "project_urls": urls if REPOSITORY else {},
+    }
+
+
+setup(**extension_arguments(), **description_arguments())

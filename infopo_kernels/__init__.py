@@ -4,6 +4,10 @@ Importing this package needs torch only. Mathematics: `infopo_kernels.objective`
 `ops` -> `schedule` -> `backends`.
 """
 
+from infopo_kernels.libraries import require_torch
+
+require_torch()  # before anything else imports it: the error says what to install
+
 from infopo_kernels.dispatch import available_backends
 from infopo_kernels.functional import InfoPOOutput, infopo_loss, linear_infopo_loss, linear_logps
 from infopo_kernels.modules import InfoPOLoss, LinearInfoPOLoss

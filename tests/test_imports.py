@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "infopo_kernels"
 
 # Lower may not import higher. A module counts at the level of the longest prefix that names it.
 LEVELS = {
+    "libraries": 0,
     "options": 0,
     "packing": 1,
     "checks": 1,

@@ -16,15 +16,14 @@ from infopo_kernels.integrations.preference_step import (
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
+from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.options import InfoPOOptions, KernelOptions
 
 try:
     from transformers import Trainer
 except ImportError as error:
-    raise ImportError(
-        "infopo_kernels.integrations.trainer needs the packages `transformers` and `accelerate`; run: "
-        "pip install 'infopo_kernels[train]'"
-    ) from error
+    raise import_failure(__name__, ("transformers", "accelerate"), "train", error) from error
+warn_untested("transformers", "accelerate", "peft")
 
 _PREFERENCE_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
 

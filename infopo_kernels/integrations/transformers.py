@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from infopo_kernels.functional import InfoPOOutput, Reduction, linear_infopo_loss
 from infopo_kernels.functional import linear_logps as _linear_logps  # an argument of the forward has its name
 from infopo_kernels.integrations.logit_transform import known_logits, logit_options, observed_transform
+from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.options import InfoPOOptions, KernelOptions, LogitOptions
 
 try:
     from transformers.utils import ModelOutput
 except ImportError as error:
-    raise ImportError(
-        "infopo_kernels.integrations.transformers needs the package `transformers` (5.0 or later); run: "
-        "pip install 'infopo_kernels[train]'"
-    ) from error
+    raise import_failure(__name__, ("transformers",), "train", error) from error
+warn_untested("transformers")
 
 _ATTACHMENT = "_infopo_attachment"
 

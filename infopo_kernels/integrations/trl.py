@@ -23,6 +23,7 @@ from infopo_kernels.integrations.preference_step import (
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
+from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.options import InfoPOOptions, KernelOptions
 from infopo_kernels.reference_logps import ReferenceTable
 
@@ -33,10 +34,8 @@ try:
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import get_config_model_id, use_adapter
 except ImportError as error:
-    raise ImportError(
-        "InfoPOTrainer and InfoPOConfig need the package `trl` (1.16 or later) with `transformers`, `accelerate` and "
-        f"`datasets`; run: pip install 'infopo_kernels[trl]'. Reason: {error}"
-    ) from error
+    raise import_failure(__name__, ("trl", "transformers", "accelerate", "datasets"), "trl", error) from error
+warn_untested("trl", "transformers", "accelerate", "datasets", "peft")
 
 _NO_MEANING: Final = {
     "loss_type": "the loss is InfoPO; for others see `infopo_kernels.linear_logps`. An SFT term is `sft_weight`",
