@@ -30,7 +30,7 @@ def extension_arguments() -> dict[str, Any]:
         say("INFOPO_KERNELS_SKIP_EXTENSION is set: installing without the native CPU kernels.")
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils import cpp_extension
     except ImportError as error:
         say(
             f"torch cannot be imported at build time ({error}): installing without the native CPU kernels. "
@@ -38,7 +38,7 @@ def extension_arguments() -> dict[str, Any]:
         )
         return {}
 
-    class OptionalBuild(BuildExtension):  # type: ignore[misc]
+    class OptionalBuild(cpp_extension.BuildExtension):  # type: ignore[misc]
         """A build that fails leaves the package without the extension, not without the package."""
 
         def run(self) -> None:
@@ -48,18 +48,23 @@ def extension_arguments() -> dict[str, Any]:
                 self.extensions: list[Any] = []  # what comes after would copy files that are not there
                 say(f"the extension did not build ({error}): installing without the native CPU kernels.")
 
-    # at::parallel_for is a template over OpenMP: without the flag it is a plain loop. Apple's compiler lacks the flag.
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    extension = CppExtension(
+    # One build for every torch from 2.10 and every Python from 3.10: torch's stable ABI, Python's limited API.
+    cpp_extension.min_supported_cpython = "0x030a0000"
+    extension = cpp_extension.CppExtension(
         EXTENSION,
         sorted(glob.glob("csrc/*.cpp")),
         depends=sorted(glob.glob("csrc/*.h")),
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        py_limited_api=True,
         # -g0: Python adds -g, and debug symbols were nine tenths of the wheel. The warnings switched off are torch's.
-        extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", *openmp],
-        extra_link_args=openmp,
+        extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter"],
         optional=True,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": OptionalBuild},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 def description_arguments() -> dict[str, Any]:

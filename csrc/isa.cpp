@@ -1,10 +1,10 @@
 // Which instruction set serves: chosen on the machine that runs, not on the one that built.
-#include <c10/util/Exception.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdlib>
 #include <string>
 
+#include "errors.h"
 #include "tile_kernels.h"
 
 namespace infopo {
@@ -52,10 +52,12 @@ const TileKernels& select_kernels(Dtype dtype) {
   const char* forced = std::getenv("INFOPO_KERNELS_CPU_ISA");
   if (forced && *forced) {
     const TileKernels* kernels = built_kernels(forced);
-    TORCH_CHECK_VALUE(kernels && machine_has(forced), "INFOPO_KERNELS_CPU_ISA=", forced,
-                      kernels ? " asks for an instruction set that this machine lacks"
-                              : " is not one of avx512_bf16, avx512, avx2, portable (as far as this build has them)",
-                      "; unset it to let the machine decide.");
+    if (!kernels || !machine_has(forced)) {
+      value_error("INFOPO_KERNELS_CPU_ISA=", forced,
+                  kernels ? " asks for an instruction set that this machine lacks"
+                          : " is not one of avx512_bf16, avx512, avx2, portable (as far as this build has them)",
+                  "; unset it to let the machine decide.");
+    }
     return kernels == avx512_bf16_kernels() && !bf16 ? *avx512_kernels() : *kernels;
   }
   if (bf16 && avx512_bf16_kernels() && multiplies_bf16_fast()) return *avx512_bf16_kernels();

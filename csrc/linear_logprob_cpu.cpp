@@ -16,10 +16,6 @@
 // Work is split among threads by place (of the vocabulary, then of the result), partial sums are merged in order: the
 // result depends on the number of threads, never on their timing.
 
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
-#include <c10/util/Exception.h>
-
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -31,11 +27,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 
+#include "errors.h"
 #include "linear_logprob.h"
+#include "threads.h"
 
 namespace infopo {
 namespace {
@@ -85,7 +86,7 @@ class FlushSubnormals {
 
 template <typename F>
 void on_threads(int64_t threads, const F& f) {
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, [&](int64_t begin, int64_t end) {
     const FlushSubnormals guard;
     for (int64_t t = begin; t < end; ++t) f(t);
   });
@@ -107,7 +108,9 @@ Range part(int64_t n, int64_t threads, int64_t t, int64_t align = 1) {
 class Arena {
  public:
   Arena() = default;
-  explicit Arena(int64_t bytes) : data_(c10::GetCPUAllocator()->allocate(bytes)), base_(static_cast<char*>(data_.get())) {}
+  explicit Arena(int64_t bytes) : data_(std::aligned_alloc(64, round_up(bytes, 64))), base_(static_cast<char*>(data_.get())) {
+    if (!base_ && bytes > 0) throw std::bad_alloc();
+  }
 
   template <typename T>
   T* take(int64_t n) {
@@ -119,7 +122,10 @@ class Arena {
   int64_t used() const { return used_; }
 
  private:
-  c10::DataPtr data_;
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> data_;
   char* base_ = nullptr;
   int64_t used_ = 0;
 };
@@ -197,7 +203,7 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
                                {256, 512, 0},        {128, 512, 0},        {128, 256, 0},        {64, 256, 0},
                                {48, 192, 0},         {32, 96, 0},          {16, 96, 0},          {16, 48, 0},
                                {16, 16, 0},          {1, 16, 0}};
-  for (int64_t threads = at::get_num_threads(); threads >= 1; threads /= 2) {
+  for (int64_t threads = num_threads(); threads >= 1; threads /= 2) {
     for (const Sizes& step : kLadder) {
       sizes = {even_size(n, step.C, k.lanes), std::min(step.Vb, p.V), threads};
       if (bytes_of(k, p, sizes, want) <= p.workspace_bytes) return true;
@@ -208,9 +214,10 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
 
 Sizes require_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want) {
   Sizes sizes{};
-  const bool fits = find_sizes(k, p, n, want, sizes);
-  TORCH_CHECK_VALUE(fits, "`workspace_mib` is too small for hidden size ", p.H, ": one row at a time needs ",
-                    bytes_of(k, p, sizes, want), " bytes, got ", p.workspace_bytes, "; raise it.");
+  if (!find_sizes(k, p, n, want, sizes)) {
+    value_error("`workspace_mib` is too small for hidden size ", p.H, ": one row at a time needs ",
+                bytes_of(k, p, sizes, want), " bytes, got ", p.workspace_bytes, "; raise it.");
+  }
   return sizes;
 }
 

@@ -102,8 +102,8 @@ const TileKernels* avx2_kernels();    // nullptr where not built for x86-64
 const TileKernels* avx512_kernels();  // likewise
 const TileKernels* avx512_bf16_kernels();  // likewise; for bfloat16 inputs only
 
-// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names; throws
-// c10::ValueError if the machine lacks them.
+// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names; a
+// ValueError if the machine lacks them.
 const TileKernels& select_kernels(Dtype);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -35,7 +35,7 @@ def require_torch() -> None:
         if error.name != "torch":  # torch is there, and something that it needs is not
             raise
         raise ImportError(
-            "infopo_kernels needs PyTorch, which is not installed; run: pip install torch (PyTorch's own pages list the "
+            "infopo_kernels needs PyTorch, which is not installed; run: pip install torch (PyTorch's pages list the "
             "command for each accelerator). To build the native CPU kernels too, install infopo_kernels after it with: "
             "pip install --no-build-isolation infopo_kernels",
             name="torch",
