@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from infopo_kernels import infopo_loss, linear_infopo_loss, linear_logps
-from infopo_kernels.backends import cpp_cpu
+from infopo_kernels.backends import cpp
 from infopo_kernels.bench.contenders import torch_chunked_by_sequence, torch_chunked_nll
 
 RESULTS = Path(__file__).parent / "results" / "cpu_targets.json"
@@ -370,7 +370,7 @@ def main() -> None:
     record["machine"] = {
         "cpu": cpu_model(),
         "threads": THREADS,
-        "isa": cpp_cpu.isa(),
+        "isa": cpp.isa(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "repetitions": REPETITIONS,

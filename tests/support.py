@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infopo_kernels import InfoPOOptions, LogitOptions, linear_infopo_loss, linear_logps, reference
+from infopo_kernels import InfoPOOptions, LogitOptions, linear_infopo_loss, linear_logps, naive
 from infopo_kernels.options import IGNORE_INDEX
 
 
@@ -138,11 +138,11 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
 
 
 def logps_truth(inputs: Inputs, reduction: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Log-probabilities by the plain reference."""
+    """Log-probabilities with materialised logits."""
     case = inputs.case
     bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
     with torch.no_grad():
-        return reference.linear_logps(
+        return naive.linear_logps(
             **inputs.fresh(dtype), labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
             ignore_index=case.ignore_index, logit=case.logit,
         )  # fmt: skip
@@ -174,11 +174,11 @@ def fused(inputs: Inputs, device: str = "cpu", **kernel: Any) -> Result:
 
 
 def plain(inputs: Inputs, dtype: torch.dtype) -> Result:
-    """The reference of a case in `dtype`, differentiated by autograd."""
+    """The naive loss of a case in `dtype`, differentiated by autograd."""
     case, leaves = inputs.case, inputs.fresh(dtype)
-    loss = reference.linear_infopo_loss(
+    loss = naive.linear_preference_loss(
         **leaves, labels=inputs.labels, **inputs.layout, ref_logps=inputs.ref_logps, shift=case.shift,
-        ignore_index=case.ignore_index, options=case.objective, logit=case.logit,
+        ignore_index=case.ignore_index, objective=case.objective, logit=case.logit,
     )  # fmt: skip
     result = Result.of(loss, leaves, case.loss_factor)
     reduction = "mean" if case.objective.average else "sum"
@@ -198,10 +198,10 @@ def fused_logps(inputs: Inputs, reduction: str, device: str = "cpu", **kernel: A
 
 
 def plain_logps(inputs: Inputs, reduction: str, dtype: torch.dtype) -> Result:
-    """The reference's log-probabilities with the same weights."""
+    """Naive log-probabilities with the same weights."""
     case, leaves = inputs.case, inputs.fresh(dtype)
     bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
-    logps = reference.linear_logps(
+    logps = naive.linear_logps(
         **leaves, labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
         ignore_index=case.ignore_index, logit=case.logit,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.backends.cpp_cpu import CppBackend, isa
+from infopo_kernels.backends.cpp import CppBackend, isa
 from infopo_kernels.options import IGNORE_INDEX
 
 BACKEND = CppBackend()
@@ -291,7 +291,7 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.backends.cpp_cpu import CppBackend
+from infopo_kernels.backends.cpp import CppBackend
 
 def resident(key):
     lines = Path("/proc/self/status").read_text().splitlines()

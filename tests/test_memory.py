@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from infopo_kernels import dispatch
+from infopo_kernels.backends import dispatch
 
 CHILD = """
 import json, sys, threading, torch

@@ -16,7 +16,8 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above.
 
-from infopo_kernels import InfoPOOptions, dispatch, linear_infopo_loss, objective
+from infopo_kernels import InfoPOOptions, linear_infopo_loss, objective
+from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Head
 from infopo_kernels.backends.triton import TritonBackend, launch
 from tests import support

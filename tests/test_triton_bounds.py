@@ -21,7 +21,7 @@ from tests import triton_support as ts
 # Triton is imported by the module above, and by what follows.
 
 from infopo_kernels.backends.base import Head
-from infopo_kernels.backends.triton import (
+from infopo_kernels.backends.triton.kernels import (
     gradient_tile,
     hidden_product,
     kept,
@@ -31,7 +31,7 @@ from infopo_kernels.backends.triton import (
     weight_product,
 )
 from infopo_kernels.backends.triton.launch import prepare
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels.objectives import InfoPOOptions
 from tests.triton_support import Problem, interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -134,7 +134,7 @@ def test_a_dropped_mask_is_caught(mutation: tuple[Any, str, str, str]) -> None:
 
 def test_a_dropped_vocabulary_mask_is_caught_by_value() -> None:
     """A tail that counts exp(0) instead of exp(-inf) stays inside its tensors; the numbers tell."""
-    from infopo_kernels.backends.triton import logits
+    from infopo_kernels.backends.triton.kernels import logits
 
     inputs = ts.make(Problem("tail", v=75), torch.float32)
     truth = ts.plain(inputs)

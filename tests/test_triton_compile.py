@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from infopo_kernels import kernel_report
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import offline
+from infopo_kernels.backends.triton.kernels.logprob import slices_of
 from infopo_kernels.backends.triton.launch import Launch, prepare, target_for
-from infopo_kernels.backends.triton.logprob import slices_of
 from infopo_kernels.backends.triton.tiles import TARGETS
 from infopo_kernels.backends.triton.workspace import (
     kept_chunk,
@@ -211,7 +211,7 @@ def test_kept_rows_fit_any_shape(
 ) -> None:
     """All of them in the first chunk, whatever gradients are wanted; a 16-bit dW has one chunk only."""
     from infopo_kernels.backends.triton.gradients import kept_rows
-    from infopo_kernels.backends.triton.kept import capacity
+    from infopo_kernels.backends.triton.kernels.kept import capacity
 
     launch = a_launch(target, n, h, v, types[0], mib << 20)
     dw = torch.empty(v, h, dtype=types[1], device="meta")

@@ -18,7 +18,8 @@ from tests.triton_support import KEPT_PROBLEMS, Problem
 # Triton is imported by the module above.
 
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.backends.triton import gradients, kept, workspace
+from infopo_kernels.backends.triton import gradients, workspace
+from infopo_kernels.backends.triton.kernels import kept
 from infopo_kernels.backends.triton.launch import Launch
 from infopo_kernels.backends.triton.tiles import TARGETS
 

@@ -1,1 +1,1 @@
-"""The backends: one module each behind the protocol of `base`, loaded by `infopo_kernels.dispatch` on first use."""
+"""The backends: one module each behind the protocol of `base`; `dispatch` loads them on first use."""

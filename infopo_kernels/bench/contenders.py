@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infopo_kernels import dispatch
+from infopo_kernels.backends import dispatch
 from infopo_kernels.bench.batches import Batch, Case
 from infopo_kernels.functional import linear_infopo_loss, linear_logps
 from infopo_kernels.options import IGNORE_INDEX

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from infopo_kernels import __version__, dispatch
+from infopo_kernels import __version__
+from infopo_kernels.backends import dispatch
 
 _PACKAGES: Final = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn", "transformers")
 

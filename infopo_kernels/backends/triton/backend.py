@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.objective import Objective
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
+from infopo_kernels.packing import Rows
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,11 +66,14 @@ class TritonBackend:
     def logprob(
         self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token log-probabilities l [N] and logsumexp [N]. One product. `keep` holds logits afterwards (`kept.py`)."""
+        """Token log-probabilities l [N] and logsumexp [N]. One product.
+
+        `keep` holds logits afterwards (`kernels/kept.py`).
+        """
         from infopo_kernels.backends.triton.gradients import logprob_keeping
+        from infopo_kernels.backends.triton.kernels.logprob import launch_logprob
+        from infopo_kernels.backends.triton.kernels.rows import find_live_rows
         from infopo_kernels.backends.triton.launch import on_device, prepare
-        from infopo_kernels.backends.triton.logprob import launch_logprob
-        from infopo_kernels.backends.triton.rows import find_live_rows
 
         logp, lse = _outputs(labels)
         if labels.numel() == 0:
@@ -92,8 +95,8 @@ class TritonBackend:
         the workspace holds too few rows of logits for it to pay (`workspace.py`), `logprob` and `backward` run: four.
         """
         from infopo_kernels.backends.triton.gradients import gradients_from_tiles
+        from infopo_kernels.backends.triton.kernels.rows import find_live_rows
         from infopo_kernels.backends.triton.launch import on_device, prepare
-        from infopo_kernels.backends.triton.rows import find_live_rows
         from infopo_kernels.backends.triton.workspace import plan_tile
 
         if labels.numel() == 0 or not _any(gradients):
@@ -132,21 +135,16 @@ class TritonBackend:
         _backward(head, labels, lse, row_weight, gradients, skip_zero=True)
 
     def objective(
-        self,
-        logp: torch.Tensor,
-        labels: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        is_chosen: torch.Tensor,
-        ref_logps: torch.Tensor,
-        options: InfoPOOptions,
-        num_pairs: float,
-    ) -> Objective:
-        """`infopo_kernels.objective.objective` in one launch."""
+        self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
+    ) -> Evaluation | None:
+        """InfoPO in one launch; nothing else."""
+        if not isinstance(objective, InfoPO):
+            return None
+        from infopo_kernels.backends.triton.kernels.objective import launch_objective
         from infopo_kernels.backends.triton.launch import on_device
-        from infopo_kernels.backends.triton.objective import launch_objective
 
-        with on_device(labels.device):
-            return launch_objective(logp, labels, cu_seqlens, is_chosen, ref_logps, options, num_pairs)
+        with on_device(logp.device):
+            return launch_objective(objective, logp, rows, sequences)
 
 
 def _outputs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,8 +163,8 @@ def _backward(
 ) -> None:
     """`backward`; without `skip_zero` scored rows of weight zero are written as well (with zeros)."""
     from infopo_kernels.backends.triton.gradients import gradients_from_lse
+    from infopo_kernels.backends.triton.kernels.rows import find_live_rows
     from infopo_kernels.backends.triton.launch import on_device, prepare
-    from infopo_kernels.backends.triton.rows import find_live_rows
 
     if labels.numel() == 0 or not _any(gradients):
         return

@@ -6,21 +6,25 @@ from __future__ import annotations
 import torch
 
 from infopo_kernels.backends.base import Gradients
-from infopo_kernels.backends.triton.bias_gradient import launch_bias_gradient
-from infopo_kernels.backends.triton.gradient_tile import launch_gradient_tile
-from infopo_kernels.backends.triton.hidden_product import launch_hidden_product, launch_store_hidden
-from infopo_kernels.backends.triton.kept import (
+from infopo_kernels.backends.triton.kernels.bias_gradient import launch_bias_gradient
+from infopo_kernels.backends.triton.kernels.gradient_tile import launch_gradient_tile
+from infopo_kernels.backends.triton.kernels.hidden_product import launch_hidden_product, launch_store_hidden
+from infopo_kernels.backends.triton.kernels.kept import (
     Kept,
     capacity,
     find_kept_rows,
     launch_kept_gradient,
     store_in,
 )
+from infopo_kernels.backends.triton.kernels.logprob import launch_merge
+from infopo_kernels.backends.triton.kernels.rows import LiveRows
+from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS, launch_normalise, launch_softmax_tile
+from infopo_kernels.backends.triton.kernels.weight_product import (
+    gathered_stride,
+    launch_gather_rows,
+    launch_weight_product,
+)
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.logprob import launch_merge
-from infopo_kernels.backends.triton.rows import LiveRows
-from infopo_kernels.backends.triton.softmax_tile import NORMALISE_ROWS, launch_normalise, launch_softmax_tile
-from infopo_kernels.backends.triton.weight_product import gathered_stride, launch_gather_rows, launch_weight_product
 from infopo_kernels.backends.triton.workspace import (
     PiecePlan,
     TilePlan,
@@ -154,7 +158,7 @@ def _by_rows(
     """Chunks of rows outside, pieces of the vocabulary inside: dX complete per chunk, dW added to once per chunk.
 
     All rows with kept logits are in the first chunk, which assigns dW: a piece's rows of it are written when the logits
-    that lie there have become G, and the last piece comes first (`kept.py`).
+    that lie there have become G, and the last piece comes first (`kernels/kept.py`).
     """
     hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
     v, h, dtype, block = launch.vocabulary, launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits.rows

@@ -6,8 +6,8 @@ Counting, with B the workspace's bytes, e bytes an element and R rows a chunk (d
   float32 dW once, 8 V H bytes beside 2 R V H operations a product: the fewer rows, the more of the time.
 - Gradients with a known logsumexp take the vocabulary in pieces: [R, H] sums of dX stay for all of them, and R no
   longer depends on V, at the price of forming the logits a second time.
-- Rows whose logits dW's memory keeps (`kept.py`) pay neither price, but are all in the first chunk of such pieces:
-  there are at most as many as the sums of dX leave room for.
+- Rows whose logits dW's memory keeps (`kernels/kept.py`) pay neither price, but are all in the first chunk of such
+  pieces: there are at most as many as the sums of dX leave room for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from infopo_kernels.backends.base import Gradients
-from infopo_kernels.backends.triton.hidden_product import slices_of
+from infopo_kernels.backends.triton.kernels.hidden_product import slices_of
+from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS
+from infopo_kernels.backends.triton.kernels.weight_product import gathered_stride
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
-from infopo_kernels.backends.triton.softmax_tile import NORMALISE_ROWS
-from infopo_kernels.backends.triton.weight_product import gathered_stride
 
 ALIGNMENT = 256
 """Bytes: every temporary starts on a boundary that all vector accesses accept."""

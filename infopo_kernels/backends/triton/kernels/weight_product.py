@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from infopo_kernels.backends.triton.kernels.logits import column_parts, grouped_tile
+from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
-from infopo_kernels.backends.triton.logits import column_parts, grouped_tile
-from infopo_kernels.backends.triton.rows import LiveRows
 
 GATHER_ROWS, GATHER_COLUMNS = 8, 256
 """Tile of the gather: a warp reads 512 contiguous bytes of one row."""

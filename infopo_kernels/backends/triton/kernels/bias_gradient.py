@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.rows import LiveRows
 
 COLUMNS = 256
 """Columns a program: one coalesced kilobyte a block of rows."""

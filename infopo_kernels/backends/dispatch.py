@@ -13,7 +13,7 @@ from infopo_kernels.backends.base import Backend
 from infopo_kernels.options import BACKENDS
 
 _CLASSES: Final = {
-    "cpp": ("infopo_kernels.backends.cpp_cpu", "CppBackend"),
+    "cpp": ("infopo_kernels.backends.cpp", "CppBackend"),
     "triton": ("infopo_kernels.backends.triton", "TritonBackend"),
     "torch": ("infopo_kernels.backends.torch_chunked", "TorchBackend"),
 }

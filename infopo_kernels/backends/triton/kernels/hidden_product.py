@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from infopo_kernels.backends.triton.kernels.logits import column_parts, grouped_tile
+from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
-from infopo_kernels.backends.triton.logits import column_parts, grouped_tile
-from infopo_kernels.backends.triton.rows import LiveRows
 
 STORE_ROWS, STORE_COLUMNS = 8, 256
 """Tile of the rounding pass: a warp writes 512 contiguous bytes of one row."""

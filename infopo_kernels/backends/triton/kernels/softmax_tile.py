@@ -23,8 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
-from infopo_kernels.backends.triton.logits import (
+from infopo_kernels.backends.triton.kernels.logits import (
     column_parts,
     exp,
     grouped_tile,
@@ -33,7 +32,8 @@ from infopo_kernels.backends.triton.logits import (
     rows_first,
     to_logits,
 )
-from infopo_kernels.backends.triton.rows import LiveRows
+from infopo_kernels.backends.triton.kernels.rows import LiveRows
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
 
 NORMALISE_ROWS = 32
 """Rows a program of the second kernel: 32 x 128 elements in 4 warps are four 16-byte accesses a thread."""

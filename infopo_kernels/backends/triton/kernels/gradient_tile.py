@@ -14,9 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
+from infopo_kernels.backends.triton.kernels.logits import (
+    column_parts,
+    exp,
+    grouped_tile,
+    head_product,
+    load_labels,
+    to_logits,
+)
+from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.launch import Launch, ceil_div, start_product
-from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
-from infopo_kernels.backends.triton.rows import LiveRows
 
 
 @triton.jit

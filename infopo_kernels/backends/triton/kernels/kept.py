@@ -26,10 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
+from infopo_kernels.backends.triton.kernels.logits import load_labels, rows_first
+from infopo_kernels.backends.triton.kernels.rows import BLOCK, LiveRows, gain_of, largest_weight, new_list
+from infopo_kernels.backends.triton.kernels.softmax_tile import normalised
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
-from infopo_kernels.backends.triton.logits import load_labels, rows_first
-from infopo_kernels.backends.triton.rows import BLOCK, LiveRows, gain_of, largest_weight, new_list
-from infopo_kernels.backends.triton.softmax_tile import normalised
 from infopo_kernels.options import IGNORE_INDEX
 
 ROW_MULTIPLE = 16

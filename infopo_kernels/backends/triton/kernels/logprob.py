@@ -19,9 +19,16 @@ import torch
 import triton
 import triton.language as tl
 
+from infopo_kernels.backends.triton.kernels.logits import (
+    column_parts,
+    exp,
+    grouped_tile,
+    head_product,
+    load_labels,
+    to_logits,
+)
+from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
-from infopo_kernels.backends.triton.logits import column_parts, exp, grouped_tile, head_product, load_labels, to_logits
-from infopo_kernels.backends.triton.rows import LiveRows
 
 WAVES = 8
 """Programs a multiprocessor over a whole launch: the last, partly filled wave then costs at most an eighth."""

@@ -1,0 +1,1 @@
+"""The Triton kernels: each file states the equations of its kernels and launches them."""
