@@ -1,5 +1,5 @@
 // Errors that Python raises as ValueError or TypeError. torch's stable ABI passes on the text of a std::exception and no
-// type: so the text begins with the type, and infopo_kernels/backends/cpp_cpu.py raises it.
+// type: so the text begins with the type, and infopo_kernels/backends/cpp.py raises it.
 #pragma once
 
 #include <sstream>
