@@ -40,9 +40,10 @@ def test_loss_and_gradients(backend: str) -> None:
 def test_a_kernel_compiles_for_a_gpu(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     from benchmarks.gpu import offline  # needs Triton, and must not be imported before the environment is set above
+
     from infopo_kernels.backends.triton.tiles import TARGETS
 
-    target = next(each for each in TARGETS if each.name == "sm_90")
+    target = TARGETS["sm_90"]
     kernels = offline.compiled(target, [offline.Shape(64, 64, 500, dtype, False)])
     assert any("logprob" in kernel.name for kernel in kernels)
     assert all(kernel.compiled.asm["cubin"] for kernel in kernels)

@@ -16,11 +16,11 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tomllib
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
