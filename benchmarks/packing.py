@@ -23,8 +23,8 @@ from infopo_kernels import InfoPOOptions
 from infopo_kernels.bench.environment import environment
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator, preference_features
 from infopo_kernels.integrations.transformers import attach_linear_logps
-from infopo_kernels.training.smollm2 import smollm2_directory
-from infopo_kernels.training.word_problems import word_problems
+from infopo_kernels.commands.smollm2 import smollm2_directory
+from infopo_kernels.commands.demo.word_problems import word_problems
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from infopo_kernels.training.errors import UserError
 from infopo_kernels.training.policy import Loading, Policy, load_tokenizer
 from infopo_kernels.training.tokens import Example, tokenize
 from infopo_kernels.training.trainer import Trainer, TrainOptions, all_logps, evaluation
-from infopo_kernels.training.word_problems import word_problems
+from infopo_kernels.commands.demo.word_problems import word_problems
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infopo_kernels.integrations.collators import PreferenceCollator, preference_features
 from infopo_kernels.integrations.transformers import attach_linear_logps
-from infopo_kernels.training.smollm2 import smollm2_directory
-from infopo_kernels.training.word_problems import word_problems
+from infopo_kernels.commands.smollm2 import smollm2_directory
+from infopo_kernels.commands.demo.word_problems import word_problems
 
 
 def dpo(logps: Tensor, ref_logps: Tensor, beta: float = 0.1) -> Tensor:

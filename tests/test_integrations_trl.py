@@ -15,9 +15,9 @@ peft = pytest.importorskip("peft")
 from datasets import Dataset  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
-from infopo_kernels import reference_logps  # noqa: E402
+from infopo_kernels.commands import cli  # noqa: E402
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer  # noqa: E402
-from infopo_kernels.training.word_problems import word_problems  # noqa: E402
+from infopo_kernels.commands.demo.word_problems import word_problems  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, write_pairs  # noqa: E402
 
 STEPS = 5
@@ -138,7 +138,7 @@ def test_references_ahead_of_time_change_nothing(start: Path, tmp_path: Path, av
 
     data, output = write_pairs(tmp_path / "pairs.jsonl", 12), tmp_path / "reference.jsonl"
     command = ["--model", str(start), "--data", str(data), "--output", str(output), "--max-length", str(MAX_LENGTH)]
-    assert reference_logps.main([*command, *(["--average"] if average else [])]) == 0
+    assert cli.main(["precompute-reference", *command, *(["--average"] if average else [])]) == 0
     from_file = InfoPOTrainer(str(start), args=config(tmp_path, reference_logps=str(output), **shared), **given)
     assert from_file.ref_model is None
     assert_same_run(train(from_file), truth)
@@ -160,7 +160,7 @@ def test_a_file_without_chosen_references_serves_who_skips_them(start: Path, tmp
     given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}
     data, output = write_pairs(tmp_path / "pairs.jsonl", 12), tmp_path / "reference.jsonl"
     command = ["--model", str(start), "--data", str(data), "--output", str(output), "--max-length", str(MAX_LENGTH)]
-    assert reference_logps.main([*command, "--skip-chosen-reference"]) == 0
+    assert cli.main(["precompute-reference", *command, "--skip-chosen-reference"]) == 0
     options = {"reference_logps": str(output), "padding_free": packed, "max_steps": 2}
     with pytest.raises(ValueError, match="holds no chosen references"):
         InfoPOTrainer(str(start), args=config(tmp_path, **options), **given)

@@ -12,7 +12,7 @@ import torch
 from infopo_kernels.options import KernelOptions
 from infopo_kernels.training.policy import Loading, Policy
 from infopo_kernels.training.tokens import Example
-from infopo_kernels.training.word_problems import word_problems
+from infopo_kernels.commands.demo.word_problems import word_problems
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"

@@ -1,7 +1,5 @@
 """The one error that the commands turn into a sentence instead of a traceback."""
 
-from __future__ import annotations
+from infopo_kernels.integrations.preferences import PreferenceError as UserError
 
-
-class UserError(ValueError):
-    """Something that the user can put right: the message says what, where and how."""
+__all__ = ["UserError"]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
 from infopo_kernels.integrations.transformers import attach_linear_logps
 from infopo_kernels.objectives import InfoPOOptions
 from infopo_kernels.options import KernelOptions
 from infopo_kernels.output import InfoPOOutput
 from infopo_kernels.training.batches import Batch, collate
 from infopo_kernels.training.errors import UserError
-from infopo_kernels.training.smollm2 import SMOLLM2, smollm2_directory
 from infopo_kernels.training.tokens import Example
 
 

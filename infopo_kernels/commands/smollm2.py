@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from infopo_kernels.training.errors import UserError
+from infopo_kernels.commands.errors import UserError
 
 SMOLLM2: Final = "smollm2"
 """Name under which the commands accept the model."""

@@ -1,0 +1,136 @@
+"""What a model can take: ids that its embedding has a row for, sequences that its positions reach.
+
+Beyond either a model ends in an IndexError after some steps, on a GPU in a device-side assertion that names nothing. So
+both are compared with the data before any work.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from infopo_kernels.integrations.preference_rows import PreferenceError
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """Upper limits of token ids and of lengths."""
+
+    vocabulary: int | None
+    """Ids are below this; None if it is not known."""
+    positions: int | None
+    """Tokens in a sequence; None where positions are computed (rotary, ALiBi, none) and have no table to run out of."""
+
+
+def model_limits(model: Any) -> ModelLimits:
+    """The limits of a model, or of the model that a configuration describes (made without its weights).
+
+    Args:
+        model: a causal language model of transformers, with an adapter or without, or its configuration.
+    """
+    if not isinstance(model, nn.Module):
+        config = model
+        model = _without_weights(config)
+        if model is None:
+            text = config.get_text_config() if hasattr(config, "get_text_config") else config
+            return ModelLimits(getattr(text, "vocab_size", None), None)
+    embedding = model.get_input_embeddings()
+    vocabulary = _rows(getattr(embedding, "weight", None))
+    head = model.get_output_embeddings()
+    if (classes := _rows(getattr(head, "weight", None))) is not None:
+        vocabulary = classes if vocabulary is None else min(vocabulary, classes)
+    return ModelLimits(vocabulary, _learned_positions(model, embedding))
+
+
+def _without_weights(config: Any) -> Any:
+    """The model on the meta device; None where it cannot be made so (code that comes with the model)."""
+    # Imported here: a model needs no second import, and the package can be used without transformers.
+    factory = importlib.import_module("transformers").AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return factory.from_config(config)
+    except Exception:  # code of others, run on a device that it was not written for
+        return None
+
+
+def _rows(weight: Any) -> int | None:
+    """Rows of a weight, also of one that ZeRO-3 has partitioned (which then has none)."""
+    shape: Any = getattr(weight, "ds_shape", None) or getattr(weight, "shape", ())
+    return int(shape[0]) if len(shape) == 2 else None
+
+
+def _learned_positions(model: nn.Module, embedding: Any) -> int | None:
+    """Positions of the smallest table of them in the model.
+
+    Tables are embeddings, and buffers that hold as many rows as the configuration names positions (GPT-J, CTRL). XGLM's
+    table grows by itself; it is neither.
+    """
+    config: Any = getattr(model, "config", None)
+    named = getattr(config, "max_position_embeddings", None)
+    # MPT makes its ALiBi slopes for so many tokens, and fails beyond.
+    limits: list[int] = [config.max_seq_len] if getattr(config, "model_type", None) == "mpt" else []
+    for name, module in model.named_modules():
+        own = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and module is not embedding and _names_positions(own):
+            # OPT and BART keep rows in front of the first position (`offset`), RoBERTa those up to the padding's.
+            unused = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            limits.append(int(_rows(module.weight) or module.num_embeddings) - int(unused))
+        for key, value in (*module.named_buffers(recurse=False), *vars(module).items()):
+            if (
+                isinstance(value, torch.Tensor)
+                and value.is_floating_point()
+                and value.ndim == 2
+                and len(value) == named
+                and _names_positions(key)
+            ):
+                limits.append(len(value))
+    return min(limits, default=None)
+
+
+def _names_positions(name: str) -> bool:
+    return "pos" in name or name == "wpe"
+
+
+def check_features(features: Iterable[dict[str, Any]], model: Any, places: Sequence[str] | None = None) -> None:
+    """Compare the largest token id and the longest pair with what the model can take, before any work.
+
+    Args:
+        features: as they will be trained on (cut already), see `infopo_kernels.integrations.preferences`.
+        model: the model, or its configuration (see `model_limits`).
+        places: where each feature came from, for messages; default: "pair 0", "pair 1", ...
+
+    Raises:
+        PreferenceError: a pair goes beyond; names the first one, its size, the limit, and what to do.
+    """
+    limits = model_limits(model)
+    for index, feature in enumerate(features):
+        where = places[index] if places else f"pair {index}"
+        rejected = feature["rejected_ids"]
+        nested = bool(rejected) and isinstance(rejected[0], Sequence)
+        responses = {"chosen": feature["chosen_ids"]}
+        responses |= {f"rejected[{k}]": ids for k, ids in enumerate(rejected)} if nested else {"rejected": rejected}
+        for name, ids in {"prompt": feature["prompt_ids"], **responses}.items():
+            largest = max(ids, default=0)
+            if limits.vocabulary is not None and largest >= limits.vocabulary:
+                raise PreferenceError(
+                    f"holds the token id {largest}, and the model has embeddings for ids below {limits.vocabulary}; "
+                    f"use the tokenizer that belongs to the model, or give the model rows for added tokens: "
+                    f"model.resize_token_embeddings(len(tokenizer)).",
+                    where=where,
+                    field=name,
+                )
+            length = len(ids) if name == "prompt" else len(feature["prompt_ids"]) + len(ids)
+            if limits.positions is not None and length > limits.positions:
+                what = "the prompt has" if name == "prompt" else "prompt and response have"
+                raise PreferenceError(
+                    f"{what} {length} tokens, and the model has learned positions for "
+                    f"{limits.positions}; cut the data with max_length={limits.positions} (or less), or use a model "
+                    f"with longer context.",
+                    where=where,
+                    field=name,
+                )
