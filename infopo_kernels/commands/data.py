@@ -44,7 +44,7 @@ class Data:
         self.has_eval = bool(script.held_out) or script.eval_dataset_name is not None
         if config.eval_strategy != "no" and is_file(script.dataset_name) and not self.has_eval:
             raise UserError(
-                f"--eval_strategy {config.eval_strategy} needs pairs to score; add --held_out N or "
+                f"--eval_strategy {config.eval_strategy.value} needs pairs to score; add --held_out N or "
                 f"--eval_dataset_name FILE"
             )
         names = (script.dataset_name, script.eval_dataset_name)

@@ -50,10 +50,12 @@ DEFAULTS: Final[dict[str, Any]] = {
     "report_to": "none",
     "log_level_replica": "error",
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "use_cpu": not torch.accelerator.is_available(),
     **({} if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else {"bf16": False}),
 }
 """Where TRL's defaults do not fit: 1e-6 and three epochs are for DPO's weak pull, eight pairs for a GPU's memory,
-bfloat16 for units that have it; PEFT's own choice of layers leaves most of a model out; memory is pinned for a GPU."""
+bfloat16 for units that have it; PEFT's own choice of layers leaves most of a model out; memory is pinned for a GPU.
+Without `use_cpu` processes on a machine without GPUs would not join in one group: each would train by itself."""
 
 _EPILOG: Final = """\
 data: a JSONL file holds one JSON object a line, in TRL's preference format:
