@@ -35,7 +35,7 @@ def test_infopo_loss_and_gradients(case: Case) -> None:
     """float32; what rounding G to a 16-bit type adds has its own budget in test_triton_kernels.py."""
     inputs = support.make(case, torch.float32)
     got = support.fused(inputs, backend="triton")
-    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+    support.assert_result(got, support.plain(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -45,13 +45,7 @@ def test_loss_from_16_bit_inputs(name: str, dtype: torch.dtype) -> None:
     case = next(c for c in CASES if c.name == name)
     inputs = support.make(case, dtype)
     got = support.fused(inputs, backend="triton")
-    truth, single = support.plain(inputs, torch.float64), support.plain(inputs, torch.float32)
-    support.assert_close("loss", got.loss, truth.loss, single.loss)
-    same_type = support.plain(inputs, dtype)
-    for key, exact in truth.gradients.items():
-        if exact is not None:
-            ours, theirs = (r.gradients[key].double() - exact for r in (got, same_type))  # type: ignore[union-attr]
-            assert ours.norm() <= 1.1 * theirs.norm() + 2.0**-9 * exact.norm(), f"gradient of {key}"
+    support.assert_result(got, support.plain(inputs))
 
 
 @pytest.mark.parametrize("length", [9, 32])
@@ -74,13 +68,7 @@ def test_logits_are_kept_until_the_weight_gradient_is_written(
     assert len(kept) == 1
     assert kept[0] >= 16
     assert (sum(scored) > 0) == (length == 32)
-    truth, single = support.plain(inputs, torch.float64), support.plain(inputs, torch.float32)
-    support.assert_close("loss", got.loss, truth.loss, single.loss)
-    same_type = support.plain(inputs, dtype)
-    for key, exact in truth.gradients.items():
-        if exact is not None:
-            ours, theirs = (r.gradients[key].double() - exact for r in (got, same_type))  # type: ignore[union-attr]
-            assert ours.norm() <= 1.1 * theirs.norm() + 2 * ts.UNIT[dtype] * exact.norm(), f"gradient of {key}"
+    support.assert_result(got, support.plain(inputs))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -89,8 +77,7 @@ def test_logps_and_gradients(name: str, reduction: str) -> None:
     case = next(c for c in CASES if c.name == name)
     inputs = support.make(case, torch.float32)
     got = support.fused_logps(inputs, reduction, backend="triton")
-    truth, single = (support.plain_logps(inputs, reduction, d) for d in (torch.float64, torch.float32))
-    support.assert_result(got, truth, single)
+    support.assert_result(got, support.plain_logps(inputs, reduction))
 
 
 OPTIONS = [
@@ -208,7 +195,7 @@ def test_the_autotuner_is_asked_with_names_that_kernels_have(monkeypatch: pytest
     monkeypatch.setattr(launch, "_tuned", Chosen)
     inputs = support.make(Case("autotuned"), torch.float32)
     got = support.fused(inputs, backend="triton")
-    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+    support.assert_result(got, support.plain(inputs))
     products = ("logprob", "softmax_tile", "gradient_tile", "hidden_product", "weight_product")
     assert tuned == {f"{name}_kernel" for name in products}
 

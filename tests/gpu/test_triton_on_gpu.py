@@ -131,7 +131,7 @@ def test_small_workspace(mib: int, weight_dtype: torch.dtype) -> None:
 def test_infopo_loss_and_gradients(case: Case) -> None:
     inputs = support.make(case, torch.float32)
     got = support.fused(inputs, device=DEVICE, backend="triton")
-    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+    support.assert_result(got, support.plain(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -139,13 +139,7 @@ def test_infopo_loss_and_gradients(case: Case) -> None:
 def test_loss_from_16_bit_inputs(case: Case, dtype: torch.dtype) -> None:
     inputs = support.make(case, dtype)
     got = support.fused(inputs, device=DEVICE, backend="triton")
-    truth, single = support.plain(inputs, torch.float64), support.plain(inputs, torch.float32)
-    support.assert_close("loss", got.loss, truth.loss, single.loss)
-    same_type = support.plain(inputs, dtype)
-    for key, exact in truth.gradients.items():
-        if exact is not None:
-            ours, theirs = (r.gradients[key].cpu().double() - exact for r in (got, same_type))  # type: ignore[union-attr]
-            assert ours.norm() <= 1.1 * theirs.norm() + 2.0**-9 * exact.norm(), f"gradient of {key}"
+    support.assert_result(got, support.plain(inputs))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -153,8 +147,7 @@ def test_loss_from_16_bit_inputs(case: Case, dtype: torch.dtype) -> None:
 def test_logps_and_gradients(case: Case, reduction: str) -> None:
     inputs = support.make(case, torch.float32)
     got = support.fused_logps(inputs, reduction, device=DEVICE, backend="triton")
-    truth, single = (support.plain_logps(inputs, reduction, d) for d in (torch.float64, torch.float32))
-    support.assert_result(got, truth, single)
+    support.assert_result(got, support.plain_logps(inputs, reduction))
 
 
 def test_objective() -> None:
