@@ -7,6 +7,8 @@
 #   make test-gpu    the tests that need a GPU
 #   make bench-gpu   benchmarks on a GPU
 #   make check       formatting, lint, types
+#   make test-matrix the tests that depend on other libraries, on their oldest and newest releases (CELLS="oldest ...")
+#   make docs        the documentation as a site in out/site; warnings are errors, the notebook is executed
 
 # The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
 # where that is: make demo TORCH_PIP_ARGS="--index-url ..."
@@ -24,13 +26,14 @@ TORCH_STAMP := $(STAMPS)/$(subst ==,-,$(TORCH))
 PACKAGE := $(STAMPS)/package
 TRAIN := $(STAMPS)/train
 TEST := $(STAMPS)/test
+DOCS := $(STAMPS)/docs
 
 extras = $(PY) -c 'import sys, tomllib; \
 	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels test-gpu bench-gpu check setup clean
+.PHONY: demo test bench kernels test-gpu bench-gpu check test-matrix docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -55,6 +58,12 @@ check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+test-matrix: $(PACKAGE) $(TEST)
+	$(PY) tests/matrix/run.py $(CELLS) $(ARGS)
+
+docs: $(PACKAGE) $(DOCS)
+	PYTHONPATH=. $(PY) -m mkdocs build --strict $(ARGS)
 
 setup: $(PACKAGE) $(TEST)
 
@@ -89,4 +98,9 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
 	$(call extras,test bench triton trl)
+	touch $@
+
+$(DOCS): $(TRAIN)
+	@echo "Installing what the documentation needs"
+	$(call extras,docs)
 	touch $@
