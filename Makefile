@@ -6,7 +6,7 @@
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
 #   make test-gpu    the tests that need a GPU
 #   make bench-gpu   benchmarks on a GPU
-#   make check       formatting, lint, types
+#   make check       formatting of Python and C++, lint, types
 #   make test-matrix the tests that depend on other libraries, on their oldest and newest releases (CELLS="oldest ...")
 #   make docs        the documentation as a site in out/site; warnings are errors, the notebook is executed
 
@@ -43,20 +43,21 @@ test: $(PACKAGE) $(TEST)
 	$(PY) -m pytest $(ARGS)
 
 bench: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	$(PY) -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 kernels: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels kernels $(ARGS)
+	$(PY) -m benchmarks kernels $(ARGS)
 
 test-gpu: $(PACKAGE) $(TEST)
 	$(PY) -m pytest -m gpu $(ARGS)
 
 bench-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench --device cuda $(ARGS)
+	$(PY) -m benchmarks --device cuda $(ARGS)
 
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(PY) -m mypy
 
 test-matrix: $(PACKAGE) $(TEST)
@@ -97,7 +98,7 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
-	$(call extras,test bench triton trl)
+	$(call extras,test bench triton)
 	touch $@
 
 $(DOCS): $(TRAIN)

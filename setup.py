@@ -47,6 +47,9 @@ def extension_arguments() -> dict[str, Any]:
             except Exception as error:
                 self.extensions: list[Any] = []  # what comes after would copy files that are not there
                 say(f"the extension did not build ({error}): installing without the native CPU kernels.")
+            if self.inplace:  # a file of one Python's own ABI, from before the stable one, would be found first
+                for stale in glob.glob("infopo_kernels/_C.cpython-*"):
+                    os.remove(stale)
 
     # One build for every torch from 2.10 and every Python from 3.10: torch's stable ABI, Python's limited API.
     cpp_extension.min_supported_cpython = "0x030a0000"
@@ -57,7 +60,7 @@ def extension_arguments() -> dict[str, Any]:
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         py_limited_api=True,
         # -g0: Python adds -g, and debug symbols were nine tenths of the wheel. The warnings switched off are torch's.
-        extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter"],
         optional=True,
     )
     return {

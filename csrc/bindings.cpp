@@ -21,8 +21,8 @@ namespace infopo {
 
 int64_t num_threads() { return torch::stable::get_num_threads(); }
 
-void run_parts(int64_t n, void (*part)(int64_t begin, int64_t end, void* context), void* context) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { part(begin, end, context); });
+void parallel_parts(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 namespace {
@@ -40,10 +40,14 @@ std::string text(IntHeaderOnlyArrayRef numbers) {
 
 Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: type_error("`", name, "` must be float32, bfloat16 or float16, got ", toString(x.scalar_type()), ".");
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      type_error("`", name, "` must be float32, bfloat16 or float16, got ", toString(x.scalar_type()), ".");
   }
 }
 
@@ -63,7 +67,7 @@ Matrix check_matrix(const Tensor& x, const char* name) {
     value_error("`", name, "` must have stride 1 in its last dimension, got ", text(x.strides()),
                 "; call contiguous().");
   }
-  return {x.const_data_ptr(), x.stride(0), dtype_of(x, name)};
+  return {.data = x.const_data_ptr(), .stride = x.stride(0), .dtype = dtype_of(x, name)};
 }
 
 Head check_head(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels,
@@ -79,15 +83,21 @@ Head check_head(const Tensor& hidden, const Tensor& weight, const MaybeTensor& b
   }
   if (bias) check_vector(*bias, "bias", V, hidden.scalar_type());
   check_vector(labels, "labels", N, ScalarType::Long);
-  return {x, w, N, V, H,
-          {bias ? bias->const_data_ptr() : nullptr, x.dtype, static_cast<float>(softcap.value_or(0)),
-           static_cast<float>(scale)},
-          workspace_bytes};
+  return {.hidden = x,
+          .weight = w,
+          .N = N,
+          .V = V,
+          .H = H,
+          .map = {.bias = bias ? bias->const_data_ptr() : nullptr,
+                  .bias_dtype = x.dtype,
+                  .softcap = static_cast<float>(softcap.value_or(0)),
+                  .scale = static_cast<float>(scale)},
+          .workspace_bytes = workspace_bytes};
 }
 
 Gradients check_gradients(const Head& head, const Tensor& hidden, const MaybeTensor& grad_hidden,
                           const MaybeTensor& grad_weight, const MaybeTensor& grad_bias) {
-  Gradients to{nullptr, nullptr, head.weight.dtype, nullptr};
+  Gradients to{.weight_dtype = head.weight.dtype};
   if (grad_hidden) {
     if (grad_hidden->dim() != 2 || grad_hidden->size(0) != head.N || grad_hidden->size(1) != head.H ||
         !grad_hidden->is_contiguous() || grad_hidden->scalar_type() != hidden.scalar_type()) {
@@ -99,8 +109,7 @@ Gradients check_gradients(const Head& head, const Tensor& hidden, const MaybeTen
   if (grad_weight) {
     to.weight_dtype = dtype_of(*grad_weight, "grad_weight");
     if (grad_weight->dim() != 2 || grad_weight->size(0) != head.V || grad_weight->size(1) != head.H ||
-        !grad_weight->is_contiguous() ||
-        (to.weight_dtype != head.weight.dtype && to.weight_dtype != Dtype::kFloat32)) {
+        !grad_weight->is_contiguous() || (to.weight_dtype != head.weight.dtype && to.weight_dtype != Dtype::kFloat32)) {
       value_error("`grad_weight` must be a contiguous [", head.V, ", ", head.H,
                   "] of the weight's type or float32, got ", toString(grad_weight->scalar_type()), " ",
                   text(grad_weight->sizes()), ".");
@@ -166,8 +175,7 @@ std::tuple<Tensor, Tensor> logprob_and_grad_op(const Tensor& hidden, const Tenso
   check_vector(row_weight, "row_weight", head.N, ScalarType::Float);
   const Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
   const auto [l, lse] = row_results(hidden);
-  logprob_and_grad(head, integers(labels), floats(row_weight), to,
-                   mutable_floats(l), mutable_floats(lse));
+  logprob_and_grad(head, integers(labels), floats(row_weight), to, mutable_floats(l), mutable_floats(lse));
   return {l, lse};
 }
 
@@ -184,8 +192,7 @@ void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& 
     if (!to.weight) value_error("`kept` needs `grad_weight`, whose memory holds the logits.");
     check_store(to, head, *kept);
   }
-  backward(head, integers(labels), floats(lse), floats(row_weight), to,
-           kept ? integers(*kept) : nullptr);
+  backward(head, integers(labels), floats(lse), floats(row_weight), to, kept ? integers(*kept) : nullptr);
 }
 
 std::string isa(ScalarType dtype) {
@@ -218,9 +225,7 @@ STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
   m.impl("kept_rows", TORCH_BOX(&infopo::kept_rows_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&infopo::isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&infopo::isa)); }
 
 // `import infopo_kernels._C` loads the library, and that registers the ops: the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "logit_store.h"
 #include "tile_kernels.h"
 
 namespace infopo {
@@ -26,21 +27,12 @@ struct Head {
 };
 
 struct Gradients {
-  void* hidden;        // [N, H] contiguous, type of Head::hidden; rows are assigned
-  void* weight;        // [V, H] contiguous, weight_dtype; added to
-  Dtype weight_dtype;
-  float* bias;         // [V]; added to
-};
+  void* hidden = nullptr;  // [N, H] contiguous, type of Head::hidden; rows are assigned
+  void* weight = nullptr;  // [V, H] contiguous, weight_dtype; added to
+  Dtype weight_dtype = Dtype::kFloat32;
+  float* bias = nullptr;  // [V]; added to
 
-// The memory of a weight gradient that nothing has been added to: until that is written it keeps logits, float z[v][slot]
-// in the bytes of its row v, a slot for each row that was scored when they were kept.
-struct LogitStore {
-  void* data;         // [V, H] contiguous; null for none
-  int64_t row_bytes;
-  int64_t slots;
-
-  static LogitStore in(void* weight_gradient, Dtype dtype, int64_t H);
-  float* row(int64_t v) const { return reinterpret_cast<float*>(static_cast<char*>(data) + v * row_bytes); }
+  Gradients without_hidden() const { return {.weight = weight, .weight_dtype = weight_dtype, .bias = bias}; }
 };
 
 // Rows whose logits the memory of a weight gradient of that type can hold; 0 where keeping them does not pay.

@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from infopo_kernels import InfoPOOptions
+from infopo_kernels.commands.demo.word_problems import word_problems
+from infopo_kernels.commands.smollm2 import smollm2_directory
 from infopo_kernels.integrations.collators import PreferenceCollator, preference_features
 from infopo_kernels.integrations.trainer import compute_infopo_loss
 from infopo_kernels.integrations.transformers import attach_linear_logps
-from infopo_kernels.commands.smollm2 import smollm2_directory
-from infopo_kernels.commands.demo.word_problems import word_problems
 
 
 class InfoPOOnTrainer(Trainer):

@@ -46,7 +46,10 @@ def test_help_names_every_command(capsys: Any) -> None:
 
 
 def test_unknown_and_missing_commands(capsys: Any) -> None:
-    for words, said in ((["nonsense"], "there is no command 'nonsense'; choose one of train,"), ([], "expected a COMM")):
+    for words, said in (
+        (["nonsense"], "there is no command 'nonsense'; choose one of train,"),
+        ([], "expected a COMM"),
+    ):
         assert main(words) == 2
         error = capsys.readouterr().err
         assert said in error

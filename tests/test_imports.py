@@ -30,9 +30,8 @@ LEVELS = {
     "functional": 8,
     "modules": 9,
     "integrations": 10,
-    "training": 10,
-    "bench": 11,
-    "cli": 12,
+    "reference_logps": 11,
+    "commands": 11,
 }
 
 
@@ -74,7 +73,7 @@ def test_importing_the_package_needs_torch_only() -> None:
     code = (
         "import sys, infopo_kernels\n"
         "bad = {'triton', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'rich'} & set(sys.modules)\n"
-        "bad |= {m for m in sys.modules if m.startswith(('infopo_kernels.integrations', 'infopo_kernels.training'))}\n"
+        "bad |= {m for m in sys.modules if m.startswith(('infopo_kernels.integrations', 'infopo_kernels.commands'))}\n"
         "sys.exit(f'imported too: {sorted(bad)}' if bad else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)

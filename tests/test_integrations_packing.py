@@ -19,6 +19,7 @@ from infopo_kernels.integrations.collators import (  # noqa: E402
     PreferenceCollator,
     preference_features,
 )
+from infopo_kernels.integrations.preferences import PreferenceError  # noqa: E402
 from infopo_kernels.integrations.step import (  # noqa: E402
     metric_sums,
     metrics,
@@ -26,16 +27,22 @@ from infopo_kernels.integrations.step import (  # noqa: E402
     rejected_half,
     split_inputs,
 )
-from infopo_kernels.integrations.preferences import PreferenceError  # noqa: E402
 from infopo_kernels.integrations.trainer import PreferenceTrainer, compute_infopo_loss  # noqa: E402
 from infopo_kernels.integrations.transformers import attach_linear_logps  # noqa: E402
-from tests.training_fixtures import byte_tokenizer, examples, tiny_model  # noqa: E402
+from tests.training_fixtures import byte_tokenizer, tiny_model  # noqa: E402
 
 LOSS_KEYS = ("is_chosen", "ref_logps")
 
 
 def features(count: int = 3, references: bool = False) -> list[dict[str, Any]]:
-    made = [{"prompt_ids": e.prompt, "chosen_ids": e.chosen, "rejected_ids": e.rejected} for e in examples(count)]
+    """Random tokens of odd lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(3, 259, (length,), generator=generator).tolist()
+
+    made = [{"prompt_ids": ids(1, 9), "chosen_ids": ids(2, 12), "rejected_ids": ids(2, 12)} for _ in range(count)]
     if references:
         for index, feature in enumerate(made):
             feature |= {"ref_chosen_logps": -30.0 - index, "ref_rejected_logps": -40.0 - index}
@@ -239,7 +246,7 @@ def test_the_rejected_half_alone(packed: bool) -> None:
     half = reference_logps(model, inputs, average=True, skip_chosen=True)
     assert half[:3].isnan().all()
     torch.testing.assert_close(half[3:], whole[3:], rtol=1e-6, atol=1e-5)
-    assert rejected_half(inputs)["labels"].numel() < inputs["labels"].numel()
+    assert rejected_half(inputs, 3)["labels"].numel() < inputs["labels"].numel()
 
 
 def test_a_batch_of_another_collator_is_explained() -> None:

@@ -535,7 +535,7 @@ def test_tokens_that_merge_at_the_boundary_are_counted() -> None:
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [hash(word) % 1000 for word in text.replace(" ", "| ").split("|") if word]}
 
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             return f"{len(ids)} tokens"
 
     rows = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ peft = pytest.importorskip("peft")
 
 from infopo_kernels import reference_logps  # noqa: E402
 from infopo_kernels.commands import cli, precompute_reference  # noqa: E402
-from infopo_kernels.integrations.adapters import load_policy  # noqa: E402
+from infopo_kernels.integrations.adapters import check_start, load_policy  # noqa: E402
 from infopo_kernels.integrations.preferences import PreferenceWarning, preference_features  # noqa: E402
 from infopo_kernels.integrations.references import ReferenceTable, model_fingerprint, model_identity  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
@@ -231,6 +232,9 @@ def test_a_fingerprint_reaches_from_the_first_value_of_a_weight_to_the_last(size
 _TARGET = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 FRESH: dict[str, Callable[[], Any]] = {
     "lora": lambda: peft.LoraConfig(**_TARGET, r=2),
+    "lora-orthogonal": lambda: peft.LoraConfig(**_TARGET, r=2, init_lora_weights="orthogonal"),
+    "lora-bias": lambda: peft.LoraConfig(**_TARGET, r=2, lora_bias=True),
+    "adalora": lambda: peft.AdaLoraConfig(**_TARGET, total_step=10),
     "dora": lambda: peft.LoraConfig(**_TARGET, r=2, use_dora=True),
     "lora-on-everything": lambda: peft.LoraConfig(
         task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens", "o_proj"]
@@ -279,6 +283,13 @@ def test_a_fresh_adapter_does_not_count_and_a_trained_one_does(method: str) -> N
     assert model_identity(model) not in (plain, (base, adapter))
 
 
+@pytest.mark.parametrize("method", ["lora", "lora-saved-head", "lora-tokens"])
+def test_the_usual_adapters_are_told_without_running_the_model(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft.get_peft_model(tiny_model(), FRESH[method]())
+    monkeypatch.setattr(model.get_base_model(), "forward", None)
+    assert model_identity(model)[1] is None
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -314,6 +325,62 @@ def test_injected_and_inactive_adapters() -> None:
     assert model_identity(two) == plain  # the trained one is not active
     two.set_adapter("other")
     assert model_identity(two)[1] is not None
+
+
+_PARTITIONED = """
+import sys, torch
+import torch.distributed as dist
+import peft
+from tests.training_fixtures import tiny_model
+from infopo_kernels.integrations.references import model_identity
+
+def lora(fresh):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, init_lora_weights=fresh)
+    torch.manual_seed(4)
+    return peft.get_peft_model(tiny_model(), config)
+
+if {way!r} == "zero3":
+    import deepspeed
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for minutes, and not needed
+    deepspeed.init_distributed("gloo")
+
+    def partition(model):
+        config = {{"train_batch_size": 2, "zero_optimization": {{"stage": 3}}}}
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device="cpu")
+else:
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo")
+    partition = fully_shard
+for make in (tiny_model, lambda: lora(True), lambda: lora(False)):
+    truth, model = model_identity(make()), make()
+    partition(model)
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
+    assert held < sum(p.numel() for p in make().parameters()), held
+    assert model_identity(model) == truth
+config = peft.IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"], feedforward_modules=[])
+model = peft.get_peft_model(tiny_model(), config)
+partition(model)
+try:
+    model_identity(model)
+except ValueError as error:
+    assert "IA3 adapter" in str(error) and "partitioned" in str(error), error
+else:
+    raise AssertionError("told without all weights")
+"""
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
+def test_partitioned_weights_have_the_identity_of_whole_ones(tmp_path: Path, way: str) -> None:
+    if way == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    script = tmp_path / "partitioned.py"
+    script.write_text(_PARTITIONED.format(way=way))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        capture_output=True, text=True, timeout=200, cwd=ROOT, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # Directories with an adapter.
@@ -355,6 +422,16 @@ def test_an_adapter_is_continued_merged_or_refused(tmp_path: Path, kind: str) ->
     assert not isinstance(merged, peft.PeftModel)
     torch.testing.assert_close(merged.eval()(ids).logits, truth, rtol=1e-4, atol=1e-4)
     assert load_policy(str(tmp_path / "base"), adapter="refuse").config.model_type == "llama"
+
+
+def test_a_model_with_a_frozen_adapter_inside_is_no_start(tmp_path: Path) -> None:
+    path, _ = trained_adapter(tmp_path)
+    disguised = transformers.AutoModelForCausalLM.from_pretrained(path)
+    for model in (str(path), disguised):
+        with pytest.raises(ValueError, match=r"holds an adapter.*load_policy"):
+            check_start(model)
+    for model in (str(tmp_path / "base"), tiny_model(), load_policy(str(path), adapter="continue")):
+        check_start(model)
 
 
 def test_a_learned_prompt_cannot_be_merged(tmp_path: Path) -> None:

@@ -64,12 +64,12 @@ def test_train_leaves_a_model_that_loads_and_has_changed(model: Path, data: Path
 
 
 def test_trls_names_and_yaml_are_the_short_names(model: Path, data: Path, tmp_path: Path) -> None:
-    short = ("--lr", "1e-2", "--steps", "2", "--batch", "1", "--accumulate", "2", "--beta", "0.5", "--warmup", "0")
+    short = ("--lr", "1e-3", "--steps", "2", "--batch", "1", "--accumulate", "2", "--beta", "0.05", "--warmup", "0")
     assert train(model, data, tmp_path / "a", *short) == 0
     config = tmp_path / "config.yaml"
     config.write_text(
-        f"model_name_or_path: {model}\nlearning_rate: 0.01\nmax_steps: 7\nper_device_train_batch_size: 1\n"
-        f"gradient_accumulation_steps: 2\nbeta: 0.5\nwarmup_steps: 0\nuse_cpu: true\ndisable_tqdm: true\n"
+        f"model_name_or_path: {model}\nlearning_rate: 0.001\nmax_steps: 7\nper_device_train_batch_size: 1\n"
+        f"gradient_accumulation_steps: 2\nbeta: 0.05\nwarmup_steps: 0\nuse_cpu: true\ndisable_tqdm: true\n"
     )
     words = ["--config", str(config), "--dataset_name", str(data), "--output-dir", str(tmp_path / "b")]
     assert main(["train", *words, "--max_steps", "2"]) == 0, "a word beats the file"
@@ -96,7 +96,12 @@ def test_train_with_lora(model: Path, data: Path, tmp_path: Path, merge: bool) -
 
 def test_defaults_are_shown_with_the_short_names() -> None:
     said = make_parser().format_help()
-    for text in ("--lora-rank    --use_peft --lora_r ...", "learning_rate 1e-05", "torchrun --nproc-per-node", "smollm2"):
+    for text in (
+        "--lora-rank    --use_peft --lora_r ...",
+        "learning_rate 1e-05",
+        "torchrun --nproc-per-node",
+        "smollm2",
+    ):
         assert text in said
     assert make_parser().get_default("learning_rate") == 1e-5
 
@@ -174,6 +179,49 @@ def test_what_the_model_cannot_take_is_said_before_any_work(tmp_path: Path, caps
         assert train(model, data, tmp_path / "tuned") == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_step_that_is_not_finite_ends_in_one_line(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    assert train(model, data, tmp_path / "tuned", "--lr", "1", "--beta", "10", "--steps", "3", "--warmup", "0") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("train: Step ")
+    assert "ower the learning rate" in said
+
+
+STEPS = ("--steps", "3", "--batch", "2", "--lr", "1e-3", "--warmup", "0", "--logging_steps", "1")
+
+
+def precompute(model: Path, data: Path, file: Path, *more: str) -> None:
+    words = ["--model", str(model), "--data", str(data), "--output", str(file), "--use_cpu", *more]
+    assert main(["precompute-reference", *words]) == 0
+
+
+def test_a_file_of_references_takes_the_place_of_the_reference(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """With all references, and without the chosen ones, which InfoPO's gradients do not need."""
+    assert train(model, data, tmp_path / "scored here", *STEPS) == 0
+    truth = weights(tmp_path / "scored here")
+    for name, more in (("all", ()), ("half", ("--skip_chosen_reference",))):
+        file = tmp_path / f"{name}.jsonl"
+        precompute(model, data, file, *more)
+        assert train(model, data, tmp_path / name, *STEPS, "--reference-logps", str(file)) == 0
+        found = weights(tmp_path / name)
+        assert max((found[key] - truth[key]).abs().max().item() for key in truth) < 1e-5
+    assert "half.jsonl holds no chosen references" in capsys.readouterr().out
+    steps = {name: [r for r in records(tmp_path / name) if "loss" in r] for name in ("scored here", "all", "half")}
+    for mine, theirs in zip(steps["all"], steps["scored here"], strict=True):
+        assert mine["rewards/chosen"] == pytest.approx(theirs["rewards/chosen"], abs=1e-4)
+    assert all("rewards/chosen" not in record and "logps/chosen" in record for record in steps["half"])
+    half = ("--reference-logps", str(tmp_path / "half.jsonl"))
+    for more, said in (
+        (("--loss", "dpo"), "holds no chosen references, and the gradients of --loss_type sigmoid need them"),
+        (("--average",), "was computed with average=False, training has average=True"),
+        (("--eval-data", str(write_pairs(tmp_path / "others.jsonl", 2, seed=1))), "takes the same --eval_dataset_name"),
+    ):
+        assert train(model, data, tmp_path / "refused", *STEPS, *half, *more) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
 
 
 def test_an_output_that_holds_something_is_left_alone(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:

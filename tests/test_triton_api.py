@@ -16,10 +16,11 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above.
 
-from infopo_kernels import InfoPOOptions, linear_infopo_loss, objective
+from infopo_kernels import DPO, IPO, SFT, InfoPO, InfoPOOptions, SimPO, linear_infopo_loss
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Head
 from infopo_kernels.backends.triton import TritonBackend, launch
+from infopo_kernels.objectives import Objective, evaluate
 from tests import support
 from tests.support import CASES, Case
 
@@ -80,6 +81,15 @@ def test_logps_and_gradients(name: str, reduction: str) -> None:
     support.assert_result(got, support.plain_logps(inputs, reduction))
 
 
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize("objective", [InfoPO(0.3), DPO(0.3), IPO(0.5), SimPO(2.0, 0.7), SFT()], ids=str)
+def test_objectives(objective: Objective, trained: tuple[str, ...]) -> None:
+    case = Case(f"objective-{objective.name}", objective=objective, packed=True, weighted=True, trained=trained)
+    inputs = support.make(case, torch.float32)
+    got = support.fused(inputs, backend="triton")
+    support.assert_result(got, support.plain(inputs))
+
+
 OPTIONS = [
     InfoPOOptions(),
     InfoPOOptions(beta=0.3, offset=0.0, max_log_weight=-1.0, min_log_weight=-3.0, sft_weight=0.5, average=True),
@@ -89,9 +99,10 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("int_type", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
-def test_objective_in_one_launch(options: InfoPOOptions, int_type: torch.dtype) -> None:
+def test_objective_in_one_launch(options: InfoPOOptions, int_type: torch.dtype, weighted: bool) -> None:
     """Unequal lengths, kinds in any order, a sequence without a scored token (its own NaN and no other's)."""
     g = torch.Generator().manual_seed(1)
     lengths = [5, 1, 4300, 17, 3]
@@ -104,8 +115,10 @@ def test_objective_in_one_launch(options: InfoPOOptions, int_type: torch.dtype) 
     logp = torch.where(labels == -100, 0.0, -torch.rand(n, generator=g))
     chosen = torch.tensor([True, False, True, False, False])
     ref = -torch.rand(5, generator=g).double() * torch.tensor([2, 0.5, 1300, 9, 1])
-    arguments = logp, labels, cu, chosen, ref, options, 2.5
-    got, truth = ts.backend().objective(*arguments), objective.objective(*arguments)
+    weights = torch.tensor([2.0, 0.5, 0.0, 1.0, 3.0]).double() if weighted else None
+    rows, sequences = support.objective_arguments(labels, cu, chosen, ref, 2.5, weights)
+    got, truth = ts.backend().objective(options, logp, rows, sequences), evaluate(options, logp, rows, sequences)
+    assert got is not None
     for name, value, exact in zip(truth._fields, got, truth, strict=True):
         assert value.dtype == exact.dtype, name
         torch.testing.assert_close(value, exact, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
@@ -117,11 +130,19 @@ def test_objective_keeps_nan_and_infinity() -> None:
     logp, labels = torch.tensor([-1.0, float("nan"), -2.0, -3.0]), torch.arange(4)
     cu, chosen = torch.tensor([0, 2, 4]), torch.tensor([False, False])
     options = InfoPOOptions(max_log_weight=0.0, min_log_weight=-1.0)
-    got = ts.backend().objective(logp, labels, cu, chosen, torch.tensor([0.0, -1e9]).double(), options, 1.0)
+    ref = torch.tensor([0.0, -1e9]).double()
+    got = ts.backend().objective(options, logp, *support.objective_arguments(labels, cu, chosen, ref, 1.0))
+    assert got is not None
     assert got.loss.isnan()
     assert got.weights[0].isnan()
     assert got.row_weight[:2].isnan().all()
     assert got.weights[1] == pytest.approx(0.1)
+
+
+def test_other_objectives_are_left_to_plain_pytorch() -> None:
+    labels, ref = torch.arange(4), torch.zeros(2).double()
+    arguments = support.objective_arguments(labels, torch.tensor([0, 2, 4]), torch.tensor([True, False]), ref, 1.0)
+    assert ts.backend().objective(DPO(), -torch.rand(4), *arguments) is None
 
 
 def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

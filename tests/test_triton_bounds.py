@@ -32,6 +32,7 @@ from infopo_kernels.backends.triton.kernels import (
 )
 from infopo_kernels.backends.triton.launch import prepare
 from infopo_kernels.objectives import InfoPOOptions
+from tests.support import objective_arguments
 from tests.triton_support import Problem, interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -74,8 +75,9 @@ def test_objective_stays_inside(cu: list[int]) -> None:
     """Even with `cu_seqlens` that nobody checked: on a GPU that would take a synchronisation."""
     logp, labels = -torch.rand(20), torch.arange(20)
     bounds, chosen = torch.tensor(cu), torch.tensor([True, False, True])
+    arguments = objective_arguments(labels, bounds, chosen, torch.zeros(3).double(), 1.0, torch.ones(3).double())
     with ts.checked_addresses():
-        ts.backend().objective(logp, labels, bounds, chosen, torch.zeros(3).double(), InfoPOOptions(), 1.0)
+        ts.backend().objective(InfoPOOptions(), logp, *arguments)
 
 
 # --- the check itself: a kernel with one mask dropped must be caught -------------------------------------------------

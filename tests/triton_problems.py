@@ -209,10 +209,10 @@ def assert_gradients(
     if got.hidden is not None:
         assert_within("dX", got.hidden[written], truth.hidden[written], allowed.hidden[written])
         assert got.hidden[~written].isnan().all(), "rows that are not scored are not touched"
-    for name, error in (("weight", allowed.weight), ("bias", allowed.bias)):
+    for letter, name, error in (("W", "weight", allowed.weight), ("b", "bias", allowed.bias)):
         result, first = getattr(got, name), getattr(before, name)
         if result is not None and first is not None:
-            assert_within(f"d{name}", result, first.double() + getattr(truth, name), error + added * first.abs())
+            assert_within(f"d{letter}", result, first.double() + getattr(truth, name), error + added * first.abs())
 
 
 # --- fresh memory -----------------------------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ PICTURES = "benchmarks/results"
 """Pictures of the benchmarks, which the pages show from where the benchmarks leave them."""
 
 _LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?![a-z]+:|#)[^)\s]+)\)")
-_EQUATION = re.compile(
-    r"<(?P<tag>span|div) class=\"arithmatex\">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>", re.DOTALL
-)
+_EQUATION = re.compile(r"<(?P<tag>span|div) class=\"arithmatex\">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>", re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -32,7 +30,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Let links that leave docs/ lead to what the site has, or name the file in the repository."""
 
     def rewrite(match: re.Match[str]) -> str:
-        path, _, anchor = match["target"].partition("#")
+        path = match["target"].partition("#")[0]
         folder = posixpath.dirname(page.file.src_uri)
         place = posixpath.normpath(posixpath.join("docs", folder, path))
         if place.startswith("docs/"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoProcessor
 from trl import ModelConfig, get_quantization_config
 
 from infopo_kernels.commands.errors import UserError, user_errors
@@ -26,6 +27,15 @@ def saved_adapter(model: ModelConfig) -> dict[str, Any] | None:
     """Configuration of the adapter that --model_name_or_path holds in the place of a model; None if it holds none."""
     with user_errors("--model_name_or_path "):
         return adapter_in(str(model.model_name_or_path), revision=model.model_revision)
+
+
+def load_adapter_processor(name: str, saved: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The tokenizer beside an adapter, which may have tokens added; where there is none, that of its base."""
+    try:
+        return AutoProcessor.from_pretrained(name, **options)
+    except (OSError, ValueError):
+        options = {**options, "revision": saved.get("revision") or "main"}
+        return AutoProcessor.from_pretrained(saved["base_model_name_or_path"], **options)
 
 
 def check_adapter(script: TrainArguments, model: ModelConfig) -> str:

@@ -29,7 +29,6 @@ from infopo_kernels.commands.options import TrainArguments, parse
 from infopo_kernels.commands.policy import check_adapter, load_start, saved_adapter
 from infopo_kernels.commands.train import load_model_files
 from infopo_kernels.integrations.collators import PreferenceCollator
-from infopo_kernels.integrations.step import reference_logps
 from infopo_kernels.integrations.preferences import Feature, check_features, rejected_responses
 from infopo_kernels.integrations.references import (
     Header,
@@ -41,6 +40,7 @@ from infopo_kernels.integrations.references import (
     read_part,
     type_name,
 )
+from infopo_kernels.integrations.step import reference_logps
 from infopo_kernels.integrations.transformers import attach_linear_logps
 from infopo_kernels.integrations.trl import InfoPOConfig
 
@@ -76,6 +76,8 @@ def main(words: Sequence[str], prog: str) -> None:
     data = Data(script, config, mixture)
     processor, model_config = load_model_files(model, config)
     train, test = data.features(processor, model_config)
+    if any("chosen_ids" not in feature for part in (train, test) if part is not None for feature in part):
+        raise UserError(f"--dataset_name {script.dataset_name}: holds images; references ahead of time are for text")
     with user_errors():
         features = {pair_key(feature): feature for part in (train, test) if part is not None for feature in part}
     policy = _load(script, model, config)

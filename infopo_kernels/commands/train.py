@@ -17,10 +17,16 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from infopo_kernels.commands.console import is_main, quiet_other_processes, say
 from infopo_kernels.commands.data import Data
-from infopo_kernels.commands.errors import UserError, user_errors
+from infopo_kernels.commands.errors import UserError, one_line, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile
 from infopo_kernels.commands.options import parse
-from infopo_kernels.commands.policy import check_adapter, init_options, load_start, saved_adapter
+from infopo_kernels.commands.policy import (
+    check_adapter,
+    init_options,
+    load_adapter_processor,
+    load_start,
+    saved_adapter,
+)
 from infopo_kernels.commands.report import evaluation_table
 from infopo_kernels.commands.resume import checkpoint_to_resume
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
@@ -45,8 +51,8 @@ def load_model_files(model: ModelConfig, config: InfoPOConfig) -> tuple[Any, Any
         f"`--model_name_or_path {name}` cannot be loaded; pass a directory written by save_pretrained, the id of a "
         f"causal language model on the hub, or {SMOLLM2!r}. Reason: "
     ):
-        if saved_adapter(model) is not None:
-            return AutoProcessor.from_pretrained(model.model_name_or_path, **options), None
+        if (adapter := saved_adapter(model)) is not None:
+            return load_adapter_processor(str(model.model_name_or_path), adapter, options), None
         model_config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
         return AutoProcessor.from_pretrained(model.model_name_or_path, **options), model_config
 
@@ -72,18 +78,38 @@ def prepare_output(directory: Path, *, overwrite: bool) -> None:
         raise UserError(f"--output_dir {directory}: cannot be written: {error.strerror}") from None
 
 
-def _check_references(config: InfoPOConfig, train: Any) -> None:
-    """A file of reference log-probabilities that does not fit is refused before the model is loaded."""
-    if config.reference_logps is None or isinstance(train, datasets.IterableDataset):
+def check_references(config: InfoPOConfig, train: Any, test: Any) -> None:
+    """Refuse a file of reference log-probabilities that does not fit, before the model is loaded.
+
+    A file without chosen references sets `skip_chosen_reference`, and says so.
+
+    Raises:
+        UserError: the file is none, or was made for other data or options, or lacks what the loss needs.
+    """
+    if config.reference_logps is None:
         return
     with user_errors("--reference_logps "):
         table = ReferenceTable.read(config.reference_logps)
-        table.check_options(
-            average=config.average, max_length=config.max_length, skip_chosen=config.skip_chosen_reference
-        )
-        if "chosen_ids" in train.column_names:
-            for row in train:
-                table.lookup(row)
+        if table.header.skip_chosen and config.objective().reference == "all":
+            raise UserError(
+                f"{table.path}: holds no chosen references, and the gradients of --loss_type {config.loss_type[0]} "
+                f"need them; compute it again without --skip_chosen_reference"
+            )
+        if table.header.skip_chosen and not config.skip_chosen_reference:
+            config.skip_chosen_reference = True
+            say(
+                f"{table.path} holds no chosen references: gradients are the same, the loss is shifted by a constant, "
+                f"and the chosen rewards and the bound are not logged."
+            )
+        table.check_options(average=config.average, max_length=config.max_length, skip_chosen=True)
+        for features, named in ((train, "--dataset_name"), (test, "--eval_dataset_name")):
+            if features is None or isinstance(features, datasets.IterableDataset):
+                continue
+            try:
+                for feature in features:
+                    table.lookup(feature)
+            except ValueError as error:
+                raise UserError(f"{error} precompute-reference takes the same {named} as training") from None
 
 
 def main(words: Sequence[str], prog: str) -> None:
@@ -98,7 +124,7 @@ def main(words: Sequence[str], prog: str) -> None:
     processor, model_config = load_model_files(model, config)
     adapter = check_adapter(script, model)
     train, test = data.features(processor, model_config)
-    _check_references(config, train)
+    check_references(config, train, test)
     prepare_output(Path(config.output_dir), overwrite=script.overwrite or config.resume_from_checkpoint is not None)
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir), config.world_size)
     if data.has_eval and config.eval_strategy == "no":
@@ -115,7 +141,10 @@ def main(words: Sequence[str], prog: str) -> None:
         f"{' + '.join(config.loss_type)} on {pairs}: {batch} pairs a step on {config.world_size} "
         f"{'process' if config.world_size == 1 else 'processes'}, lr {config.learning_rate:g}, beta {config.beta:g}."
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:  # a step that is not finite: options, not a fault of the program
+        raise UserError(one_line(error)) from error
     if data.has_eval and config.eval_strategy == "no":
         trainer.evaluate()
     save(trainer, merge_adapter=script.merge_adapter)

@@ -52,14 +52,14 @@ def adapters_of(model: Any) -> Adapters:
     if importlib.util.find_spec("peft") is None:
         return Adapters(base=list(model.named_parameters()))
     # Imported here: PEFT is optional, and a model without it has no adapter.
-    from peft import PeftModel
+    from peft import PeftMixedModel, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    wrapped = isinstance(model, PeftModel)
+    wrapped = isinstance(model, (PeftModel, PeftMixedModel))
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    off = wrapped and model._adapters_disabled
-    causal = model.get_base_model() if wrapped else model
+    off = getattr(model, "_adapters_disabled", False)
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model.base_model.model if wrapped else model
     found = Adapters()
     switched_on: set[str] = set()
     seen: set[int] = set()
@@ -101,7 +101,7 @@ def adapters_of(model: Any) -> Adapters:
 
     parts: list[tuple[str, nn.Parameter]] = []
     walk(causal, "", None)
-    prompt = wrapped and not off and model.active_peft_config.is_prompt_learning
+    prompt = isinstance(model, PeftModel) and not off and model.active_peft_config.is_prompt_learning
     if wrapped:  # what a method keeps once for all layers (VB-LoRA), and learned prompts
         if prompt:
             switched_on.update(model.active_adapters)
@@ -129,6 +129,7 @@ def changes_model(model: Any, adapters: Adapters) -> bool:
     Raises:
         ValueError: the answer takes a run, and the weights are partitioned (ZeRO-3).
     """
+    from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -148,14 +149,34 @@ def changes_model(model: Any, adapters: Adapters) -> bool:
         elif isinstance(tokens, TrainableTokensLayer):
             if _tokens_differ(tokens):
                 return True
-        elif isinstance(layer, LoraLayer) and not getattr(layer, "use_dora", None):
-            products = [m for kind in (layer.lora_B, layer.lora_embedding_B) for name, m in kind.items()
-                        if name in layer.active_adapters]  # fmt: skip
-            if any(_any_nonzero(p) for m in products for p in ([m] if isinstance(m, Tensor) else m.parameters())):
+        elif isinstance(layer, LoraLayer) and not isinstance(layer, AdaLoraLayer) and not any(layer.use_dora.values()):
+            if any(map(_product_is_not_zero, _factors(layer))):
                 return True
         else:
             unknown = True
     return unknown and _runs_differently(model, adapters)
+
+
+def _factors(layer: Any) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Of each active LoRA of a layer its two factors, and whatever else is trained with them (a bias)."""
+    for first, second in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
+        for name in second:
+            if name in layer.active_adapters:
+                A, B = (each[name] if isinstance(each[name], Tensor) else each[name].weight for each in (first, second))
+                rest = [] if isinstance(second[name], Tensor) else [p for p in second[name].parameters() if p is not B]
+                yield A, B, rest
+
+
+def _product_is_not_zero(factors: tuple[Tensor, Tensor, list[Tensor]]) -> bool:
+    """Whether B A x is more than rounding for a random x: a fresh LoRA has a factor of zeros, or orthogonal ones."""
+    A, B, rest = factors
+    if any(map(_any_nonzero, rest)):
+        return True
+    with whole(A) as a, whole(B) as b:
+        a, b = a.float().reshape(len(a), -1), b.float().reshape(-1, len(a))
+        x = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0)).to(a.device)
+        h = a @ x
+        return float((b @ h).norm()) > 32 * torch.finfo(A.dtype).eps * float(b.norm()) * float(h.norm())
 
 
 def _any_nonzero(parameter: Tensor) -> bool:
@@ -251,6 +272,32 @@ def adapter_in(name: str, **hub: Any) -> dict[str, Any] | None:
     except OSError:
         return None
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def check_start(model: Any) -> None:
+    """Refuse what transformers makes of a directory with an adapter: the base with the adapter injected and frozen.
+
+    A trainer would train the base's weights under the adapter, and `save_pretrained` would then save the adapter only.
+
+    Args:
+        model: a name, or a model.
+
+    Raises:
+        ValueError: it is the name of an adapter, or a model with nothing but a frozen adapter injected into it.
+    """
+    if isinstance(model, str):
+        found = adapter_in(model) is not None
+        name = model
+    else:
+        name = getattr(getattr(model, "config", None), "_name_or_path", "DIRECTORY")
+        injected = getattr(model, "_hf_peft_config_loaded", False)
+        found = injected and not any(parameter.requires_grad for _, parameter in adapters_of(model).active)
+    if found:
+        raise ValueError(
+            f"{name}: holds an adapter, which transformers loads frozen, inside its base. Load it with load_policy of "
+            f"infopo_kernels.integrations.adapters: adapter='continue' trains it on, adapter='merge' merges it into "
+            f"the weights first."
+        )
 
 
 def load_policy(name: str, *, adapter: str = "refuse", trainable: bool = True, **kwargs: Any) -> Any:

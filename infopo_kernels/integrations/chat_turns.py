@@ -46,7 +46,7 @@ class Renderer:
 
     def ids(self, turns: list[Message], *, reply: bool = False) -> list[int]:
         """Token ids; with `reply` up to where the assistant's reply begins."""
-        ids = self._render(turns, reply, return_dict=True)["input_ids"]
+        ids = self._render(turns, reply, tokenize=True, return_dict=True)["input_ids"]
         return list(ids[0] if self._processor else ids)
 
     def text(self, turns: list[Message], *, reply: bool = False) -> str:

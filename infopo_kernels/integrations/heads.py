@@ -61,7 +61,7 @@ class LogProbHead(HandsOver, nn.Linear):
         if request is None:
             return super().forward(input)
         for name, tensor in (("hidden states", input), ("weight", self.weight)):
-            if _is_dtensor(tensor):
+            if is_dtensor(tensor):
                 raise TypeError(f"The head got a DTensor as {name}: it {_TENSOR_PARALLEL}")
         return request.answer(input, self.weight, self.bias)
 
@@ -100,7 +100,8 @@ _TENSOR_PARALLEL = (
 )
 
 
-def _is_dtensor(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a shard; by name, so that nothing of torch.distributed is imported."""
     return type(tensor).__name__ == "DTensor"
 
 
@@ -145,7 +146,7 @@ def _layers(head: Any, causal: Any) -> list[nn.Linear]:
     quantised = _is_quantised(head)
     taught = isinstance(head, LogProbHead)
     if (taught or type(head) is nn.Linear) and not quantised:
-        if _is_dtensor(head.weight) and not taught:
+        if is_dtensor(head.weight) and not taught:
             raise _refusal(head, causal, _SHARDED if type(causal).__name__.startswith("FSDP") else _TENSOR_PARALLEL)
         _check_own_forward(head, causal)
         return [head]

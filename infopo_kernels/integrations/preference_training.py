@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from infopo_kernels.integrations import first_step
+from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.randomness import check_no_neftune, disable_dropout
 from infopo_kernels.integrations.step import (
     EXACT_KEYS,
@@ -97,6 +98,7 @@ class PreferenceTraining:
                 f"{type(self).__name__} does not run under nn.DataParallel, which Trainer uses with several GPUs in one "
                 f"process; start it with torchrun or `accelerate launch`, or make one GPU visible."
             )
+        check_start(self.model)
         _refuse_split_sequences(self.accelerator, type(self).__name__)
         if not dropout:
             check_no_neftune(self.model, getattr(self.args, "neftune_noise_alpha", None))

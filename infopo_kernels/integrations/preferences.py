@@ -104,7 +104,8 @@ def _encode(tokenizer: Any, pair: Preference, score_turns: str) -> tuple[Feature
     if start < len(prompt):
         if render is not None:
             check_prompt_is_kept(render, pair, conversations)
-        lost = str(tokenizer.decode(prompt[start:]))
+        # Of a string, an end token that the tokenizer puts after every text is no loss.
+        lost = str(tokenizer.decode(prompt[start:], skip_special_tokens=render is None))
     chosen, *rejected = [whole[start:] for whole in wholes]
     feature: Feature = {
         "prompt_ids": prompt[:start],

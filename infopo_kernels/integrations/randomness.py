@@ -6,13 +6,27 @@ seen at the first step, where 0 is right. Implementations of DPO therefore switc
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 from torch import nn
 
-_RANDOM: Final = re.compile(r"drop|jitter", re.IGNORECASE)
-_NOT_RANDOM: Final = re.compile(r"drop_?(last|idx|tokens|out_?enabled)", re.IGNORECASE)
+_RANDOM: Final = re.compile(r"(^|_|layer|path|p)drop|jitter", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; afterwards as it was, module by module."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
@@ -24,11 +38,9 @@ def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
     found: dict[tuple[nn.Module, str], float] = {}
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                continue
             of_dropout = name == "p" and "Dropout" in type(module).__name__
-            if of_dropout or (_RANDOM.search(name) and not _NOT_RANDOM.search(name)):
-                found[module, name] = float(value)
+            if isinstance(value, float) and value > 0 and (of_dropout or _RANDOM.search(name)):
+                found[module, name] = value
     return found
 
 

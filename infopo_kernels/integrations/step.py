@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from infopo_kernels.integrations.randomness import evaluating
 from infopo_kernels.integrations.sealed import Sealed
 from infopo_kernels.integrations.transformers import LinearLogpsOutput, check_attached, own_output
 from infopo_kernels.objectives import InfoPO, Objective
@@ -35,7 +35,7 @@ def split_inputs(inputs: Inputs) -> tuple[Inputs, Inputs]:
     instead of `labels`). The second holds `is_chosen`, `ref_logps`, `sequence_weights` and `num_pairs` (and, of
     `counted_once`, `rejected_prompt`).
     """
-    known = {key: inputs[key] for key in _LOSS_KEYS if key in inputs}
+    known: Inputs = {key: inputs[key] for key in _LOSS_KEYS if key in inputs}
     model = {key: value for key, value in inputs.items() if key not in (*_LOSS_KEYS, *_TRL_KEYS)}
     if "labels" not in model:
         if "completion_mask" not in inputs:
@@ -107,19 +107,6 @@ def rejected_half(model_inputs: Inputs, num_chosen: int) -> Inputs:
         if key in half:
             half[key] = cu_seqlens[num_chosen:] - start
     return half
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode; afterwards as it was, module by module."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def reference_logps(

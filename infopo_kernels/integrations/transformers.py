@@ -14,10 +14,11 @@ do for logits: the head's weight is whole where it is used, and results leave as
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -26,11 +27,13 @@ from torch import Tensor
 
 from infopo_kernels.functional import Reduction, linear_preference_loss
 from infopo_kernels.functional import linear_logps as _linear_logps  # an argument of the forward has its name
+from infopo_kernels.integrations import packing_probe
 from infopo_kernels.integrations.heads import (
     HandsOver,
     ask,
     forward_attribute,
     handed_over,
+    is_dtensor,
     prepare,
     restore,
     vocabulary_size,
@@ -88,6 +91,8 @@ class _Attachment:
     kernel: KernelOptions
     checked_vocabulary: int | None = None
     """Size of the vocabulary for which the model's own treatment of its logits was compared with `logit`."""
+    packing: dict[tuple[bool, Any], str | None] = field(default_factory=dict)
+    """By shared prompts and attention implementation: why packed rows would be mixed; None where they are not."""
 
 
 class _AttachedForward:
@@ -100,28 +105,29 @@ class _AttachedForward:
 
     __name__ = "forward"
 
-    def __init__(self, causal: Any) -> None:
-        self.__setstate__(causal)
+    def __init__(self, causal: Any, attachment: _Attachment) -> None:
+        self.__setstate__((causal, attachment))
 
     def __getstate__(self) -> Any:
-        return self.__self__
+        return self.__self__, self._attachment
 
-    def __setstate__(self, causal: Any) -> None:
-        own = type(causal).forward
-        self.__self__ = causal
+    def __setstate__(self, state: Any) -> None:
+        self.__self__, self._attachment = state
+        own = type(self.__self__).forward
         self.__doc__, self.__qualname__ = own.__doc__, own.__qualname__
-        self.__signature__ = inspect.signature(functools.partial(own, causal))
-        function = FunctionType(_forward.__code__, _forward.__globals__, "forward", _forward.__defaults__)
-        function.__kwdefaults__, function.__doc__, function.__qualname__ = (
-            _forward.__kwdefaults__,
-            own.__doc__,
-            own.__qualname__,
-        )
+        self.__signature__ = inspect.signature(functools.partial(own, self.__self__))
+        # Whoever binds it to a model again (Accelerate) may do so with a copy: it takes the attachment of its model.
+        function = FunctionType(_of_model.__code__, _of_model.__globals__, "forward")
+        function.__doc__, function.__qualname__ = own.__doc__, own.__qualname__
         function.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
         self.__func__ = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self.__self__, *args, **kwargs)
+        return _forward(self.__self__, self._attachment, *args, **kwargs)
+
+
+def _of_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _forward(self, vars(self)[_ATTACHMENT], *args, **kwargs)
 
 
 def causal_model(model: Any) -> Any:
@@ -192,8 +198,9 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
         attachment.logit, attachment.kernel, attachment.checked_vocabulary = transform, kernel, None
         return model
     attribute = forward_attribute(causal)
-    setattr(causal, _ATTACHMENT, _Attachment(getattr(causal, attribute), attribute, transform, kernel))
-    setattr(causal, attribute, _AttachedForward(causal))
+    attachment = _Attachment(getattr(causal, attribute), attribute, transform, kernel)
+    setattr(causal, _ATTACHMENT, attachment)
+    setattr(causal, attribute, _AttachedForward(causal, attachment))
     return model
 
 
@@ -227,7 +234,7 @@ def _stands_for(forward: Any, causal: Any) -> bool:
     """Whether this is the model's attached forward: the object, or its function, bound again by who unwrapped it."""
     if isinstance(forward, _AttachedForward):
         return forward.__self__ is causal
-    return getattr(getattr(forward, "__func__", forward), "__code__", None) is _forward.__code__
+    return getattr(getattr(forward, "__func__", forward), "__code__", None) is _of_model.__code__
 
 
 def is_attached(model: Any) -> bool:
@@ -242,12 +249,21 @@ def is_attached(model: Any) -> bool:
     forward = vars(causal).get("forward")
     if hasattr(causal, "_hf_hook"):  # Accelerate's wrapper looks `_old_forward` up when it is called
         forward = vars(causal).get("_old_forward")
-    while forward is not None:
-        if _stands_for(forward, causal):
-            return True
-        function = getattr(forward, "__func__", forward)
-        forward = getattr(function, "__wrapped__", None) or getattr(function, "func", None)
-    return False
+    return _leads_to_attached(forward, causal)
+
+
+def _leads_to_attached(forward: Any, causal: Any, depth: int = 12) -> bool:
+    """Whether a forward is the attached one, or wraps it: by `functools.wraps`, by `partial`, or in a closure."""
+    if forward is None or depth == 0:
+        return False
+    if _stands_for(forward, causal):
+        return True
+    function = getattr(forward, "__func__", forward)
+    inner = [getattr(function, "__wrapped__", None), getattr(function, "func", None)]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            inner += [cell.cell_contents] if callable(cell.cell_contents) else []
+    return any(_leads_to_attached(each, causal, depth - 1) for each in inner)
 
 
 def own_output(model: Any, output: Any) -> LinearLogpsOutput:
@@ -287,6 +303,7 @@ def _lost(model: Any) -> str:
 
 def _forward(
     self: Any,
+    attachment: _Attachment,
     *args: Any,
     labels: Tensor | None = None,
     linear_logps: Reduction | None = None,
@@ -302,7 +319,6 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """The forward of an attached model; see `attach_linear_logps`."""
-    attachment: _Attachment = vars(self)[_ATTACHMENT]
     objective = _asked_for(linear_logps, infopo, objective)
     if linear_logps is None and objective is None:
         given = {
@@ -325,6 +341,7 @@ def _forward(
     if rows is not None:
         _check_shared_prompts(self.config)
     head = prepare(self)
+    _check_packing(self, head, attachment, cu_seqlens is not None, args, kwargs)
     hidden, own = _hidden_states(self, head, attachment, args, kwargs)
     if rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
@@ -386,6 +403,48 @@ def _check_shared_prompts(config: Any) -> None:
             f"Packs with shared prompts need layers that all attend without a window, got {sorted(layers)}; "
             f"pack without share_prompt."
         )
+
+
+def _check_packing(
+    model: Any, head: HandsOver, attachment: _Attachment, packed: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse packed rows that the model would mix; asks it once (see `packing_probe`).
+
+    Where the weights travel between ranks in a forward, all ranks have to make as many: so there a padded call asks too,
+    since another rank's may be packed.
+    """
+    if torch.compiler.is_compiling():
+        return
+    name, mask = type(model).__name__, kwargs.get("attention_mask")
+    if packed:
+        packing_probe.check_call(name, kwargs)
+    elif not (_gathers(model) and model.config.get_text_config() is model.config):
+        return
+    key = isinstance(mask, Tensor) and mask.ndim == 4, getattr(model.config, "_attn_implementation", None)
+    if key not in attachment.packing:
+
+        def forward(**inputs: Any) -> Tensor:
+            with handed_over(head) as hidden:
+                attachment.forward(**inputs, use_cache=False, return_dict=True)
+            return hidden[0]
+
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        attachment.packing[key] = packing_probe.verdict(model, forward, ids, kwargs)
+    reason = attachment.packing[key]
+    if packed and reason is not None:
+        raise ValueError(
+            f"{name} mixes the sequences of a packed row: {reason}. It does not go by `position_ids` alone, as recurrent "
+            f"and convolutional layers, learned positions and ALiBi do not. Use padded batches (PreferenceCollator, "
+            f"padding_free=False)."
+        )
+
+
+def _gathers(model: Any) -> bool:
+    """Whether a forward gathers weights from other ranks (FSDP, ZeRO-3)."""
+    return any(
+        is_dtensor(weight) or hasattr(weight, "ds_id") or type(weight).__name__ == "FlatParameter"
+        for weight in model.parameters()
+    )
 
 
 def router_coefficient(config: Any) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
 from infopo_kernels.integrations.preferences import feature_dataset
 from infopo_kernels.integrations.references import ReferenceTable
@@ -198,6 +199,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             raise TypeError(f"`args` must be an InfoPOConfig, got {type(args).__name__}; it takes DPOConfig's fields.")
         if args.reference_free and ref_model is not None:
             raise ValueError("`ref_model` was given with `reference_free=True`; leave one of them out.")
+        check_start(model)
         self.objective, self._kernel = args.objective(), args.kernel_options()
         self.strict_checks, self.skip_chosen_reference = args.strict_checks, args.skip_chosen_reference
         self._table = ReferenceTable.read(args.reference_logps) if args.reference_logps else None
@@ -241,7 +243,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         return all(self._holds_references(dataset) for dataset in given if dataset is not None)
 
     def _holds_references(self, dataset: Any) -> bool:
-        row = next(iter(dataset), {})
+        row: dict[str, Any] = next(iter(dataset), {})
         return "ref_rejected_logps" in row and ("ref_chosen_logps" in row or self.skip_chosen_reference)
 
     # Models are attached the moment they are set, before Accelerate, FSDP or DeepSpeed wrap them.
@@ -306,7 +308,8 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         size = -(-len(dataset) // (batch_size * R)) * batch_size
         # Every rank makes as many passes, since sharded weights travel in each; what is too much is scored twice.
         own = [index % len(dataset) for index in range(rank * size, (rank + 1) * size)]
-        model, values = self.ref_model or self.model, []
+        model = self.ref_model or self.model
+        values: list[tuple[float, float]] = []
         for start in range(0, size, batch_size):
             batch = self.data_collator([dataset[index] for index in own[start : start + batch_size]])
             chosen, rejected = self.compute_ref_log_probs(model, self._prepare_inputs(batch))

@@ -13,9 +13,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infopo_kernels import InfoPOOptions, linear_infopo_loss, linear_logps, objective
+from infopo_kernels import (
+    DPO,
+    IPO,
+    SFT,
+    InfoPO,
+    InfoPOOptions,
+    SimPO,
+    linear_infopo_loss,
+    linear_logps,
+    linear_preference_loss,
+)
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import TritonBackend
+from infopo_kernels.objectives import Objective, evaluate
 from tests import support
 from tests import triton_problems as tp
 from tests.support import CASES, Case
@@ -158,11 +169,46 @@ def test_objective() -> None:
     logp = torch.where(labels == -100, 0.0, -torch.rand(20_007, generator=g))
     chosen, ref = torch.tensor([True, False, False, True]), torch.tensor([-2.0, -290.0, -6400.0, -3.0]).double()
     for options in (InfoPOOptions(), InfoPOOptions(0.3, 0.0, -1.0, -3.0, 0.5, True)):
-        arguments = logp, labels, cu, chosen, ref
-        truth = objective.objective(*arguments, options, 2.5)
-        got = TritonBackend().objective(*(x.to(DEVICE) for x in arguments), options, 2.5)
+        arguments = labels, cu, chosen, ref
+        truth = evaluate(options, logp, *support.objective_arguments(*arguments, 2.5))
+        there = support.objective_arguments(*(x.to(DEVICE) for x in arguments), 2.5)
+        got = TritonBackend().objective(options, logp.to(DEVICE), *there)
+        assert got is not None
         for name, value, exact in zip(truth._fields, got, truth, strict=True):
             torch.testing.assert_close(value.cpu(), exact, rtol=1e-11, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+OBJECTIVES = [InfoPO(0.3), DPO(0.3), IPO(0.5), SimPO(2.0, 0.7), SFT()]
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_objectives(objective: Objective, trained: tuple[str, ...]) -> None:
+    case = Case(
+        f"objective-{objective.name}", objective=objective, packed=True, shift=True, weighted=True, trained=trained
+    )
+    inputs = support.make(case, torch.float32)
+    got = support.fused(inputs, device=DEVICE, backend="triton")
+    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_no_objective_waits_for_the_device(objective: Objective) -> None:
+    """Not even to count chosen and rejected sequences; where their numbers differ the loss of pairs is NaN."""
+    inputs = support.make(Case("waits", objective=objective, reference=False), torch.float32)
+    there, leaves = inputs.moved(DEVICE), inputs.fresh(device=DEVICE)
+    chosen = torch.tensor([True, False, True, True]).to(DEVICE)
+
+    def run(is_chosen: torch.Tensor | None = None) -> torch.Tensor:
+        loss = linear_preference_loss(**leaves, labels=there.labels, objective=objective, is_chosen=is_chosen).loss
+        loss.backward()
+        return loss
+
+    run()  # compiles the kernels
+    with no_synchronisation():
+        run()
+        unequal = run(chosen)
+    assert unequal.isnan() == objective.pairwise
 
 
 def random_head(n: int, h: int, v: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Head, torch.Tensor]:

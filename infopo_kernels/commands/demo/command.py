@@ -11,14 +11,16 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import AutoTokenizer, PrinterCallback
 
 from infopo_kernels.commands.demo.callbacks import Lines, Stop
@@ -31,9 +33,23 @@ from infopo_kernels.commands.report import evaluation_table, evaluations
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
 from infopo_kernels.integrations.collators import preference_features
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer
+from infopo_kernels.objectives import DPO, InfoPO
+from infopo_kernels.objectives.base import Sequences, Terms
 
 RUNS: Final = {"InfoPO": "infopo", "DPO": "sigmoid"}
 """What is laid side by side, and the `loss_type` of each."""
+
+
+@dataclass(frozen=True)
+class DPOWithBound(DPO):
+    """DPO that logs the bound of InfoPO for what it does, so that the two can be compared; the loss is DPO's."""
+
+    name: ClassVar[str] = "dpo_with_bound"
+
+    def terms(self, sums: Tensor, sequences: Sequences) -> Terms:
+        """DPO's, with InfoPO's bound."""
+        return super().terms(sums, sequences)._replace(bound=InfoPO(self.beta).terms(sums, sequences).bound)
+
 
 _MAX_NEW_TOKENS: Final = 96
 """The longest right answer has 60 tokens; the model as it is says more, and gets half as much again."""
@@ -111,7 +127,7 @@ class Demo:
         config = InfoPOConfig(
             str(self.output / "trainer"), loss_type=[RUNS[name]], beta=args.beta, learning_rate=args.lr,
             max_steps=args.steps, per_device_train_batch_size=args.batch, per_device_eval_batch_size=8,
-            warmup_steps=0.1, adam_beta2=0.99, max_length=None, seed=args.seed, precompute_ref_log_probs=True,
+            warmup_steps=0, adam_beta2=0.99, max_length=None, seed=args.seed, precompute_ref_log_probs=True,
             gradient_checkpointing=False, bf16=False, save_strategy="no", logging_steps=1, report_to="none",
             disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(),
             model_init_kwargs={"dtype": "float32"},
@@ -121,6 +137,8 @@ class Demo:
             self.model, args=config, train_dataset=self.datasets[0], eval_dataset=self.datasets[1],
             processing_class=self.tokenizer, callbacks=callbacks,
         )  # fmt: skip
+        if name == "DPO":
+            trainer.objective = DPOWithBound(args.beta)
         trainer.remove_callback(PrinterCallback)
         self.datasets = [trainer.train_dataset, trainer.eval_dataset]
         return trainer
