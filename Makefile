@@ -6,6 +6,8 @@
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
 #   make test-gpu    the tests that need a GPU
 #   make bench-gpu   benchmarks on a GPU
+#   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
+#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make check       formatting of Python and C++, lint, types
 #   make test-matrix the tests that depend on other libraries, on their oldest and newest releases (CELLS="oldest ...")
 #   make docs        the documentation as a site in out/site; warnings are errors, the notebook is executed
@@ -33,7 +35,7 @@ extras = $(PY) -c 'import sys, tomllib; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels test-gpu bench-gpu check test-matrix docs setup clean
+.PHONY: demo test bench kernels test-gpu bench-gpu check fuzz sanitize test-matrix docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -65,6 +67,13 @@ test-matrix: $(PACKAGE) $(TEST)
 
 docs: $(PACKAGE) $(DOCS)
 	PYTHONPATH=. $(PY) -m mkdocs build --strict $(ARGS)
+
+fuzz: $(PACKAGE) $(TEST)
+	$(PY) -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+sanitize: $(PACKAGE) $(TEST)
+	INFOPO_KERNELS_SANITIZE=1 $(PY) setup.py build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
+	$(PY) tests/fuzz/sanitize.py $$(ls build/sanitize/infopo_kernels/_C*.so)
 
 setup: $(PACKAGE) $(TEST)
 

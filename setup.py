@@ -18,6 +18,8 @@ from setuptools import setup
 EXTENSION = "infopo_kernels._C"
 REPOSITORY = os.environ.get("INFOPO_KERNELS_REPOSITORY_URL", "").rstrip("/")
 """Where the repository can be read, for the links of the README on an index; whoever publishes a release sets it."""
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+"""For `make sanitize`; the build then goes elsewhere."""
 
 
 def say(message: str) -> None:
@@ -53,6 +55,7 @@ def extension_arguments() -> dict[str, Any]:
 
     # One build for every torch from 2.10 and every Python from 3.10: torch's stable ABI, Python's limited API.
     cpp_extension.min_supported_cpython = "0x030a0000"
+    sanitizers = SANITIZERS if os.environ.get("INFOPO_KERNELS_SANITIZE", "") not in ("", "0") else []
     extension = cpp_extension.CppExtension(
         EXTENSION,
         sorted(glob.glob("csrc/*.cpp")),
@@ -60,7 +63,8 @@ def extension_arguments() -> dict[str, Any]:
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         py_limited_api=True,
         # -g0: Python adds -g, and debug symbols were nine tenths of the wheel. The warnings switched off are torch's.
-        extra_compile_args=["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", *sanitizers],
+        extra_link_args=sanitizers,
         optional=True,
     )
     return {

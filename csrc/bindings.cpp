@@ -192,7 +192,8 @@ void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& 
     if (!to.weight) value_error("`kept` needs `grad_weight`, whose memory holds the logits.");
     check_store(to, head, *kept);
   }
-  backward(head, integers(labels), floats(lse), floats(row_weight), to, kept ? integers(*kept) : nullptr);
+  backward(head, integers(labels), floats(lse), floats(row_weight), to,
+           {.any = kept.has_value(), .labels = kept ? integers(*kept) : nullptr});
 }
 
 std::string isa(ScalarType dtype) {

@@ -44,9 +44,14 @@ void logprob(const Head&, const int64_t* labels, const LogitStore& keep, float* 
 void logprob_and_grad(const Head&, const int64_t* labels, const float* row_weight, const Gradients&, float* l,
                       float* lse);
 
-// kept: the labels with which `logprob` kept logits in the memory of the weight gradient, which is assigned then, not
-// added to; or null.
+// The labels with which `logprob` kept logits in the memory of the weight gradient, which is assigned then, not added
+// to. Said apart from the pointer: that of no rows may be null.
+struct Kept {
+  bool any = false;
+  const int64_t* labels = nullptr;  // [N]
+};
+
 void backward(const Head&, const int64_t* labels, const float* lse, const float* row_weight, const Gradients&,
-              const int64_t* kept);
+              const Kept&);
 
 }  // namespace infopo

@@ -55,35 +55,34 @@ void logprob_and_grad(const Head& p, const int64_t* labels, const float* row_wei
   } else {
     logprob(p, labels, {}, l, lse);
   }
-  if (weight_side) backward(p, labels, lse, row_weight, to.without_hidden(), nullptr);
+  if (weight_side) backward(p, labels, lse, row_weight, to.without_hidden(), {});
 }
 
 void backward(const Head& p, const int64_t* labels, const float* lse, const float* row_weight, const Gradients& to,
-              const int64_t* kept) {
+              const Kept& kept) {
   const TileKernels& k = select_kernels(p.hidden.dtype);
   LiveRows rows;
   rows.store = LogitStore::in(to.weight, to.weight_dtype, p.H);
   int64_t slot = 0;
   for (int64_t t = 0; t < p.N; ++t) {
-    const bool is_kept = kept && kept[t] != kIgnoreIndex;
+    const bool is_kept = kept.any && kept.labels[t] != kIgnoreIndex;
     if (labels[t] != kIgnoreIndex && row_weight[t] != 0) {
       if (is_kept) rows.slots.push_back(slot);
       (is_kept ? rows.kept : rows.others).push_back(t);
     }
     slot += is_kept;
   }
-  const bool assign = kept != nullptr;
   if (rows.count() == 0 || !(to.hidden || to.weight || to.bias)) {
-    if (assign) std::memset(to.weight, 0, p.V * rows.store.row_bytes);
+    if (kept.any) std::memset(to.weight, 0, p.V * rows.store.row_bytes);
     return;
   }
   const bool both = to.hidden && (to.weight || to.bias);
   if (both && sums_too_large(p, rows.count())) {
     from_lse(k, p, labels, rows, lse, row_weight, {.hidden = to.hidden}, false);
-    from_lse(k, p, labels, rows, lse, row_weight, to.without_hidden(), assign);
+    from_lse(k, p, labels, rows, lse, row_weight, to.without_hidden(), kept.any);
     return;
   }
-  from_lse(k, p, labels, rows, lse, row_weight, to, assign);
+  from_lse(k, p, labels, rows, lse, row_weight, to, kept.any);
 }
 
 }  // namespace infopo

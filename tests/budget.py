@@ -11,7 +11,8 @@ Higham, Mary, "A new approach to probabilistic rounding error analysis", SIAM J.
     lse    exponentials of z - max z, and their sum    dlse = what dz makes of lse, 32 u + 4 u |lse| + u |z - max z|
     l      z_y - lse                                   dl   = dz_y + dlse + 2 u |l|
     p      exp(z - lse)                                log p is off by e = dz + dlse + u |log p| + 8 u
-    G      c scale s (1[v = y] - p); s from z          dG   = |c scale| (s dp + |1 - p| ds + 4 u s (1 + p)), ds ~ 16 u
+    G      c scale s (1[v = y] - p); s from z          dG   = |c scale| (s dp + |1[v = y] - p| ds
+                                                              + (4 u s + 16 u) (1[v = y] + p)), ds: what da makes of s
            where products take G in 16 bits              + r |c scale| s max(|1[v = y] - p|, p)
     dX     V products and their sum                    ddX  = dG |W| + g(V) |c scale| s (1[v = y] + p) |W|
     dW, db likewise over N rows                        ddW, ddb
@@ -96,7 +97,7 @@ def error_budget(
         t, cap = torch.tanh(a / head.softcap), head.softcap
         z, slope = head.scale * cap * t, 1 - t.square()
         steepest, flattest = (1 - torch.tanh(size.relu() / cap).square() for size in (a.abs() - da, a.abs() + da))
-        dslope = torch.maximum(steepest - slope, slope - flattest) + 16 * u
+        dslope = torch.maximum(steepest - slope, slope - flattest)
     dz = torch.where(masked, 0.0, abs(head.scale) * steepest * da + 8 * u * z.abs())
     lse = z.logsumexp(1, keepdim=True)
     log_p = z - lse
@@ -112,7 +113,8 @@ def error_budget(
     p = log_p.exp()
     dp = torch.maximum((log_p + e).clamp(max=0).exp() - p, -p * torch.expm1(-e)).clamp(min=0)
     size = (c * head.scale).abs()
-    dG = size * (steepest * dp + (own - p).abs() * dslope + 4 * u * slope * (own + p)) + 2 * SMALLEST[torch.float32]
+    rounded = 4 * u * slope + (0 if head.softcap is None else 16 * u)
+    dG = size * (steepest * dp + (own - p).abs() * dslope + rounded * (own + p)) + 2 * SMALLEST[torch.float32]
     dG += abs(head.scale) * slope * c_error * (own - p).abs()
     dG += operand * size * slope * torch.maximum((own - p).abs(), p)
     if operand > 0 and head.hidden.dtype == torch.float16:

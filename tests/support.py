@@ -18,7 +18,7 @@ from infopo_kernels.backends import cpp, dispatch
 from infopo_kernels.backends.base import Head
 from infopo_kernels.objectives import Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX
-from infopo_kernels.packing import Rows, default_is_chosen, row_segments, sequence_sums
+from infopo_kernels.packing import Rows, row_segments, sequence_sums
 from tests.budget import HALF_STEP, SMALLEST, assert_within, error_budget, operand_rounding
 
 CPU_BACKENDS = ["torch", "cpp-portable", "cpp-avx2", "cpp-avx512", "cpp-avx512_bf16"]
@@ -318,16 +318,12 @@ def differentiated(
     weight, bias = cast(Tensor, inputs.tensors["weight"]), inputs.tensors["bias"]
     head = Head(rows.hidden, weight, bias, case.logit.softcap, case.logit.scale, 0)
     dl = error_budget(head, rows.labels, c).l
-    above, below = run(dl), run(-dl)
-    runs = [above, below]
-    if rows.segments is not None:  # a margin moves most where the two halves of a pair are off in opposite directions
-        is_chosen = inputs.layout.get("is_chosen", default_is_chosen(int(rows.segments.max()) + 1, dl.device))
-        apart = torch.where(is_chosen[rows.segments], dl, -dl)
-        runs += [run(apart), run(-apart)]
-    c_error = torch.stack([(each[1] - c).abs() for each in runs]).amax(0)
+    # All in one direction move the sums furthest, chosen against rejected ones the margins between them.
+    moved = [run(direction * dl) for direction in (torch.ones_like(c), -torch.ones_like(c), c.sign(), -c.sign())]
+    c_error = torch.stack([(other[1] - c).abs() for other in moved]).amax(0)
     c_error += 2 * HALF_STEP[head.accumulator_dtype] * c.abs() + SMALLEST[torch.float32] * abs(factor)
     # A loss falls with some log-probabilities and grows with others; a log-probability only grows.
-    spread = torch.maximum((above[0] - value).abs(), (below[0] - value).abs())
+    spread = torch.stack([(other[0] - value).abs() for other in moved]).amax(0)
     value_error = spread if value.ndim else ((c.abs() + c_error) * dl).sum() / abs(factor)
     gradients = {k: None if v is None else v.grad for k, v in leaves.items()}
     return Truth(value, gradients, 0.0, inputs.dtype, factor, value_error, (head, rows.labels, c, c_error))

@@ -18,8 +18,9 @@ from torch import Tensor
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.cpp import CppBackend, isa
 from infopo_kernels.options import IGNORE_INDEX
-from tests import support
+from tests import primitives, support
 from tests.budget import HALF_STEP, Budget, accumulated, assert_within, error_budget, operand_rounding
+from tests.primitives import Plain
 
 BACKEND = CppBackend()
 REASON = BACKEND.unsupported_reason(torch.device("cpu"), torch.float32)
@@ -69,29 +70,9 @@ class Problem:
         )
         self.truth, self.before = self.plain(), {"weight": 0.0, "bias": 0.0}
 
-    def plain(self) -> dict[str, Tensor]:
+    def plain(self) -> Plain:
         self.allowed: dict[float, Budget] = {}
-        head, dtype = self.head, torch.float64
-        x, w = (t.to(dtype, copy=True).requires_grad_() for t in (head.hidden, head.weight))
-        b = (head.bias if head.bias is not None else torch.zeros(len(w))).to(dtype, copy=True).requires_grad_()
-        a = x @ w.T + b
-        if head.softcap is not None:
-            a = head.softcap * torch.tanh(a / head.softcap)
-        z = a * head.scale
-        scored = self.labels != IGNORE_INDEX
-        lse = z.logsumexp(1)
-        l = torch.where(scored, z.gather(1, self.labels.clamp(min=0)[:, None])[:, 0] - lse, 0)  # noqa: E741
-        (l * self.c).sum().backward()
-        assert x.grad is not None
-        assert w.grad is not None
-        assert b.grad is not None
-        return {
-            "l": l.detach(),
-            "lse": torch.where(scored, lse, 0).detach(),
-            "hidden": x.grad,
-            "weight": w.grad,
-            "bias": b.grad,
-        }
+        return primitives.plain(self.head, self.labels, self.c)
 
     def run(
         self, known: bool, wanted: tuple[str, ...], weight_dtype: torch.dtype, keep: int | None = None
@@ -143,7 +124,7 @@ class Problem:
         self.allowed[operand] = allowed
         added = accumulated(len(self.labels), HALF_STEP[torch.float32])  # a chunk of rows after the other
         for name, value in got.items():
-            truth, limit = self.truth[name], getattr(allowed, name)
+            truth, limit = getattr(self.truth, name), getattr(allowed, name)
             if name in self.before:
                 truth, limit = truth + self.before[name], limit + added * self.before[name]
             assert_within(name, value, truth, limit)
@@ -154,6 +135,7 @@ SIZES = {
     "one-unit": {"N": 5, "H": 1, "V": 7},
     "edges": {"N": 70, "H": 83, "V": 397},
     "softcap-scale": {"N": 37, "H": 64, "V": 500, "softcap": 3.0, "scale": 0.5},
+    "softcap-negative-scale": {"N": 37, "H": 31, "V": 300, "softcap": 2.0, "scale": -0.8},
     "many-chunks": {"N": 700, "H": 48, "V": 1500, "workspace": MIB},
     "many-blocks": {"N": 40, "H": 48, "V": 9000, "workspace": MIB},
     "page-stride": {"N": 40, "H": 1024, "V": 300},
@@ -203,6 +185,15 @@ def test_kept_logits_leave_no_trace_where_nothing_is_added() -> None:
     _, lse = BACKEND.logprob(head, kept, dW)
     assert dW.isfinite().any(), "the logits are in its memory"
     BACKEND.backward(head, kept, lse, torch.zeros(90), Gradients(None, dW, None), kept)
+    assert torch.equal(dW, torch.zeros_like(dW))
+
+
+def test_no_row_at_all_leaves_a_weight_gradient_of_zeros() -> None:
+    """`kept` says that dW is assigned, though the pointer of an empty tensor is null."""
+    head = Head(torch.zeros(0, 96), torch.ones(5, 96), None, None, 1.0, MIB)
+    none, dW = torch.zeros(0, dtype=torch.int64), torch.full((5, 96), torch.nan)
+    _, lse = BACKEND.logprob(head, none, dW)
+    BACKEND.backward(head, none, lse, torch.zeros(0), Gradients(None, dW, None), none)
     assert torch.equal(dW, torch.zeros_like(dW))
 
 
@@ -431,7 +422,7 @@ def test_the_budget_has_no_room_for_faults(
 ) -> None:
     """The gradients alone give each of them away, in the type of the inputs: l would show more."""
     support.use_backend(f"cpp-{name}", monkeypatch)
-    problem = Problem(70, 83, 397, dtype, softcap=4.0)
+    problem = Problem(70, 83, 397, dtype, softcap=4.0 if fault is softcap_left_out else None)
     right = problem.head, problem.c
     problem.head, problem.c = fault(*right)
     got = problem.run(known, ("hidden", "weight"), dtype)

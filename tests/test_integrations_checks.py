@@ -66,7 +66,7 @@ def first_log(run: PreferenceTrainer) -> dict[str, float]:
     return next(entry for entry in run.state.log_history if "loss" in entry)
 
 
-# --- modes (dropout, noise) and types -----------------------------------------------------------------------------------
+# --- modes (dropout, noise) and types ---------------------------------------------------------------------------------
 
 RANDOM = {
     "gpt2": lambda: tiny_model("gpt2"),  # dropout modules, 0.1 each
@@ -106,7 +106,7 @@ def test_the_first_step_notices_what_is_random(tmp_path: Path, kind: str, caplog
 
 
 def test_noise_on_embeddings_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="NEFTune|neftune_noise_alpha"):
+    with pytest.raises(ValueError, match="neftune_noise_alpha"):
         trainer(tmp_path, ref_model=tiny_model(), args={"neftune_noise_alpha": 5.0})
     from transformers.integrations.neftune import neftune_post_forward_hook
 
@@ -187,7 +187,7 @@ def test_a_resumed_run_knows_its_reference(tmp_path: Path, adapter: bool) -> Non
         made(1, 2).train(resume_from_checkpoint=str(checkpoint))
 
 
-# --- steps that are not finite ------------------------------------------------------------------------------------------
+# --- steps that are not finite ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -235,7 +235,7 @@ def test_compute_loss_stops_too() -> None:
         assert compute_infopo_loss(model, inputs, skip_chosen_reference=True).loss.isinf()
 
 
-# --- no reference is asked for ------------------------------------------------------------------------------------------
+# --- no reference is asked for ----------------------------------------------------------------------------------------
 
 
 def test_no_reference_is_never_silently_reference_free(tmp_path: Path) -> None:
@@ -252,14 +252,14 @@ def test_no_reference_is_never_silently_reference_free(tmp_path: Path) -> None:
     assert first_log(trainer(tmp_path, reference_free=True, infopo=InfoPO(average=True)))["rewards/chosen"] < 0
 
 
-# --- metrics ------------------------------------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_stand_under_the_prefix_of_their_own_evaluation(tmp_path: Path) -> None:
     easy, hard = features(6, 1), features(5, 2)
     run = trainer(
         tmp_path, ref_model=tiny_model(seed=1), eval_dataset={"easy": easy, "hard": hard},
-        args={"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "logging_steps": 2, "per_device_eval_batch_size": 4},
+        args={"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "logging_steps": 2},
     )  # fmt: skip
     own = {name: trainer(tmp_path, ref_model=tiny_model(seed=1)).evaluate(made) for name, made in
            (("easy", easy), ("hard", hard))}  # fmt: skip
@@ -290,7 +290,7 @@ def test_evaluation_is_the_mean_over_pairs(tmp_path: Path, objective: Any) -> No
     assert found["eval_rewards/accuracies"] == pytest.approx(float((rewards[:5] > rewards[5:]).double().mean()))
 
 
-# --- several rejected responses, weights, masks -------------------------------------------------------------------------
+# --- several rejected responses, weights, masks -----------------------------------------------------------------------
 
 
 def unequal() -> list[Feature]:
@@ -368,7 +368,7 @@ def test_pairs_that_fill_a_batch_count_once() -> None:
         torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-4)
 
 
-# --- the rejected half --------------------------------------------------------------------------------------------------
+# --- the rejected half ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("extra", [{"pixel_values": torch.zeros(6, 3)}, {"image_grid_thw": torch.ones(6, 3).long()}])

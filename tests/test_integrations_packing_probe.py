@@ -18,11 +18,12 @@ _SIZES = {
 }  # fmt: skip
 _LINEAR = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
 _LINEAR |= {f"linear_{name}": 16 for name in ("key_head_dim", "value_head_dim")}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _GPT = {"vocab_size": 128, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
 MIX: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
     "lfm2": {**_SIZES, "layer_types": ["conv", "full_attention"]},
-    "qwen3_next": {**_SIZES, "layer_types": ["linear_attention", "full_attention"], **_LINEAR, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_next": {**_SIZES, **_LINEAR, "layer_types": ["linear_attention", "full_attention"], **_EXPERTS},
     "mamba": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     "opt": {
         "vocab_size": 128, "hidden_size": 32, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

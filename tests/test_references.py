@@ -465,3 +465,26 @@ def test_the_reference_of_a_directory_with_an_adapter_has_it_on(
     assert "--adapter continue" in capsys.readouterr().err
     assert run(["--model", str(tmp_path / "base"), *command, "--adapter", "merge"]) == 2
     assert "holds no adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["continue", "merge", "merge, then a new one"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_training_starts_from_the_model_with_its_adapter(tmp_path: Path, way: str, from_file: bool) -> None:
+    path, model = trained_adapter(tmp_path)
+    data, out, file = write_pairs(tmp_path / "pairs.jsonl", 4), tmp_path / "out", tmp_path / "r"
+    adapter = ["--adapter", way.split(",")[0]]
+    common = ["--model", str(path), "--data", str(data), "--use_cpu", *adapter]
+    words = ["--output", str(out), "--steps", "1", "--lr", "1e-9", "--batch", "2", "--logging_steps", "1"]
+    if way != "merge":
+        words += ["--lora-rank", "2"]
+    if from_file:
+        assert run([*common, "--output", str(file)]) == 0
+        words += ["--reference_logps", str(file)]
+    assert cli.main(["train", *common, *words]) == 0
+    saved = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(saved(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    state = json.loads((out / "trainer_state.json").read_text())
+    first = next(entry for entry in state["log_history"] if "rewards/chosen" in entry)
+    assert abs(first["rewards/chosen"]) < 1e-4
+    assert abs(first["rewards/rejected"]) < 1e-4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ BAD = [
     (["--lr-scheduler-type", "zigzag"], "zigzag"),
     (["--no-such-option", "3"], "unknown option: --no-such-option 3"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--config"], "--config expects a file"),
     (["--sft-weight", "-1"], "`sft_weight` must not be negative"),
     (["--max-log-weight", "0", "--min-log-weight", "1"], "`min_log_weight` must lie below `max_log_weight`"),
     (["--lora-alpha", "1"], "--lora_alpha has no meaning without --use_peft (short: --lora-rank R)"),
@@ -143,6 +145,33 @@ def test_bad_input_is_one_sentence_and_code_2(
     assert sentence in said
     assert said.startswith("train: ")
     assert not (tmp_path / "tuned" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rate: [1, 2", "--config: is not YAML"),
+        ("learning_rate: [1, 2]", "list"),
+        ("no_such_option: 3", "unknown option: --no_such_option 3"),
+        ("just words", "must contain a YAML mapping"),
+    ],
+)
+def test_a_bad_file_of_options_is_one_sentence(
+    model: Path, data: Path, tmp_path: Path, capsys: Any, text: str, said: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert train(model, data, tmp_path / "tuned", "--config", str(file)) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_damaged_model_is_one_sentence(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert train(damaged, data, tmp_path / "tuned") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("train: ")
 
 
 def test_data_is_checked_before_the_model_is_touched(tmp_path: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -20,6 +21,13 @@ def one_line(text: object) -> str:
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
+def _raised_for_bad_input() -> tuple[type[Exception], ...]:
+    """What libraries raise for it. A damaged file of weights has an error of its own, once its package is loaded."""
+    kinds = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+    safetensors = sys.modules.get("safetensors")
+    return kinds if safetensors is None else (*kinds, safetensors.SafetensorError)
+
+
 @contextlib.contextmanager
 def user_errors(prefix: str = "") -> Iterator[None]:
     """Errors that libraries raise for bad input, as `UserError` with `prefix` before the message."""
@@ -27,5 +35,5 @@ def user_errors(prefix: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except _raised_for_bad_input() as error:
         raise UserError(one_line(f"{prefix}{error}")) from error

@@ -27,8 +27,8 @@ def write_record(path: Path, record: Record) -> None:
 class MetricsFile(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Writes each log of the trainer as one JSON object with its `step` and `labels`, on the first process only.
 
-    A run that resumes keeps the records up to the step at which it goes on. Records with other labels, of another run
-    that shares the file, stay.
+    A run keeps the records up to the step at which it begins, and drops those beyond, which it is going to write again.
+    Records with other labels, of another run that shares the file, stay.
     """
 
     def __init__(self, path: Path, **labels: str) -> None:
@@ -44,7 +44,7 @@ class MetricsFile(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._path.write_text("", encoding="utf-8")
         for record in records:
             mine = all(record.get(name) == label for name, label in self._labels.items())
-            if not mine or (state.global_step and record["step"] <= state.global_step):
+            if not mine or record["step"] <= state.global_step:
                 write_record(self._path, record)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Record | None = None, **kwargs: Any) -> None:

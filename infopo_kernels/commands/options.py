@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final, NoReturn
 
 import torch
+import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from infopo_kernels.commands.cli import SHORT_NAMES, SHORT_VALUES, expand
@@ -152,12 +153,30 @@ def parse(
         UserError: an option is unknown, wrong, or contradicts another.
     """
     parser = make_parser(prog, names, description)
+    expanded = expand(words, names)
+    if expanded[-1:] == ["--config"]:
+        parser.error("--config expects a file")
     with user_errors():
-        script, config, model, mixture, unknown = parser.parse_args_and_config(
-            expand(words, names), return_remaining_strings=True
-        )
-    if unknown:
-        parser.error(f"unknown option: {' '.join(unknown)}")
+        try:
+            found = parser.parse_args_and_config(expanded, return_remaining_strings=True)
+        except yaml.YAMLError as error:
+            raise UserError(f"--config: is not YAML: {one_line(error)}") from None
+        script, config, model, mixture, unknown = found
+        if unknown:
+            parser.error(f"unknown option: {' '.join(unknown)}")
+        _check(script, config, model, mixture, names, needed)
+    return script, config, model, mixture
+
+
+def _check(
+    script: TrainArguments,
+    config: InfoPOConfig,
+    model: ModelConfig,
+    mixture: DatasetMixtureConfig,
+    names: Mapping[str, str],
+    needed: Sequence[str],
+) -> None:
+    """Refuse numbers out of range, options that are missing and options that contradict each other."""
     values = {**vars(script), **vars(config), **vars(model)}
     ranges = [
         *((name, values[name] > 0, "a number above 0") for name in _POSITIVE),
@@ -187,4 +206,3 @@ def parse(
             )
     if model.lora_alpha is None:
         model.lora_alpha = 2 * model.lora_r
-    return script, config, model, mixture

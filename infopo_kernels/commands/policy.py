@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoProcessor
 from trl import ModelConfig, get_quantization_config
 
+from infopo_kernels.commands.console import is_main, say
 from infopo_kernels.commands.errors import UserError, user_errors
 from infopo_kernels.commands.options import TrainArguments
 from infopo_kernels.integrations.adapters import adapter_in, load_policy
@@ -66,10 +69,22 @@ def check_adapter(script: TrainArguments, model: ModelConfig) -> str:
     return way
 
 
-def load_start(way: str, model: ModelConfig, config: InfoPOConfig, *, trainable: bool = True) -> Any:
-    """The model of a directory with an adapter, or of any directory or hub id; `way`: see `check_adapter`."""
+def load_start(
+    way: str, model: ModelConfig, config: InfoPOConfig, *, trainable: bool = True, merged_into: Path | None = None
+) -> Any:
+    """The model of a directory with an adapter, or of any directory or hub id; `way`: see `check_adapter`.
+
+    `merged_into`: where a merged model is saved, for a new adapter on it, which names its base by its directory.
+    """
     options = {**init_options(model, config), "trust_remote_code": config.trust_remote_code}
     if (quantization := get_quantization_config(model)) is not None:
         options["quantization_config"] = quantization
     with user_errors("--model_name_or_path "):
-        return load_policy(str(model.model_name_or_path), adapter=way, trainable=trainable, **options)
+        policy = load_policy(str(model.model_name_or_path), adapter=way, trainable=trainable, **options)
+    if way == "merge" and merged_into is not None:
+        if is_main():
+            policy.save_pretrained(merged_into)
+        PartialState().wait_for_everyone()
+        policy.name_or_path = policy.config._name_or_path = str(merged_into)
+        say(f"The merged model, on which the new adapter lies, is in {merged_into}.")
+    return policy

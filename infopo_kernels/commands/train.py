@@ -129,6 +129,8 @@ def main(words: Sequence[str], prog: str) -> None:
     checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, Path(config.output_dir), config.world_size)
     if data.has_eval and config.eval_strategy == "no":
         config.eval_on_start = checkpoint is None
+    if checkpoint is None and is_main():
+        metrics_path(config).unlink(missing_ok=True)
     trainer = make_trainer(model, config, processor, train, test, adapter)
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if script.merge_adapter and sharded:
@@ -159,6 +161,11 @@ def main(words: Sequence[str], prog: str) -> None:
     trainer.accelerator.end_training()
 
 
+def metrics_path(config: InfoPOConfig) -> Path:
+    """The file of the trainer's log."""
+    return Path(config.output_dir) / "metrics.jsonl"
+
+
 def make_trainer(
     model: ModelConfig, config: InfoPOConfig, processor: Any, train: Any, test: Any, adapter: str = "refuse"
 ) -> InfoPOTrainer:
@@ -176,7 +183,8 @@ def make_trainer(
     start: Any = model.model_name_or_path
     reference = None
     if adapter != "refuse":
-        start = load_start(adapter, model, config)
+        merged_into = Path(config.output_dir) / "merged" if model.use_peft else None
+        start = load_start(adapter, model, config, merged_into=merged_into)
         config.model_init_kwargs = None  # the model is here
         if adapter == "merge" and not model.use_peft and not config.precompute_ref_log_probs:
             reference = copy.deepcopy(start)  # TRL would load it by its name, which is that of the adapter
@@ -192,7 +200,7 @@ def make_trainer(
             processing_class=processor,
             quantization_config=get_quantization_config(model) if adapter == "refuse" else None,
             peft_config=get_peft_config(model) if adapter != "continue" else None,
-            callbacks=[MetricsFile(Path(config.output_dir) / "metrics.jsonl")],
+            callbacks=[MetricsFile(metrics_path(config))],
         )
 
 

@@ -309,7 +309,8 @@ def load_policy(name: str, *, adapter: str = "refuse", trainable: bool = True, *
     Args:
         name: directory or hub id.
         adapter: what becomes of an adapter in `name`. "continue": a `PeftModel` with it, to be trained on (leave
-            `peft_config` out of the trainer); "merge": the base with the adapter merged into its weights; "refuse".
+            `peft_config` out of the trainer); "merge": the base with the adapter merged into its weights (save it
+            before you put a new adapter on it: an adapter names its base by the directory); "refuse".
         trainable: whether a continued adapter takes gradients.
         kwargs: for `from_pretrained`.
 

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 CAUSES: Final = (
     "dropout, NEFTune or router jitter is on in one of them (disable_dropout=False)",
-    "the reference is another checkpoint than the one that training starts from (a model that was trained before it was "
-    "handed over, an adapter that is not fresh and is switched off for the reference, PiSSA or OLoRA, which change the "
-    "base)",
+    "the reference is another checkpoint than the one that training starts from (a model that was trained before it "
+    "was handed over, an adapter that is not fresh and is switched off for the reference, PiSSA or OLoRA, which change "
+    "the base)",
     "the reference has another type than the policy, or one of them runs under autocast and the other does not",
     "references computed ahead of time are of other weights, tokens, a chat template or a length limit, or means where "
     "sums are meant",
@@ -31,7 +31,8 @@ def bound(tokens: Tensor, logps: Tensor, dtype: torch.dtype) -> Tensor:
     """[S] float64, nats: by how much two passes of one model may differ in a sequence's log-probability.
 
     Each of the n tokens is off by some roundings of its logit, of either sign: 16 of the type's steps times sqrt(n),
-    and at least 1e-3 nats, since batches are padded and multiplied in another order, and one part in a million of the sum.
+    and at least 1e-3 nats, since batches are padded and multiplied in another order, and one part in a million of the
+    sum.
     """
     step = torch.finfo(dtype).eps
     return (16 * step * tokens.double().sqrt()).clamp(min=1e-3) + 1e-6 * logps.abs()
@@ -51,9 +52,11 @@ def difference(output: PreferenceOutput, dtype: torch.dtype, average: bool) -> s
         return None
     return (
         f"At the first step the policy must be the reference: every reward 0, every log-ratio within "
-        f"{float(allowed[worst]):.2g} nats ({dtype}, {int(output.scored_tokens[worst])} tokens). But sequence {worst} has "
-        f"the log-ratio {float(log_ratios[worst]):+.4g} nats, and {int((excess > 1).sum())} of {len(excess)} sequences are "
-        f"beyond their bound. Likely causes: " + "; ".join(f"({i}) {cause}" for i, cause in enumerate(CAUSES, 1)) + "."
+        f"{float(allowed[worst]):.2g} nats ({dtype}, {int(output.scored_tokens[worst])} tokens). But sequence {worst} "
+        f"has the log-ratio {float(log_ratios[worst]):+.4g} nats, and {int((excess > 1).sum())} of {len(excess)} "
+        f"sequences are beyond their bound. Likely causes: "
+        + "; ".join(f"({i}) {cause}" for i, cause in enumerate(CAUSES, 1))
+        + "."
     )
 
 
@@ -79,9 +82,9 @@ def other_type(model: Any, reference: Any) -> str | None:
     if ours == theirs:
         return None
     return (
-        f"The policy's weights are {ours}, the reference's {theirs}: at equal weights their log-probabilities differ by "
-        f"what the coarser type rounds away, in every log-ratio of the run. Load both with the same `dtype` (write it "
-        f"out where it says 'auto')."
+        f"The policy's weights are {ours}, the reference's {theirs}: at equal weights their log-probabilities differ "
+        f"by what the coarser type rounds away, in every log-ratio of the run. Load both with the same `dtype` (write "
+        f"it out where it says 'auto')."
     )
 
 

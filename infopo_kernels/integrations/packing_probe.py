@@ -1,8 +1,8 @@
 """Does a model keep the sequences of a packed row apart? Asked once, of a few tokens.
 
-transformers tells packed sequences apart by positions that start anew. Many models take no notice of them: recurrent and
-convolutional layers, learned positions that are counted from the mask, ALiBi, attention that builds its own mask. Nothing
-fails then: every sequence but the first is scored in the company of those before it.
+transformers tells packed sequences apart by positions that start anew. Many models take no notice of them: recurrent
+and convolutional layers, learned positions that are counted from the mask, ALiBi, attention that builds its own mask.
+Nothing fails then: every sequence but the first is scored in the company of those before it.
 
 The probe is two forwards of at most 64 tokens, without gradient, in evaluation mode: [A | B | A] and [A] alone, with A
 and B cut from the batch. All three copies of A must come out alike. (The two in one row agree where every token sees
@@ -41,7 +41,7 @@ def check_call(name: str, kwargs: dict[str, Any]) -> None:
 
 
 def _parts(ids: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """A and B: the beginning of the row's first sequence, and the end of its last; of a padded batch's rows likewise."""
+    """A and B: the beginning of the row's first sequence, the end of its last; likewise of a padded batch's rows."""
     row = ids.reshape(-1) if ids.shape[0] == 1 else torch.cat([ids[0], ids[-1]])
     positions = kwargs.get("position_ids")
     starts = [0]

@@ -1,7 +1,7 @@
 """What `PreferenceTrainer` and `InfoPOTrainer` share: the step and everything that is checked around it.
 
-A mixin in front of transformers' `Trainer`. It gives the loss of a batch (`preference_loss`), metrics under the prefix of
-the evaluation that they belong to, and refuses steps that are not finite before a weight is changed.
+A mixin in front of transformers' `Trainer`. It gives the loss of a batch (`preference_loss`), metrics under the prefix
+of the evaluation that they belong to, and refuses steps that are not finite before a weight is changed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class ReferenceMemory(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Keeps, in the checkpoint's `trainer_state.json`, what the reference says of a few fixed tokens.
 
-    A resumed policy is not the reference any more, so that its first step proves nothing. But the reference after a resume
-    must say what it said before.
+    A resumed policy is not the reference any more, so that its first step proves nothing. But the reference after a
+    resume must say what it said before.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -95,8 +95,8 @@ class PreferenceTraining:
         self._train_sums = []
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{type(self).__name__} does not run under nn.DataParallel, which Trainer uses with several GPUs in one "
-                f"process; start it with torchrun or `accelerate launch`, or make one GPU visible."
+                f"{type(self).__name__} does not run under nn.DataParallel, which Trainer uses with several GPUs in "
+                f"one process; start it with torchrun or `accelerate launch`, or make one GPU visible."
             )
         check_start(self.model)
         _refuse_split_sequences(self.accelerator, type(self).__name__)
@@ -155,7 +155,7 @@ class PreferenceTraining:
         )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """float64 stays float64: under DeepSpeed, Trainer casts every floating tensor of a batch to the model's type."""
+        """float64 stays: under DeepSpeed, Trainer casts every floating tensor of a batch to the model's type."""
         exact = {key: inputs[key] for key in EXACT_KEYS if key in inputs}
         rest = {key: value for key, value in inputs.items() if key not in exact}
         prepared: dict[str, Any] = super()._prepare_inputs(rest)  # type: ignore[misc]

@@ -32,8 +32,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
     """Attributes of a model's modules that make its forward random in training mode: probabilities and noise widths.
 
-    `torch.nn.Dropout` and its kin (PEFT's too) hold one as `p`; attention layers and routers hold a number by a name that
-    says so (`attention_dropout`, `layerdrop`, `jitter_noise`).
+    `torch.nn.Dropout` and its kin (PEFT's too) hold one as `p`; attention layers and routers hold a number by a name
+    that says so (`attention_dropout`, `layerdrop`, `jitter_noise`).
     """
     found: dict[tuple[nn.Module, str], float] = {}
     for module in model.modules():

@@ -110,10 +110,10 @@ def _check_reference(present: bool, reference_free: bool) -> None:
         )
     if not present and not reference_free:
         raise ValueError(
-            "There is no reference: the batch holds no `ref_logps`, there is no `ref_model`, and the model has no adapter "
-            "to switch off. Pass one of them (`python -m infopo_kernels precompute-reference` writes log-probabilities "
-            "ahead of time), or ask for `reference_free=True`; without a reference the weight of a rejected response "
-            "of -250 nats is about e^-26, and the run is SFT."
+            "There is no reference: the batch holds no `ref_logps`, there is no `ref_model`, and the model has no "
+            "adapter to switch off. Pass one of them (`python -m infopo_kernels precompute-reference` writes "
+            "log-probabilities ahead of time), or ask for `reference_free=True`; without a reference the weight of a "
+            "rejected response of -250 nats is about e^-26, and the run is SFT."
         )
 
 

@@ -410,8 +410,8 @@ def _check_packing(
 ) -> None:
     """Refuse packed rows that the model would mix; asks it once (see `packing_probe`).
 
-    Where the weights travel between ranks in a forward, all ranks have to make as many: so there a padded call asks too,
-    since another rank's may be packed.
+    Where the weights travel between ranks in a forward, all ranks have to make as many: so there a padded call asks
+    too, since another rank's may be packed.
     """
     if torch.compiler.is_compiling():
         return
@@ -433,9 +433,9 @@ def _check_packing(
     reason = attachment.packing[key]
     if packed and reason is not None:
         raise ValueError(
-            f"{name} mixes the sequences of a packed row: {reason}. It does not go by `position_ids` alone, as recurrent "
-            f"and convolutional layers, learned positions and ALiBi do not. Use padded batches (PreferenceCollator, "
-            f"padding_free=False)."
+            f"{name} mixes the sequences of a packed row: {reason}. It does not go by `position_ids` alone, as "
+            f"recurrent and convolutional layers, learned positions and ALiBi do not. Use padded batches "
+            f"(PreferenceCollator, padding_free=False)."
         )
 
 

@@ -114,15 +114,15 @@ class InfoPOConfig(DPOConfig):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning for InfoPO: {reason}. Leave it out.")
         if len(self.loss_type) != 1 or self.loss_type[0] not in _LOSSES:
             raise ValueError(
-                f"`loss_type` must be one of {', '.join(_LOSSES)}, got {self.loss_type}; TRL's other losses, and sums of "
-                f"several, run on `infopo_kernels.linear_logps`."
+                f"`loss_type` must be one of {', '.join(_LOSSES)}, got {self.loss_type}; TRL's other losses, and sums "
+                f"of several, run on `infopo_kernels.linear_logps`."
             )
         if self.loss_type[0] != "infopo":
             for name in _OF_INFOPO:
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ValueError(
-                        f"`{name}={getattr(self, name)!r}` belongs to InfoPO, and `loss_type` is {self.loss_type[0]!r}; "
-                        f"leave one of them out."
+                        f"`{name}={getattr(self, name)!r}` belongs to InfoPO, and `loss_type` is "
+                        f"{self.loss_type[0]!r}; leave one of them out."
                     )
         self.objective()
         self.kernel_options()
@@ -169,8 +169,8 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
 
     Takes what `DPOTrainer` takes (model or its name, `ref_model`, datasets in preference format, `peft_config`,
     callbacks, ...), with an `InfoPOConfig`. Rows may list several rejected responses, and have a `weight`. No reference
-    model is loaded where none is needed: with `reference_free`, `reference_logps`, a loss without reference, or datasets
-    that hold `ref_chosen_logps` and `ref_rejected_logps` (only the latter with `skip_chosen_reference`).
+    model is loaded where none is needed: with `reference_free`, `reference_logps`, a loss without reference, or
+    datasets that hold `ref_chosen_logps` and `ref_rejected_logps` (only the latter with `skip_chosen_reference`).
 
     Logged beside TRL's `rewards/*`, `logps/*`, `num_tokens` and `aux_loss`: `mi_lower_bound`, `rejected_weight/mean`,
     `/max`, `/underflowed`, `/capped`, `scored_tokens`. TRL's `entropy`, `logits/*` and `mean_token_accuracy` are not:
@@ -334,7 +334,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         return model, use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
 
     def reference_is_the_start(self) -> bool:
-        """Not if `ref_model` was given and is another model, nor with virtual tokens, which are never without effect."""
+        """Not if `ref_model` was given and is another model, nor with virtual tokens, which always have an effect."""
         virtual = has_virtual_tokens(self.model) and "ref" not in getattr(self.model, "peft_config", {})
         return self._is_start and not virtual
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import infopo_kernels
-from infopo_kernels import linear_infopo_loss, naive
+from infopo_kernels import InfoPO, linear_infopo_loss, naive
 
 
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
@@ -25,7 +25,7 @@ def test_loss_and_gradients(backend: str) -> None:
     leaves = [torch.randn(*shape, dtype=torch.float64) for shape in ((4, 7, 16), (50, 16))]
     results = []
     for dtype, loss in (
-        (torch.float64, lambda x, w: naive.linear_infopo_loss(x, w, labels)),
+        (torch.float64, lambda x, w: naive.linear_preference_loss(x, w, labels, objective=InfoPO())),
         (torch.float32, lambda x, w: linear_infopo_loss(x, w, labels, backend=backend).loss),
     ):
         hidden, weight = (leaf.to(dtype).requires_grad_() for leaf in leaves)
@@ -40,7 +40,6 @@ def test_loss_and_gradients(backend: str) -> None:
 def test_a_kernel_compiles_for_a_gpu(dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     from benchmarks.gpu import offline  # needs Triton, and must not be imported before the environment is set above
-
     from infopo_kernels.backends.triton.tiles import TARGETS
 
     target = TARGETS["sm_90"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from infopo_kernels.commands.errors import UserError, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile, Record, write_record
 from infopo_kernels.commands.report import evaluation_table, evaluations
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
-from infopo_kernels.integrations.collators import preference_features
+from infopo_kernels.integrations.preferences import preference_features
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer
 from infopo_kernels.objectives import DPO, InfoPO
 from infopo_kernels.objectives.base import Sequences, Terms
@@ -167,12 +168,14 @@ def main(words: Sequence[str], prog: str) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # theirs, of one another
     demo = Demo(args, console)
     example = demo.training[0]
     console.print(f"For example: {example.question}\n  chosen:   {example.chosen}\n  rejected: {example.rejected}\n")
     console.print(
         f"{len(demo.training)} pairs to train on, {len(demo.held_out)} held out; {args.steps} steps of {args.batch} "
-        f"pairs, lr {args.lr:g}, beta {args.beta:g}, float32; the same for both losses.",
+        f"pairs, lr {args.lr:g}, beta {args.beta:g}, float32; the same for both losses.\n"
+        f"Scoring all pairs with the reference, which is the start, and decoding the held-out problems.",
         highlight=False,
     )
     logs: dict[str, list[Record]] = {}
