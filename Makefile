@@ -66,7 +66,7 @@ test-matrix: $(PACKAGE) $(TEST)
 	$(PY) tests/matrix/run.py $(CELLS) $(ARGS)
 
 docs: $(PACKAGE) $(DOCS)
-	PYTHONPATH=. $(PY) -m mkdocs build --strict $(ARGS)
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 fuzz: $(PACKAGE) $(TEST)
 	$(PY) -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CASES),--cases $(CASES)) $(ARGS)

@@ -50,7 +50,9 @@ def compute_infopo_loss(
     Example::
 
         class MyTrainer(Trainer):
-            loss_is_scaled_for_ga = False  # the loss is the mean over the pairs of the batch
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.model_accepts_loss_kwargs = False  # a mean over the batch's pairs: to be divided when accumulated
 
             def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
                 out = compute_infopo_loss(model, inputs, InfoPOOptions(beta=0.1))

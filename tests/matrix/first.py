@@ -28,7 +28,7 @@ def test_loss_and_gradients(backend: str) -> None:
         (torch.float64, lambda x, w: naive.linear_preference_loss(x, w, labels, objective=InfoPO())),
         (torch.float32, lambda x, w: linear_infopo_loss(x, w, labels, backend=backend).loss),
     ):
-        hidden, weight = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+        hidden, weight = (leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves)
         value = loss(hidden, weight)
         value.backward()
         results.append((value.detach().double(), hidden.grad.double(), weight.grad.double()))
