@@ -69,7 +69,10 @@ def main() -> int:
 
 def packages(cell: dict[str, Any]) -> list[str]:
     """What pip is asked for beside the wheel."""
+    named = {"python_version": cell["python"]}
     lines = [line for extra in cell["extras"] for line in PROJECT["optional-dependencies"][extra]]
+    asked = [each for each in map(Requirement, lines) if each.marker is None or each.marker.evaluate(named)]
+    lines = [f"{each.name}{each.specifier}" for each in asked]
     if cell["libraries"] == "oldest":
         lines = [floor(line) for line in lines]
     torch = {"oldest": floor(PROJECT["dependencies"][0]), "newest": PROJECT["dependencies"][0]}
