@@ -1,4 +1,4 @@
-"""Compare a source distribution with what is tracked: nothing may be missing but .ci/ and .github/, nothing may be added.
+"""Compare a source distribution with what is tracked: nothing may be added, and only .ci/ and .github/ may be missing.
 
 Usage: check_sdist.py FILE.tar.gz
 """
