@@ -351,3 +351,10 @@ def test_a_policy_that_was_changed_is_not_its_own_reference(start: Path, tmp_pat
     trainer = InfoPOTrainer(model, args=config(tmp_path), train_dataset=dataset(), processing_class=byte_tokenizer())
     with pytest.raises(RuntimeError, match="a model that was trained before"):
         trainer.train()
+
+
+def test_what_the_model_cannot_take_is_refused_before_a_step(tmp_path: Path) -> None:
+    learned = save_tiny_model(tmp_path / "learned", architecture="gpt2", n_positions=64)
+    given = {"train_dataset": dataset(4), "processing_class": byte_tokenizer()}
+    with pytest.raises(ValueError, match=r"pair 0, .* tokens, and the model has learned positions for 64"):
+        InfoPOTrainer(str(learned), args=config(tmp_path), **given)

@@ -479,6 +479,10 @@ _LAST_USER = "{% set users = messages | selectattr('role', 'equalto', 'user') | 
     ("template", "row"),
     [
         ("{{ messages | length }} messages\n" + CHAT_TEMPLATE, SINGLE),
+        (
+            "{{ messages | length }} messages\n" + CHAT_TEMPLATE.replace("['content'] }}", "['content'] | upper }}"),
+            SINGLE,
+        ),
         (CHAT_TEMPLATE.replace("{{ message['role'] }}", "{{ message['role'] }} {{ loop.revindex }}"), SINGLE),
         (
             # The system line, or the tools, stand before the last user message (Mistral).
@@ -493,7 +497,7 @@ _LAST_USER = "{% set users = messages | selectattr('role', 'equalto', 'user') | 
             MULTI,
         ),
     ],
-    ids=["counts", "counts-in-each-header", "before-the-last-turn", "window"],
+    ids=["counts", "counts-in-capitals", "counts-in-each-header", "before-the-last-turn", "window"],
 )
 def test_a_prompt_whose_last_turn_changes_is_refused(template: str, row: dict[str, Any]) -> None:
     with pytest.raises(PreferenceError, match=r"^row 0, field `prompt`: .* part of the prompt would be scored"):
@@ -519,6 +523,9 @@ def test_a_prompt_whose_end_changes_is_counted(template: str, lost: str) -> None
     message = report(caught)
     assert message.startswith("2 of 2 pairs: the prompt tokenised alone is not what")
     assert lost in message
+    datasets = pytest.importorskip("datasets")
+    with pytest.warns(PreferenceWarning, match=r"^2 of 2 pairs: .*first: train dataset, row 0"):
+        feature_dataset(datasets.Dataset.from_list([SINGLE, SINGLE]), tokenizer)
     assert (
         tokenizer.decode(features[0]["prompt_ids"])
         .rstrip("/")
@@ -629,6 +636,28 @@ def test_positions_without_a_table_have_no_end(architecture: str) -> None:
     long = feature([5] * 40, [6])
     check_features([long], model)
     model(torch.tensor([long["chosen_ids"]]))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_tables_are_checked_by_columns(several: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    options, positions = LEARNED["gpt2"]
+    model = tiny_model("gpt2", **options)
+
+    def table(*responses: list[int]) -> Any:
+        rows = [feature([5], [[6], each] if several else each) for each in responses]
+        return datasets.Dataset.from_list([feature([5], [[6]] if several else [6]), *rows, rows[0]]).select([0, 1])
+
+    name = r"rejected\[1\]" if several else "rejected"
+    check_features(table([6] * (positions - 1)), model)
+    with pytest.raises(
+        PreferenceError, match=f"^pair 1, field `{name}`: prompt and response have {positions + 1} tokens"
+    ):
+        check_features(table([6] * positions), model)
+    check_features(table([6] * positions), model, max_length=positions)
+    with pytest.raises(PreferenceError, match=f"^pair 1, field `{name}`: holds the token id 259"):
+        check_features(table([6, 259]), model)
+    check_features(table([6, 258]), model)
 
 
 def test_the_largest_id_is_compared_with_the_embeddings() -> None:

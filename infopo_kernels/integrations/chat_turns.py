@@ -86,8 +86,9 @@ def check_prompt_is_kept(render: Renderer, pair: Preference, wholes: Sequence[li
     if not isinstance(content, str) or not content.strip():
         return
     alone = render.text(pair.prompt, reply=True)
-    begin = render.text([*pair.prompt[:-1], {**last, "content": _MARK}], reply=True).rfind(_MARK)
-    if begin < 0:  # the template does not show the content as it is: there is nothing to look for
+    marked = render.text([*pair.prompt[:-1], {**last, "content": _MARK}], reply=True)
+    begin = marked.lower().rfind(_MARK.lower())
+    if begin < 0:  # the template does not show the content: there is nothing to look for
         return
     kept = common_prefix(alone, *(render.text(turns) for turns in wholes))
     if kept < begin + len(content.strip()):

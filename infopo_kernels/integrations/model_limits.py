@@ -96,41 +96,74 @@ def _names_positions(name: str) -> bool:
     return "pos" in name or name == "wpe"
 
 
-def check_features(features: Iterable[dict[str, Any]], model: Any, places: Sequence[str] | None = None) -> None:
+def check_features(
+    features: Iterable[dict[str, Any]],
+    model: Any,
+    places: Sequence[str] | None = None,
+    max_length: int | None = None,
+) -> None:
     """Compare the largest token id and the longest pair with what the model can take, before any work.
 
     Args:
-        features: as they will be trained on (cut already), see `infopo_kernels.integrations.preferences`.
+        features: as they will be trained on, see `infopo_kernels.integrations.preferences`; a list or a dataset.
         model: the model, or its configuration (see `model_limits`).
         places: where each feature came from, for messages; default: "pair 0", "pair 1", ...
+        max_length: where a collator will cut them; None if they are cut already, or never.
 
     Raises:
         PreferenceError: a pair goes beyond; names the first one, its size, the limit, and what to do.
     """
     limits = model_limits(model)
+    if hasattr(features, "with_format") and _table_fits(features, limits, max_length):
+        return
     for index, feature in enumerate(features):
-        where = places[index] if places else f"pair {index}"
-        rejected = feature["rejected_ids"]
-        nested = bool(rejected) and isinstance(rejected[0], Sequence)
-        responses = {"chosen": feature["chosen_ids"]}
-        responses |= {f"rejected[{k}]": ids for k, ids in enumerate(rejected)} if nested else {"rejected": rejected}
-        for name, ids in {"prompt": feature["prompt_ids"], **responses}.items():
-            largest = max(ids, default=0)
-            if limits.vocabulary is not None and largest >= limits.vocabulary:
-                raise PreferenceError(
-                    f"holds the token id {largest}, and the model has embeddings for ids below {limits.vocabulary}; "
-                    f"use the tokenizer that belongs to the model, or give the model rows for added tokens: "
-                    f"model.resize_token_embeddings(len(tokenizer)).",
-                    where=where,
-                    field=name,
-                )
-            length = len(ids) if name == "prompt" else len(feature["prompt_ids"]) + len(ids)
-            if limits.positions is not None and length > limits.positions:
-                what = "the prompt has" if name == "prompt" else "prompt and response have"
-                raise PreferenceError(
-                    f"{what} {length} tokens, and the model has learned positions for "
-                    f"{limits.positions}; cut the data with max_length={limits.positions} (or less), or use a model "
-                    f"with longer context.",
-                    where=where,
-                    field=name,
-                )
+        _check_feature(feature, limits, places[index] if places else f"pair {index}", max_length)
+
+
+def _table_fits(dataset: Any, limits: ModelLimits, max_length: int | None) -> bool:
+    """Whether all rows of a `datasets.Dataset` fit: read by columns, a hundred times faster than by rows."""
+    # Imported here: whoever has a dataset has it, and others need not.
+    compute = importlib.import_module("pyarrow.compute")
+    largest = longest = 0
+    for table in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow").iter(10_000):
+        prompt, chosen, rejected = (table[name].combine_chunks() for name in table.column_names)
+        nested = rejected.type.value_type != prompt.type.value_type
+        pairs = compute.list_parent_indices(rejected) if nested else None
+        flat = compute.list_flatten(rejected) if nested else rejected
+        for responses, owners in ((chosen, None), (flat, pairs)):
+            lengths = compute.list_value_length(prompt)
+            lengths = lengths if owners is None else lengths.take(owners)
+            total = compute.max(compute.add(lengths, compute.list_value_length(responses))).as_py()
+            longest = max(longest, total or 0)
+        for ids in (prompt, chosen, flat):
+            largest = max(largest, compute.max(compute.list_flatten(ids)).as_py() or 0)
+    if max_length is not None:
+        longest = min(longest, max_length)
+    fits = limits.vocabulary is None or largest < limits.vocabulary
+    return fits and (limits.positions is None or longest <= limits.positions)
+
+
+def _check_feature(feature: dict[str, Any], limits: ModelLimits, where: str, max_length: int | None) -> None:
+    prompt, rejected = list(feature["prompt_ids"])[:max_length], feature["rejected_ids"]
+    nested = bool(rejected) and isinstance(rejected[0], Sequence)
+    responses = {"chosen": feature["chosen_ids"]}
+    responses |= {f"rejected[{k}]": ids for k, ids in enumerate(rejected)} if nested else {"rejected": rejected}
+    for name, ids in {"prompt": [], **responses}.items():
+        sequence = [*prompt, *ids][:max_length]
+        largest = max(sequence, default=0)
+        if limits.vocabulary is not None and largest >= limits.vocabulary:
+            raise PreferenceError(
+                f"holds the token id {largest}, and the model has embeddings for ids below {limits.vocabulary}; "
+                f"use the tokenizer that belongs to the model, or give the model rows for added tokens: "
+                f"model.resize_token_embeddings(len(tokenizer)).",
+                where=where,
+                field=name,
+            )
+        if limits.positions is not None and len(sequence) > limits.positions:
+            what = "the prompt has" if name == "prompt" else "prompt and response have"
+            raise PreferenceError(
+                f"{what} {len(sequence)} tokens, and the model has learned positions for {limits.positions}; cut the "
+                f"data with max_length={limits.positions} (or less), or use a model with longer context.",
+                where=where,
+                field=name,
+            )

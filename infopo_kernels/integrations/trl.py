@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
-from infopo_kernels.integrations.preferences import feature_dataset
+from infopo_kernels.integrations.preferences import check_features, feature_dataset
 from infopo_kernels.integrations.references import ReferenceTable
 from infopo_kernels.integrations.step import reference_logps, split_inputs
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
@@ -231,6 +231,10 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
                 skip_chosen=args.skip_chosen_reference,
                 dtype=computing_type(self.model, self._autocast_type()),
             )
+        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for dataset in (self.train_dataset, *evaluations.values()):
+            if "chosen_ids" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
+                check_features(dataset, self.model, max_length=args.max_length)
         self._is_start = given is None or same_start(self.model, given)
         self._prepare_preferences(self.ref_model, dropout=args.disable_dropout)
 

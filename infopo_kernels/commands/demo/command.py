@@ -123,13 +123,16 @@ class Demo:
         return Dataset.from_list(preference_features(self.tokenizer, [problem.row() for problem in problems]))
 
     def trainer(self, name: str) -> InfoPOTrainer:
-        """The trainer of one run. The first one scores the pairs with the reference; the second finds the values."""
+        """The trainer of one run. The first one scores the pairs with the reference; the second finds the values.
+
+        Both responses of a pair share their prompt in a packed row: a third fewer tokens than padded batches have.
+        """
         args = self.args
         config = InfoPOConfig(
             str(self.output / "trainer"), loss_type=[RUNS[name]], beta=args.beta, learning_rate=args.lr,
             max_steps=args.steps, per_device_train_batch_size=args.batch, per_device_eval_batch_size=8,
             warmup_steps=0, adam_beta2=0.99, max_length=None, seed=args.seed, precompute_ref_log_probs=True,
-            gradient_checkpointing=False, bf16=False, save_strategy="no", logging_steps=1, report_to="none",
+            padding_free=True, share_prompt=True, gradient_checkpointing=False, bf16=False, save_strategy="no", logging_steps=1, report_to="none",
             disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(),
             model_init_kwargs={"dtype": "float32"},
         )  # fmt: skip
