@@ -1,4 +1,4 @@
-"""The tables of heads and cases, and the batches that they are measured on."""
+"""The tables of heads and cases, and the batches for them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shape:
         return max(64, 1 << (int(fitting).bit_length() - 1 if fitting >= 1 else 0))
 
     def step_gib(self, tokens: int, bytes_per_element: int) -> float:
-        """What a naive step and its check hold at once: head, gradients and their float32 truth, logits three times."""
+        """Memory of a naive step and its check: head, gradients and their float32 truth, and three times the logits."""
         head = self.vocab * self.hidden * (3 * bytes_per_element + 2 * 4)
         return (head + tokens * self.vocab * (bytes_per_element + 3 * 4)) / 2**30
 
@@ -49,12 +49,12 @@ SHAPES: Final = {
 }
 MAIN_SHAPE: Final = "SmolLM2-135M"
 NARROW: Final = Shape("narrow head", 64, 49152)
-"""A head with SmolLM2's vocabulary and few hidden units, so that memory ends a sweep on a CPU, not its products."""
+"""A head with SmolLM2's vocabulary and few hidden units, so that on a CPU memory ends a sweep, not computing time."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is done with a batch."""
+    """A computation on a batch."""
 
     name: str
     text: str
@@ -71,7 +71,7 @@ class Case:
 
     @property
     def products(self) -> tuple[int, int]:
-        """Products of size N V H that any implementation needs, for chosen and for rejected scored rows."""
+        """Number of products of size N V H that every implementation needs, for chosen and for rejected scored rows."""
         full = 1 + len(self.trained)
         return full, 1 if self.underflowed else full
 
@@ -91,10 +91,10 @@ CASES: Final = {
 
 @dataclass
 class Batch:
-    """Inputs of a case. Sequences are chosen first; the loss is reference-free InfoPO on mean log-probabilities.
+    """Inputs of a case. Chosen sequences come first. The loss is reference-free InfoPO on mean log-probabilities.
 
-    Without a reference and with means the rejected weights are of order one at beta = 0.1, as in training, whatever
-    the random inputs; the arithmetic is that of any other setting.
+    Without a reference and with means, rejected weights are of order one at beta = 0.1 for all random inputs, as in
+    training. The arithmetic is the same as in any other setting.
     """
 
     case: Case
@@ -130,12 +130,12 @@ class Batch:
         return int(scored[:middle].sum()), int(scored[middle:].sum())
 
     def sequence_means(self, token_logps: Tensor) -> Tensor:
-        """[S]: means over scored tokens of log-probabilities [N] that are 0 elsewhere, in their own type."""
+        """[S]: means over the scored tokens, from log-probabilities [N] that are 0 elsewhere; in the same type."""
         scored = (self.rows[1] != IGNORE_INDEX).to(token_logps.dtype)
         return self.sequence_sums(token_logps) / self.sequence_sums(scored)
 
     def sequence_sums(self, token_logps: Tensor) -> Tensor:
-        """[S]: sums of [N], in their own type: what trainers do with what these implementations return."""
+        """[S]: sums of [N], in the same type, as trainers form them from the results of these implementations."""
         if not self.case.packed:
             return token_logps.view(self.labels.shape).sum(-1)
         segments = torch.repeat_interleave(torch.arange(self.sequences, device=token_logps.device), self.lengths)
@@ -154,16 +154,16 @@ class Batch:
         return (-self.beta * chosen + torch.exp(self.beta * rejected - 1)).mean()
 
     def clear(self) -> None:
-        """Drop the gradients, so that every implementation pays for its own."""
+        """Drop the gradients, so that every implementation allocates its own."""
         self.hidden.grad = self.weight.grad = None
 
     @property
     def gradients_mib(self) -> float:
-        """What the gradients take."""
+        """Memory of the gradients."""
         return sum(t.numel() * t.element_size() for t in (self.hidden, self.weight) if t.requires_grad) / 2**20
 
     def as_case(self, case: Case) -> Batch:
-        """The same numbers in the same memory as another case, neither of them packed."""
+        """The same numbers in the same memory, as another case. Neither case may be packed."""
         hidden, weight = (
             getattr(self, name).detach().requires_grad_(name in case.trained) for name in ("hidden", "weight")
         )
@@ -173,9 +173,9 @@ class Batch:
 def make_batch(
     case: Case, shape: Shape, pairs: int, length: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Batch:
-    """A batch of `pairs` times two sequences of `length` tokens; packed, every second one is half as long.
+    """A batch of `pairs` times two sequences of `length` tokens. In a packed batch every second one is half as long.
 
-    Logits have a standard deviation of 3 and labels are drawn at random: few of the probabilities are negligible.
+    Logits have a standard deviation of 3 and labels are random, so that few probabilities are negligible.
     """
     g = torch.Generator(device).manual_seed(seed)
 

@@ -1,7 +1,7 @@
-"""Two speed records: what became slower, by its ratio to the floor of its own run.
+"""Compare two speed records: find what became slower, by its ratio to the floor of the same run.
 
-Absolute times differ between machines and between hours; the bare products were timed in turn with the contender, so
-their quotient does not.
+Absolute times differ between machines and between hours. The ratio does not, because the run timed the bare products in
+turn with the contender.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from benchmarks import records, report
 from benchmarks.contenders import FLOOR, OURS
 
 TOLERANCE: Final = 0.10
-"""A ratio that grew by less is no regression; nor is one that grew by less than twice the spreads of all four."""
+"""A regression is a ratio that grew by more than this, and by more than twice the combined spread of all four times."""
 
 _KEY: Final = ["shape", "case", "dtype", "pairs", "length", "contender"]
 
 
 def _ratios(path: Path) -> pd.DataFrame:
-    """By point and contender: its time over the floor's, and the squared spreads of both."""
+    """For each point and contender: its time divided by the floor's, and the squared spreads of both."""
     record = records.load(path).get("speed") if path.is_dir() else records.read(path)
     if record is None or "floor" not in record.rows:
-        raise ValueError(f"{path} is no speed record of pytest-benchmark.")
+        raise ValueError(f"{path} is not a speed record of pytest-benchmark.")
     rows = record.rows.fillna({"spread": 0.0})
     floors = rows[rows["contender"] == FLOOR].set_index(_KEY[:-1])["spread"].rename("floor_spread")
     rows = rows[rows["contender"] != FLOOR].join(floors, on=_KEY[:-1])
@@ -34,7 +34,7 @@ def _ratios(path: Path) -> pd.DataFrame:
 
 
 def compare(old: Path, new: Path) -> pd.DataFrame:
-    """Every contender at every point that both records (files, or folders of them) have: old, new, growth, allowed.
+    """Old, new, growth and allowed growth for each contender at each point that both records (files or folders) have.
 
     Raises:
         ValueError, OSError: not a speed record, or nothing in common.
@@ -49,7 +49,7 @@ def compare(old: Path, new: Path) -> pd.DataFrame:
 
 
 def regressions(changes: pd.DataFrame, contender: str = OURS) -> pd.DataFrame:
-    """Of `contender`, what grew by more than the noise."""
+    """The points where `contender` grew by more than the noise."""
     return changes[(changes["contender"] == contender) & (changes["growth"] > changes["allowed"])]
 
 

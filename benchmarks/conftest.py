@@ -1,4 +1,4 @@
-"""The points of `pytest benchmarks --benchmark-only`, and what its record says of the machine."""
+"""The points of `pytest benchmarks --benchmark-only`, and the machine's description in its record."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    # The host's name and the like have no influence on a figure and no place in a record that is published.
+    # The name of the host and similar facts do not influence a figure, and do not belong in a published record.
     machine_info.clear()
     machine_info.update(environment(_plan(config).device))
 
@@ -44,5 +44,5 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     output_json["skipped"] = SKIPPED
-    for entry in output_json["benchmarks"]:  # objects that JSON cannot hold, as text: extra_info says it all
+    for entry in output_json["benchmarks"]:  # JSON cannot hold these objects; extra_info holds the same facts
         del entry["params"]

@@ -1,7 +1,7 @@
 """The table of contenders: each implementation through its public interface, in its own best setting.
 
-An implementation gives the reference-free InfoPO loss of a `Batch`, differentiable, and log-probabilities. Those that
-know token losses only get the same few lines of plain PyTorch around them (`Batch.loss`).
+An implementation gives the reference-free InfoPO loss of a `Batch`, differentiable, and log-probabilities. If it only
+knows token losses, the same few lines of plain PyTorch (`Batch.loss`) form the loss from them.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ class Contender:
 
     name: ClassVar[str]
     setting: ClassVar[str]
-    """Interface and setting, with the reason where there was a choice."""
+    """Interface and setting, with the reason for each choice."""
     module: ClassVar[tuple[str, str] | None] = None
-    """What must be importable, and how it is installed."""
+    """The modules that it needs, and how to install them."""
     compiles: ClassVar[bool] = False
     skips_unscored: ClassVar[tuple[str, ...]] = ()
-    """Types of device on which tokens that are not scored cost no product."""
+    """Types of device on which unscored tokens take no product."""
 
     def unsupported_reason(self, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if it can run, else why not."""
         return None if self.module is None else _missing(*self.module)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss [], differentiable by what `batch.case` trains."""
+        """The loss [], with gradients of the tensors that `batch.case` trains."""
         return batch.loss(batch.sequence_means(self.token_logps(batch)))
 
     def token_logps(self, batch: Batch) -> Tensor:
-        """[N] nats, 0 where not scored; float32 unless the implementation returns less."""
+        """[N] nats, 0 where not scored; float32, or 16-bit if the implementation returns that."""
         raise NotImplementedError(f"{self.name} does not return token log-probabilities")
 
     def sequence_logps(self, batch: Batch) -> Tensor:
-        """[S] nats, sums over scored tokens, in the type that the implementation gives."""
+        """[S] nats, sums over scored tokens, in the type that the implementation returns."""
         return batch.sequence_sums(self.token_logps(batch))
 
 
@@ -113,7 +113,7 @@ def _compiled_nll() -> TokenNll:
 
 
 class Compiled(Contender):
-    """`torch.compile` of the naive function, compiled for the shape at hand."""
+    """`torch.compile` of the naive function, compiled for the shape of the batch."""
 
     name = "torch.compile"
     setting = "`torch.compile` of naive PyTorch, static shapes"
@@ -125,10 +125,10 @@ class Compiled(Contender):
 
 
 def torch_chunked_by_sequence(dtype: torch.dtype, length: int) -> bool:
-    """Whether `F.linear_cross_entropy` does better with one call and `reduction="sum"` a sequence than with "none".
+    """Whether `F.linear_cross_entropy` is faster with `reduction="sum"`, one call for each sequence, than with "none".
 
-    Sums form gradients in the forward pass, where "none" forms logits twice; they repay a call each from some 256
-    tokens on (float32 on a CPU). In 16 bits they would be rounded to 16 bits.
+    "sum" forms gradients in the forward pass; "none" forms logits twice. From about 256 tokens on, "sum" is faster in
+    spite of a call for each sequence (float32 on a CPU). For 16-bit inputs the sums would be rounded to 16 bits.
     """
     return dtype == torch.float32 and length >= 256
 
@@ -136,8 +136,9 @@ def torch_chunked_by_sequence(dtype: torch.dtype, length: int) -> bool:
 def torch_chunked_nll(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> Tensor:
     """`F.linear_cross_entropy` with its fastest options for the device, type and width.
 
-    On a CPU its default of a few rows a chunk took 4 to 15 times as long as 512, and in 16 bits its default of products
-    that accumulate in float32 up to 3 times as long as `acc_policy="balanced"` from 1024 hidden units on (less below).
+    On a CPU its default chunks of a few rows took 4 to 15 times as long as chunks of 512. In 16 bits its default
+    products accumulate in float32. From 1024 hidden units on they took up to 3 times as long as
+    `acc_policy="balanced"`; with fewer units they took less time.
     """
     own: dict[str, Any] = {}
     if hidden.device.type == "cpu":
@@ -217,7 +218,7 @@ def _liger_function() -> Any:
     from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
 
     class LigerInfoPO(LigerFusedLinearPreferenceBase):  # type: ignore[misc]
-        """Liger's base class with the InfoPO loss plugged in, as its documentation describes."""
+        """Liger's base class with the InfoPO loss, as its documentation describes."""
 
         @staticmethod
         def preference_loss_fn(
@@ -311,10 +312,11 @@ CONTENDERS: Final[dict[str, Contender]] = {
 
 
 def floor(batch: Batch, rejected_products: int | None = None) -> Callable[[], None]:
-    """The bare matrix products that the batch's case needs, at full size into memory that is there already.
+    """The bare matrix products that the batch's case needs, at full size, into memory that is already allocated.
 
     Args:
-        rejected_products: of each rejected row, if not what the case needs; 4 are logits twice.
+        rejected_products: number of products for each rejected row, if not the case's; 4 means that logits are formed
+            twice.
     """
     hidden, weight = batch.rows[0].detach(), batch.weight.detach()
     chosen, rejected = batch.case.products

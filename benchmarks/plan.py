@@ -1,4 +1,4 @@
-"""What a comparison measures: sizes, types, devices and time limits. Each field is an option of the command line."""
+"""The plan of a comparison: sizes, types, devices and time limits. Each field is an option of the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.contenders import CONTENDERS, OURS
 from benchmarks.measure.memory import available_gib
 
 Progress = Callable[[str], None]
-"""Told what is measured now."""
+"""A function that gets a line of text about the current measurement."""
 
 PARTS: Final = ("speed", "memory", "long-context", "accuracy", "training")
 
@@ -29,7 +29,7 @@ def _size(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class SpeedPoint:
-    """One group of timings: contenders and floor, side by side."""
+    """One group of timings: all contenders and the floor on the same batch."""
 
     shape: str
     case: str
@@ -43,7 +43,7 @@ class SpeedPoint:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a run. `default_plan` makes one for a device."""
+    """The sizes of a run. `default_plan` makes the plan for a device."""
 
     device: str = _size("cpu", "cpu, cuda or cuda:N")
     parts: tuple[str, ...] = _names(PARTS, PARTS, "what is measured")
@@ -56,23 +56,25 @@ class Plan:
     product_gflop: float = _size(15.0, "size of one product of a timed case; it sets the number of tokens")
     seconds: float = _size(0.6, "timed seconds for each contender and case")
     rounds: int = _size(5, "most repetitions of each")
-    memory_length: int = _size(768, "tokens of each of the four sequences of a step whose peak is compared")
-    memory_cases: tuple[str, ...] = _names(CASES, ("step", "frozen"), "cases whose peak is compared")
-    memory_tokens: tuple[int, ...] = _size((512, 4096), "of two pairs; the first also begins the next two sweeps")
+    memory_length: int = _size(768, "tokens of each of the four sequences in the comparison of peaks")
+    memory_cases: tuple[str, ...] = _names(CASES, ("step", "frozen"), "cases in the comparison of peaks")
+    memory_tokens: tuple[int, ...] = _size(
+        (512, 4096), "tokens of two pairs; the next two sweeps begin at the first number"
+    )
     memory_vocab: tuple[int, ...] = _size((NARROW.vocab, 262144), "growing vocabulary")
-    memory_pairs: tuple[int, ...] = _size((2, 8), "growing numbers of pairs, of sequences of one length")
+    memory_pairs: tuple[int, ...] = _size((2, 8), "growing numbers of pairs; all sequences have one length")
     accuracy_lengths: tuple[int, ...] = _size((64, 256), "tokens of a sequence in the accuracy part")
     long_lengths: tuple[int, ...] = _size(tuple(2**k for k in range(10, 21)), "tokens of the long-context rows")
-    long_seconds: float = _size(2.5, "a row of the long-context part that is expected to take longer is not run")
-    long_memory_gib: float | None = _size(None, "what a process may allocate there, if less than --memory-gib")
+    long_seconds: float = _size(2.5, "the long-context part skips a row that would take longer than this")
+    long_memory_gib: float | None = _size(None, "memory limit of a process there, if less than --memory-gib")
     training_dtypes: tuple[str, ...] = _names(DTYPES, ("float32",), "types of the model in the training part")
     training_length: int = _size(96, "tokens of a sequence in the training part")
     training_steps: int = _size(3, "timed steps of the training part")
-    memory_gib: float = _size(8.0, "what a process may allocate; an implementation that asks for more has failed")
-    fit_gib: float | None = _size(None, "fewer tokens where a naive step would need more (None: the same everywhere)")
+    memory_gib: float = _size(8.0, "memory limit of a process; an implementation that asks for more fails")
+    fit_gib: float | None = _size(None, "use fewer tokens where a naive step needs more (None: the same everywhere)")
 
     def limit_gib(self, part: str) -> float:
-        """What a process of `part` may allocate."""
+        """Memory limit of a process of `part`."""
         return self.long_memory_gib or self.memory_gib if part == "long-context" else self.memory_gib
 
     def tokens(self, shape: Shape) -> int:
@@ -83,7 +85,7 @@ class Plan:
         return tokens
 
     def speed_points(self) -> list[SpeedPoint]:
-        """Every group of timings: heads beside the main one run the case "step" in the last type only."""
+        """All groups of timings. Heads other than the main one run only the case "step", in the last type."""
         return [
             SpeedPoint(shape, case, dtype, 2, max(16, self.tokens(SHAPES[shape]) // 4))
             for shape in self.shapes
@@ -94,12 +96,12 @@ class Plan:
 
 
 def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
-    """About 13 minutes on 2 cores, 3 if `quick`; on a GPU sizes that fill it."""
+    """A plan of about 13 minutes on 2 cores, of 3 minutes if `quick`; on a GPU the sizes are larger."""
     on_gpu = device.startswith("cuda")
     plan = Plan(
         device=device,
         memory_gib=round(min(available_gib(torch.device(device)) * 0.6, 1e4 if on_gpu else 8.0), 1),
-        # On a CPU memory is to end the sweep before patience does.
+        # On a CPU the limit of memory should end the sweep, not the time.
         long_memory_gib=None if on_gpu else 1.0,
     )
     if on_gpu:
@@ -137,7 +139,7 @@ def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of a plan."""
+    """Add one option for each field of a plan."""
     parser.add_argument("--quick", action="store_true", help="a sample, in 3 minutes on 2 cores")
     parser.add_argument("--threads", type=int, help="CPU threads (default: one for each core)")
     for entry in fields(Plan):
@@ -153,18 +155,18 @@ def _shown(default: Any) -> str:
 
 
 def among(flag: str, given: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The known names that begin with the given ones."""
+    """All known names that begin with one of the given words."""
     found: list[str] = []
     for word in given.split(","):
         matches = [name for name in known if name.lower().startswith(word.strip().lower())]
         if not word.strip() or not matches:
-            raise ValueError(f"--{flag}: {word!r} is none of {', '.join(known)}.")
+            raise ValueError(f"--{flag}: {word!r} is not one of {', '.join(known)}.")
         found += [name for name in matches if name not in found]
     return tuple(found)
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
-    """The default plan with what the command line says otherwise.
+    """The default plan with the changes from the command line.
 
     Raises:
         ValueError: an unknown name or device.

@@ -1,4 +1,4 @@
-"""Plots of the records. What is plotted, on what, with which sizes, limits and units stands in each."""
+"""Plots of the records. The caption of each plot gives the machine, the sizes, the limits and the units."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _machine(record: Record) -> str:
 
 
 def _names(rows: pd.DataFrame, figure: str) -> list[str]:
-    """Contenders that have a figure or failed, in the order of the table of contenders."""
+    """Contenders with a figure or a failure, in the order of the table of contenders."""
     there = set(rows[rows[figure].notna() | _failed(rows)]["contender"])
     return [name for name in CONTENDERS if name in there]
 
@@ -139,7 +139,7 @@ def _training(record: Record, path: Path) -> None:
 
 
 def _long_training(record: Record, path: Path) -> None:
-    """A cross is what a failed case held and asked for."""
+    """A cross marks a failed case, at the memory that it held plus the memory that it asked for."""
     shape, limit, rows = record.settings["shape"], record.settings["memory_gib"], record.rows
     title = (
         f"One InfoPO step: Llama of {shape['layers']} layers, hidden size {shape['hidden']}, vocabulary "
@@ -180,7 +180,7 @@ _RUNS: Final = {
     "infopo lora16 beta0.1 lr0.0002": (style.BLUE, ":"),
     "infopo lora16 beta0.1 lr0.002": (style.ORANGE, ":"),
 }
-"""What a good rate, a large one and a cap look like."""
+"""Runs to plot: good learning rates, a large one, and a cap."""
 
 
 def _tuning(record: Record, path: Path) -> None:
@@ -219,7 +219,7 @@ DRAWERS: Final[dict[str, Callable[[Record, Path], None]]] = {
 
 
 def draw(records: Records, folder: Path) -> list[Path]:
-    """Write the plots of what was measured; their paths."""
+    """Write a plot for each measured part. Returns their paths."""
     parts = [part for part in DRAWERS if part in records and len(records[part].rows)]
     for part in parts:
         DRAWERS[part](records[part], folder / f"{part}.png")

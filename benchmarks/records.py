@@ -1,9 +1,9 @@
-"""What was measured, as files: one folder for each processor (or GPU), one JSON file for each part.
+"""Records: the measurements as files. There is a folder for each processor (or GPU), with a JSON file for each part.
 
     results/intel-6-207-2/speed.json     pytest-benchmark's own record
-    results/intel-6-207-2/memory.json    {"machine_info": ..., settings, "rows": [...]}, as all others
+    results/intel-6-207-2/memory.json    {"machine_info": ..., settings, "rows": [...]}, like all others
 
-A run on another processor writes into another folder, so records of several lie side by side.
+A run on another processor writes into another folder, so the records of several processors do not overwrite each other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 """The committed records."""
 
 _POINT: Final = ["shape", "case", "dtype", "pairs", "length"]
-"""What tells the points of the speed record apart."""
+"""The fields that identify a point of the speed record."""
 
 _FIGURES: Final = {
     "speed": ("seconds", "spread", "repetitions"),
@@ -35,7 +35,7 @@ _FIGURES: Final = {
     "training": ("seconds", "peak_mib"),
     "long-context-training": ("seconds", "peak_mib", "held_mib", "asked_mib"),
 }
-"""Columns that a record has even if nobody has a figure there."""
+"""Columns that a record has even if no row has a value there."""
 
 _NO_FIGURE: Final = ("failed", "skipped", "not_run")
 
@@ -48,16 +48,18 @@ class Record:
     machine: dict[str, Any]
     settings: dict[str, Any]
     rows: pd.DataFrame
-    """A row a figure. `why` says why there is none ("failed: ..."), else it is NaN. In the speed record `seconds` is a
-    median, `floor` that of the bare products of the same point, and `ours` that of this library."""
+    """A row for each figure. If there is no figure, `why` gives the reason ("failed: ..."), else it is NaN. In the
+    speed record `seconds` is a median; `floor` and `ours` are the medians of the bare products and of this library at
+    the same point."""
 
 
 Records = dict[str, Record]
-"""By part."""
+"""Records by the name of their part."""
 
 
 def parser(name: str, text: str | None, output: Path | None = RESULTS) -> argparse.ArgumentParser:
-    """Options of the command `name`, described by a module's text; `--output` where it writes records."""
+    """An argument parser for the command `name` with a module's docstring as its description; with `--output` if the
+    command writes records."""
     made = argparse.ArgumentParser(
         f"python -m benchmarks {name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,10 +88,10 @@ def _speed_frame(content: dict[str, Any]) -> pd.DataFrame:
 
 
 def _load(part: str, pieces: Sequence[dict[str, Any]]) -> Record:
-    """The pieces of a part (`speed-1.json`, `speed-2.json`) as one.
+    """One record from the pieces of a part (`speed-1.json`, `speed-2.json`).
 
     Raises:
-        ValueError: they were measured on different machines or versions.
+        ValueError: the pieces come from different machines or versions.
     """
     first = pieces[0]
     if any(piece["machine_info"] != first["machine_info"] for piece in pieces):
@@ -104,36 +106,36 @@ def _load(part: str, pieces: Sequence[dict[str, Any]]) -> Record:
 
 
 def read(path: Path) -> Record:
-    """One file.
+    """The record in one file.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is no record.
+        OSError: there is no such file.
+        ValueError: the file is not a record.
     """
     content = json.loads(path.read_text())
     if "machine_info" not in content:
-        raise ValueError(f"{path} is no record: it does not say what was measured on.")
+        raise ValueError(f"{path} is not a record: it does not say which machine was measured.")
     return _load(path.stem, [content])
 
 
 def load(folder: Path) -> Records:
-    """The records of one processor's folder, by part.
+    """The records in the folder of one processor, by part.
 
     Raises:
-        OSError: there are none.
-        ValueError: pieces of a part were measured on different machines or versions.
+        OSError: the folder has no records.
+        ValueError: the pieces of a part come from different machines or versions.
     """
     pieces: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         stem, _, number = path.stem.rpartition("-")
         pieces.setdefault(stem if number.isdigit() else path.stem, []).append(json.loads(path.read_text()))
     if not pieces:
-        raise FileNotFoundError(f"{folder} holds no record (such as speed.json).")
+        raise FileNotFoundError(f"{folder} has no record (such as speed.json).")
     return {part: _load(part, contents) for part, contents in pieces.items()}
 
 
 def load_all(folder: Path) -> dict[str, Records]:
-    """The records below `folder` (or in it) by processor.
+    """The records in `folder` or in its subfolders, by processor.
 
     Raises:
         OSError, ValueError: as `load`.
@@ -143,14 +145,14 @@ def load_all(folder: Path) -> dict[str, Records]:
 
 
 def path_of(folder: Path, part: str, machine: dict[str, Any]) -> Path:
-    """Where the record of `part` lies; its folder is made."""
+    """The path of the record of `part`. Makes its folder."""
     path = folder / str(machine["processor"]) / f"{part}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def write(folder: Path, part: str, machine: dict[str, Any], rows: list[dict[str, Any]], **settings: Any) -> Record:
-    """Write a record in place of what was there."""
+    """Write a record; it replaces an existing one."""
     content = {"machine_info": machine, **settings, "rows": rows}
     path = path_of(folder, part, machine)
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -160,7 +162,8 @@ def write(folder: Path, part: str, machine: dict[str, Any], rows: list[dict[str,
 def merge(
     folder: Path, part: str, machine: dict[str, Any], rows: list[dict[str, Any]], by: tuple[str, ...], **settings: Any
 ) -> Record:
-    """Write a record; rows that are there stay unless they have the same `by`, or other settings or another machine."""
+    """Add rows to a record. A new row replaces the old one with the same `by`. If the settings or the machine differ,
+    all old rows are dropped."""
     path = path_of(folder, part, machine)
     old = json.loads(path.read_text()) if path.exists() else {"rows": []}
     alike = old.get("machine_info") == machine and all(old.get(key) == value for key, value in settings.items())

@@ -1,4 +1,4 @@
-"""Tables of the records, as rich prints them and as Markdown: one builder, two renderers."""
+"""Tables of the records. One part of the file builds them; two renderers write them, with rich and as Markdown."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from benchmarks import targets
+from benchmarks import plots, records, targets
 from benchmarks.cases import CASES, MAIN_SHAPE, SHAPES
 from benchmarks.contenders import CONTENDERS, FLOOR, OURS
 from benchmarks.measure.timing import spread
@@ -31,7 +32,7 @@ class Table:
 
 
 def milliseconds(seconds: float) -> str:
-    """Of a time, as the tables write it."""
+    """A time as the tables write it."""
     return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.2f}"
 
 
@@ -44,7 +45,7 @@ def _spread(share: float) -> str:
 
 
 def points(record: Record) -> Iterable[tuple[pd.Series, pd.DataFrame]]:
-    """Every group of timings of the speed record: its first row, and its rows by contender."""
+    """For each group of timings in the speed record: its first row, and its rows by contender."""
     for _, group in record.rows.groupby(["shape", "dtype", "case", "pairs", "length"], sort=False):
         yield group.iloc[0], group.set_index("contender")
 
@@ -71,7 +72,7 @@ def _speed(record: Record) -> list[Table]:
 
 
 def _summary(record: Record) -> Table:
-    """Every point in one row: ours against the best peer and the floor."""
+    """A row for each point: this library against the fastest other implementation and the floor."""
     columns = [
         "",
         "type",
@@ -100,7 +101,7 @@ def _summary(record: Record) -> Table:
 
 
 def overview(records: Records) -> Table:
-    """Every contender in one row: at the main shape its time over ours, its peak memory, its whole training step."""
+    """A row for each contender, at the main shape: its time divided by ours, its peak memory, its training step."""
     columns: dict[str, dict[str, str]] = {}
     titles = []
     for info, rows in points(records["speed"]):
@@ -132,7 +133,8 @@ def overview(records: Records) -> Table:
 
 
 def _pivot(part: str, title: str, rows: pd.DataFrame, head: Callable[[Any], str], figure: str, form: str) -> Table:
-    """Contenders down, `head` of the rows across, `figure` in each cell; why one is missing, below."""
+    """A table with a row for each contender and a column for each `head`. Cells hold `figure`; notes below the table
+    say why a figure is missing."""
     rows = rows.assign(head=rows.apply(head, axis=1))
     heads = list(dict.fromkeys(rows["head"]))
     table = Table(part, title, ["", *heads])
@@ -153,7 +155,7 @@ _SWEEPS: Final = {
     "vocabulary": ("{vocab:,} words", "{tokens:,} tokens"),
     "pairs": ("{pairs:,} pairs", "{length} tokens a sequence, V {vocab:,}"),
 }
-"""What grows, how its columns are headed, and what is held."""
+"""For each sweep: the heading of its columns, and the sizes that stay fixed."""
 
 
 def _formatted(form: str, row: Any) -> str:
@@ -243,7 +245,7 @@ def tables(records: Records) -> list[Table]:
 
 
 def machine(info: dict[str, Any]) -> list[str]:
-    """What was measured on, in lines."""
+    """Lines that describe the machine and the versions."""
     versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     lines = [f"{info['cpu']}, {info['threads']} of {info['cores']} cores, {info['cpu_capability']}, {info['system']}"]
     if "gpu" in info:
@@ -253,7 +255,7 @@ def machine(info: dict[str, Any]) -> list[str]:
 
 
 def console() -> Console:
-    """Of 140 columns where rich cannot ask a terminal: it would take 80, and the tables need more."""
+    """A console with 140 columns if the output is no terminal: rich would take 80, and the tables need more."""
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -271,9 +273,29 @@ def render(out: Console, tables: Sequence[Table]) -> None:
 
 
 def markdown(table: Table) -> str:
-    """The table alone, in Markdown."""
+    """The table in Markdown, without title and notes."""
     head = [f"| {' | '.join(table.columns)} |", "|" + " --- |" + " ---: |" * (len(table.columns) - 1)]
     body = [
         f"| {' | '.join(f'**{cell}**' if row[0] == OURS and cell else cell for cell in row)} |" for row in table.rows
     ]
     return "\n".join(head + body)
+
+
+def show(folder: Path, out: Console) -> None:
+    """Print the tables of one processor's records, and draw their plots beside them.
+
+    Raises:
+        OSError, ValueError: there are none, or they do not belong together.
+    """
+    found = records.load(folder)
+    render(out, tables(found))
+    for path in plots.draw(found, folder):
+        out.print(f"wrote {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m benchmarks show FOLDER`."""
+    parser = records.parser("show", "Tables and plots of records, without measuring.", None)
+    parser.add_argument("folder", type=Path, help="of one processor, such as benchmarks/results/intel-6-207-2")
+    show(parser.parse_args(argv).folder, console())
+    return 0

@@ -1,4 +1,4 @@
-"""The one look of all plots: points, or bars from zero; the legend outside; colours that everybody tells apart."""
+"""The common style of all plots: points, or bars from zero; the legend outside; colours safe for the colour-blind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.contenders import CONTENDERS, OURS
 
-# Okabe and Ito's palette, which keeps its colours apart for the colour-blind.
+# The palette of Okabe and Ito: colour-blind readers can tell its colours apart.
 VERMILLION, BLACK, BLUE, GREEN = "#D55E00", "#000000", "#0072B2", "#009E73"
 PURPLE, ORANGE, SKY, GREY = "#CC79A7", "#E69F00", "#56B4E9", "#999999"
 
@@ -44,7 +44,7 @@ _RC: Final = {
 def drawing(
     path: Path, title: str, columns: int, rows: int = 1, height: float = 3.8, sharey: bool = False
 ) -> Iterator[tuple[Figure, Any]]:
-    """A figure under `title`, its axes [rows, columns]; written to `path` when done."""
+    """A figure with a `title` and axes [rows, columns]. It is written to `path` at the end."""
     with mpl.rc_context(_RC):
         figure = Figure(figsize=(10, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
@@ -55,7 +55,8 @@ def drawing(
 
 
 def line(name: str) -> dict[str, Any]:
-    """Arguments of a contender's line: others are hollow and thin, so that those which coincide are all seen."""
+    """Arguments of a contender's line. Other contenders have thin lines and hollow markers, so that lines which
+    coincide are all visible."""
     ours = name == OURS
     return {
         **_LOOKS[name],
@@ -68,7 +69,7 @@ def line(name: str) -> dict[str, Any]:
 
 
 def bars(axes: Axes, groups: list[str], values: dict[str, list[float | None]], why: dict[tuple[str, int], str]) -> None:
-    """A bar for each contender in each group, from zero; where there is none, `why` stands in its place."""
+    """A bar from zero for each contender in each group. A missing bar is replaced by the text `why`."""
     width = 0.84 / max(1, len(values))
     for i, (name, heights) in enumerate(values.items()):
         x = [group + (i - (len(values) - 1) / 2) * width for group in range(len(groups))]
@@ -83,7 +84,7 @@ def bars(axes: Axes, groups: list[str], values: dict[str, list[float | None]], w
 
 
 def failures(axes: Axes, failed: Iterable[tuple[float, str]]) -> None:
-    """Above the axes, where a contender failed: no value is made up for it."""
+    """Mark a failure above the axes, because it has no value to plot."""
     stacked: Counter[float] = Counter()
     for x, name in failed:
         y = 1.05 + 0.07 * stacked[x]
@@ -97,7 +98,7 @@ def failures(axes: Axes, failed: Iterable[tuple[float, str]]) -> None:
 
 
 def doubling(axes: Axes, ticks: Iterable[int]) -> None:
-    """A logarithmic x axis that names the values measured: 512, 4k, 256k."""
+    """A logarithmic x axis with the measured values as labels: 512, 4k, 256k."""
     ticks = sorted(set(ticks))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 and t % 1024 == 0 else str(t) for t in ticks])
@@ -105,7 +106,7 @@ def doubling(axes: Axes, ticks: Iterable[int]) -> None:
 
 
 def logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis labelled 20, 50, 100 rather than in powers of ten, of which a narrow one has none."""
+    """A logarithmic y axis with labels such as 20, 50, 100: a narrow axis may contain no power of ten."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -113,7 +114,7 @@ def logarithmic(axes: Axes) -> None:
 
 
 def legend(figure: Figure, *axes: Axes, columns: int = 7) -> None:
-    """Below all axes, each name once, contenders in the order of their table."""
+    """A legend below all axes. Each name appears once, contenders in the order of their table."""
     handles: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):

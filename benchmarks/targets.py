@@ -1,4 +1,4 @@
-"""What this library sets out to be, and whether a record shows it."""
+"""The targets of this library, and whether a record meets them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from benchmarks.contenders import CONTENDERS, FLOOR, OURS
 from benchmarks.records import Record, Records
 
 _FASTER: Final = {"step": 1.1, "frozen": 1.3, "underflowed": 1.5, "half-prompt": 1.8}
-"""Times faster than the fastest other implementation, by case (half-prompt: of those that score every position)."""
+"""For each case: how many times faster than the fastest other implementation (for half-prompt: than the fastest of
+those that score every position)."""
 _LESS_MEMORY: Final = 8.0
 
 Row = list[str]
@@ -23,7 +24,7 @@ def _row(what: str, against: str, target: str, measured: str, met: bool) -> Row:
 
 
 def _best(rows: pd.DataFrame, figure: str) -> Iterator[tuple[pd.Series, str, float, float]]:
-    """For each shape, type, case and length: a row, the best other contender, its figure, and ours."""
+    """For each shape, type, case and length: a row, the best other contender, its figure, and our figure."""
     for _, group in rows.groupby([c for c in ("shape", "dtype", "case", "length") if c in rows], sort=False):
         figures = group.set_index("contender")[figure].dropna()
         others = figures.drop([OURS, FLOOR], errors="ignore")
@@ -45,7 +46,7 @@ def _speed(record: Record) -> Iterator[Row]:
 
 def _memory(record: Record) -> Iterator[Row]:
     rows = record.rows[record.rows["sweep"] == "peak"]
-    # A step may take less than what its gradients, counted apart, were thought to take: then it is as good as nothing.
+    # The expected memory of the gradients is subtracted. If a step takes less than that, it counts as 1 MiB.
     for info, best, peak, ours in _best(rows.assign(peak_mib=rows["peak_mib"].clip(lower=1.0)), "peak_mib"):
         what = f"{MAIN_SHAPE}, {info['dtype']}: peak memory of {info['case']}"
         yield _row(what, best, f"≥ {_LESS_MEMORY:g} × less", f"{peak / ours:.1f} ×", peak >= _LESS_MEMORY * ours)
@@ -58,6 +59,6 @@ def _accuracy(record: Record) -> Iterator[Row]:
 
 
 def rows(records: Records) -> list[Row]:
-    """Every target that the records can tell about."""
+    """The rows of all targets for which there are records."""
     builders = {"speed": _speed, "memory": _memory, "accuracy": _accuracy}
     return [row for part, build in builders.items() if part in records for row in build(records[part])]

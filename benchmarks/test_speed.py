@@ -1,8 +1,8 @@
 """`pytest benchmarks --benchmark-only`: every contender on every case.
 
-pytest-benchmark runs the repetitions of one test after the other, which lets a slow minute of the machine fall on one
-implementation. So the repetitions of a point are taken interleaved when its first test runs, and each test hands its
-own to pytest-benchmark through a timer that replays them.
+pytest-benchmark runs all repetitions of a test before the next test, so a slow minute of the machine would hit a single
+implementation. Therefore the first test of a point measures all implementations, interleaved. Each test then passes its
+own repetitions to pytest-benchmark through a timer that replays them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.plan import Plan, SpeedPoint
 
 
 class Replay:
-    """A clock that an action moves on by seconds measured before."""
+    """A clock that an action moves forward by the seconds measured before."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -38,7 +38,7 @@ class Replay:
 REPLAY = Replay()
 
 
-@lru_cache(maxsize=1)  # tests of a point follow each other; an earlier one's are over
+@lru_cache(maxsize=1)  # the tests of a point follow each other, so one point is enough
 def _measured(point: SpeedPoint, plan: Plan) -> Measured:
     return measure(point, plan)
 

@@ -1,4 +1,4 @@
-"""Right values by plain PyTorch, a bounded number of rows at a time, and the check that every contender must pass."""
+"""Right values from plain PyTorch, a bounded number of rows at a time, and the check that every contender must pass."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from infopo_kernels.options import IGNORE_INDEX
 _ROWS: Final = 256
 
 GRADIENT_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
-"""Allowed |error| / |truth| of a gradient: some ten times the error of naive PyTorch in the type, and far below that
-of a wrong label, factor or half."""
+"""Allowed |error| / |truth| of a gradient: about ten times the error of naive PyTorch in the type, and far below the
+error from a wrong label, a wrong factor or a missing half."""
 
 LOSS_TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 """Allowed error of the loss, as a share of its largest term."""
@@ -32,7 +32,7 @@ class Truth:
 
 
 def truth(batch: Batch, dtype: torch.dtype) -> Truth:
-    """The values of `batch` with all arithmetic in `dtype`."""
+    """The right values of `batch`, with all arithmetic in `dtype`."""
     hidden, labels = batch.rows
     hidden, weight = hidden.detach(), batch.weight.detach().to(dtype)
     logps = torch.zeros(len(labels), dtype=dtype, device=labels.device)
@@ -63,7 +63,7 @@ def truth(batch: Batch, dtype: torch.dtype) -> Truth:
 
 
 def relative_error(got: Tensor, right: Tensor) -> float:
-    """|got - right| / |right|, a bounded part at a time."""
+    """|got - right| / |right|, computed a bounded part at a time."""
     error = size = 0.0
     for a, b in zip(*(torch.split(x.detach().flatten(), 1 << 20) for x in (got, right)), strict=True):
         difference = a.to(b.dtype) - b
@@ -73,7 +73,7 @@ def relative_error(got: Tensor, right: Tensor) -> float:
 
 
 def run(contender: Contender, batch: Batch) -> Tensor:
-    """What is timed: the loss, and its gradients where the case has any."""
+    """The timed work: the loss, and its gradients if the case has any."""
     batch.clear()
     if not batch.case.trained:
         with torch.no_grad():
@@ -84,7 +84,7 @@ def run(contender: Contender, batch: Batch) -> Tensor:
 
 
 def check(contender: Contender, batch: Batch, right: Truth) -> str | None:
-    """Run once; None if the values are right, else what is wrong."""
+    """Run once. Returns None if the values are right, else what is wrong."""
     dtype = batch.hidden.dtype
     loss = run(contender, batch)
     size = max(abs(float(right.loss)), batch.beta * float(right.token_logps.abs().max()))

@@ -1,6 +1,8 @@
-// Registration with torch: namespace `infopo_kernels_cpp`, tensors in, raw pointers out, and the checks that keep reads
-// and writes in bounds. The only file that knows torch, and only through its stable ABI (TORCH_TARGET_VERSION in
-// setup.py): so one build serves every later torch, and with Python's limited API every later Python. Labels are checked by whoever calls (a label outside the vocabulary is safe; its l is NaN).
+// Registration with torch, namespace `infopo_kernels_cpp`. The ops take tensors, check that all reads and writes stay
+// in bounds, and pass raw pointers on. The caller checks labels (a label outside the vocabulary is safe; its l is NaN).
+//
+// Only this file calls torch, and only through its stable ABI (TORCH_TARGET_VERSION in setup.py). With Python's limited
+// API, one build serves every torch from 2.10 and every Python from 3.10.
 
 #include <Python.h>
 
@@ -144,7 +146,7 @@ int64_t kept_rows_op(const Tensor& hidden, const Tensor& grad_weight, int64_t wo
   return kept_rows(head, dtype_of(grad_weight, "grad_weight"));
 }
 
-// The store in `grad_weight`, large enough for the rows that `labels` score.
+// The store in `grad_weight`. Throws if it has too few slots for the rows that `labels` score.
 LogitStore check_store(const Gradients& to, const Head& head, const Tensor& labels) {
   const LogitStore store = LogitStore::in(to.weight, to.weight_dtype, head.H);
   const int64_t* y = integers(labels);
@@ -228,7 +230,7 @@ STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&infopo::isa)); }
 
-// `import infopo_kernels._C` loads the library, and that registers the ops: the module itself is empty.
+// `import infopo_kernels._C` loads the library, and loading registers the ops. The module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

@@ -57,7 +57,7 @@ void Chunk::pick_targets(const Tile& tile) const {
   }
 }
 
-// An infinite lse comes of an infinite logit: no probability is defined then.
+// An infinite lse comes from an infinite logit; then no probability is defined.
 void Chunk::write_logprob(int64_t c, double m, double s, float* l, float* lse) const {
   const double value = m + std::log(s);
   b.lse[c] = std::isfinite(value) ? static_cast<float>(value) : kNaN;
@@ -77,14 +77,14 @@ void Chunk::merge_threads(float* l, float* lse) const {
   }
 }
 
-// The tile's logits to slots first ... first + live - 1 of the store.
+// Copies the tile's logits to slots first ... first + live - 1 of the store.
 void Chunk::keep(const Tile& tile, const LogitStore& store, int64_t first) const {
   for (int64_t v = 0; v < tile.rows; ++v) {
     std::memcpy(store.row(tile.v0 + v) + first, tile.z + v * tile.ld, live * sizeof(float));
   }
 }
 
-// And back. Padded columns become 0: whatever memory held before, a weight of 0 must not turn it into NaN.
+// Copies them back. Padded columns become 0, because their memory may hold anything, and 0 times NaN is NaN.
 void Chunk::take_back(const Tile& tile, const LogitStore& store) const {
   const bool adjacent = slots[live - 1] - slots[0] == live - 1;
   for (int64_t v = 0; v < tile.rows; ++v) {

@@ -1,4 +1,4 @@
-// A chunk of C rows in the workspace, and what is done to it: every step of the schedules, in parallel over threads.
+// A chunk of C rows in the workspace, and every step that the schedules take with it, in parallel over threads.
 #pragma once
 
 #include <algorithm>
@@ -13,10 +13,10 @@
 
 namespace infopo {
 
-// One call: sizes, buffers, and the chunk of rows that the buffers hold at the moment.
+// The state of a call: sizes, buffers, and the chunk of rows that the buffers hold now.
 class Chunk {
  public:
-  // `n`: rows of all chunks together.
+  // `n`: number of rows in all chunks together.
   Chunk(const TileKernels& kernels, const Head& head, const int64_t* labels, int64_t n, const Want& want);
 
   const TileKernels& k;
@@ -28,18 +28,19 @@ class Chunk {
 
  public:
   const Buffers b;
-  const int64_t* rows = nullptr;   // [live] rows of X in this chunk
-  int64_t live = 0;                // of them
+  const int64_t* rows = nullptr;   // [live] indices of the chunk's rows in X
+  int64_t live = 0;                // number of rows
   int64_t C = 0;                   // live rounded up to whole vectors
-  const int64_t* slots = nullptr;  // [live] where the store has their logits, ascending; or null
+  const int64_t* slots = nullptr;  // [live] slots of their logits in the store, ascending; or null
 
-  // Pack chunk_rows[0 ... n) unless they are what is packed already.
+  // Packs chunk_rows[0 ... n), unless they are packed already.
   void load(const int64_t* chunk_rows, int64_t n, const int64_t* chunk_slots);
 
-  // The chunk's row weights and, for a given logsumexp, that. Padded columns weigh nothing, whatever their logits.
+  // Loads the chunk's row weights, and its logsumexp if one is given. Padded columns get weight 0, whatever their
+  // logits.
   void load_weights(const float* row_weight, const float* lse) const;
 
-  // f(tile of vocabulary entries) for each tile of [v0, v1) that is thread t's
+  // Calls f(tile of vocabulary entries) for each tile of [v0, v1) that belongs to thread t.
   template <typename F>
   void for_own_tiles(int64_t t, int64_t v0, int64_t v1, float* z, const F& f) const {
     const Range own = part(v1 - v0, sizes.threads, t, k.row_group);
@@ -52,7 +53,7 @@ class Chunk {
     }
   }
 
-  // What thread t has for itself.
+  // The buffers of thread t alone.
   float* scratch(int64_t t) const { return b.scratch + t * 2 * C; }
   float* stage(int64_t t) const { return b.stage ? b.stage + t * kTile * k.depth : nullptr; }
   float* max(int64_t t) const { return b.max + t * C; }
@@ -64,24 +65,25 @@ class Chunk {
   // l and lse of the chunk's row c, from the largest logit m and s = sum_v exp(z_v - m).
   void write_logprob(int64_t c, double m, double s, float* l, float* lse) const;
 
-  // Logits of the whole vocabulary, reduced to l and lse of the chunk's rows; kept [V, C] if the workspace has them, or
-  // in slots first ... of the store.
+  // Forms the logits of the whole vocabulary and reduces them to l and lse of the chunk's rows. Keeps them as [V, C] if
+  // the workspace has room for that, or in the store from slot `first` on.
   void reduce(float* l, float* lse, const LogitStore& store = {}, int64_t first = 0) const;
 
-  // What is wanted of a block of vocabulary entries [v0, v1): dW and db of each tile while it is warm, panels of W.
+  // The wanted results of a block of vocabulary entries [v0, v1): dW and db of each tile while the tile is in the
+  // cache, and panels of W.
   struct BlockGradient {
     float* z;                 // of the block; G afterwards
-    bool have_logits;         // z holds them already
+    bool have_logits;         // z already holds logits
     float* dW;                // of the block, or null
-    bool add;                 // to dW; else it is assigned
+    bool add;                 // add to dW; else assign it
     float* db;                // of the whole vocabulary, or null
-    const LogitStore& store;  // where logits are taken from if the chunk has slots there
+    const LogitStore& store;  // source of the logits if the chunk has slots there
   };
   void weight_gradient(int64_t v0, int64_t v1, const BlockGradient&) const;
 
   void pack_weight(const Tile&, int64_t v0, int64_t v1) const;
 
-  // out[c] += sum_v z[v][c] W[v] over a block (its panels packed, or W as it stands).
+  // out[c] += sum_v z[v][c] W[v] over a block (from packed panels, or from W in place).
   void hidden_gradient(int64_t v0, int64_t v1, const float* z, float* const* out) const;
 
  private:
@@ -93,7 +95,7 @@ class Chunk {
   const int64_t* labels_;
 };
 
-// f(first) for each chunk; `slots` are those of the rows in a store, if they have some.
+// Calls f(first) for each chunk; `slots` are the rows' slots in a store, if they have any.
 template <typename F>
 void for_chunks(Chunk& chunk, const std::vector<int64_t>& rows, const F& f, const std::vector<int64_t>& slots = {}) {
   const int64_t n = static_cast<int64_t>(rows.size());
@@ -105,7 +107,7 @@ void for_chunks(Chunk& chunk, const std::vector<int64_t>& rows, const F& f, cons
   }
 }
 
-// f(v0, v1) for each block of the vocabulary
+// Calls f(v0, v1) for each block of the vocabulary.
 template <typename F>
 void for_blocks(const Chunk& chunk, const F& f) {
   for (int64_t v0 = 0; v0 < chunk.p.V; v0 += chunk.sizes.Vb) f(v0, std::min(chunk.p.V, v0 + chunk.sizes.Vb));

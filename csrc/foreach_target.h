@@ -1,17 +1,17 @@
-// Includes INFOPO_TARGET_SOURCE once for each instruction set, compiled for it and in a namespace of its own.
+// Includes INFOPO_TARGET_SOURCE once for each instruction set, compiled for that set and in its own namespace.
 //
-// The target stands here, not on the command line: only what is included is compiled for more than the baseline, so
-// headers that were included before stay safe to share. What is included takes from here:
+// The target is set here, not on the command line. So only the included source is compiled for more than the baseline,
+// and headers that were included before can be shared safely. The included source uses these macros:
 //
 //   INFOPO_ISA        name of the instruction set, and of the namespace
-//   INFOPO_LANES      floats of a vector
-//   INFOPO_BF16_DOT   1 where pairs of bfloat16 are multiplied and added in one instruction, for bfloat16 inputs only
+//   INFOPO_LANES      number of floats in a vector
+//   INFOPO_BF16_DOT   1 if one instruction multiplies and adds pairs of bfloat16; for bfloat16 inputs only
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-// GCC 12 takes the undefined operand inside its own AVX-512 intrinsics for a variable that someone reads.
+// GCC 12 warns about its own AVX-512 intrinsics: they have an undefined operand, which nothing reads.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -26,7 +26,7 @@
 #define INFOPO_END_TARGET _Pragma("GCC pop_options")
 #endif
 
-// Any machine: vectors of four floats in the compiler's own words.
+// Any machine: vectors of four floats by the compiler's vector extensions.
 #define INFOPO_ISA portable
 #define INFOPO_LANES 4
 #define INFOPO_BF16_DOT 0

@@ -1,9 +1,9 @@
-// Gradients for a known logsumexp: logits are formed again (or taken from where they were kept), a block of the
-// vocabulary is finished for all rows before the next begins,
+// Gradients for a known logsumexp. Logits are formed again, or taken from the store that kept them. A block of the
+// vocabulary is finished for all rows before the next block begins,
 //
 //     for each block:  for each chunk:  Z^T = W X^T -> G^T,   dW_block += G^T X,   dX_chunk += G W_block
 //
-// so that each entry of dW is rounded once. Without dW and db rows are outside.
+// so that each entry of dW is rounded once. Without dW and db the outer loop goes over the rows.
 #include <algorithm>
 #include <vector>
 
@@ -15,7 +15,7 @@
 namespace infopo {
 namespace {
 
-// f(first) for each chunk, `first` being its place among all rows
+// Calls f(first) for each chunk; `first` is the position of the chunk's first row among all rows.
 template <typename F>
 void for_chunks(Chunk& chunk, const LiveRows& rows, const F& f) {
   const int64_t kept = static_cast<int64_t>(rows.kept.size());
@@ -41,8 +41,8 @@ void from_lse(const TileKernels& k, const Head& p, const int64_t* labels, const 
   const bool rows_outside = !to.weight && !to.bias;
   Want want = backward_want(p, to, n, rows_outside);
   const int64_t kept = static_cast<int64_t>(rows.kept.size());
-  // A tile may write its rows of dW once nobody needs the logits in their memory: after the first chunk, if that has
-  // all of them.
+  // A tile may write its rows of dW only when the logits in their memory are no longer needed. If the first chunk holds
+  // all kept rows, this is so after that chunk.
   want.weight_block |= to.weight && kept > kMostRows;
   if (to.weight && kept > 0 && !want.weight_block) want.weight_block = require_sizes(k, p, n, want).C < kept;
   Chunk chunk(k, p, labels, n, want);

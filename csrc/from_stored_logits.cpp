@@ -1,4 +1,4 @@
-// Logits of a chunk stay [V, C], become G where they stand, and serve dW, db and dX:
+// The logits of a chunk stay in the workspace as [V, C], become G in place, and give dW, db and dX:
 //
 //     Z^T = W X^T        dW += G^T X        db += G^T 1        dX = G W
 #include <algorithm>
@@ -11,8 +11,8 @@
 namespace infopo {
 namespace {
 
-// Below this many rows recomputing logits is faster: dW comes and goes through memory once a chunk (2 cores of Emerald
-// Rapids: the dW product runs at 160 GFLOP/s a core with 128 rows, 80 with 48).
+// With fewer rows than this, recomputing logits is faster, because each chunk reads and writes all of dW (2 cores of
+// Emerald Rapids: the dW product runs at 160 GFLOP/s a core with 128 rows, at 80 with 48).
 constexpr int64_t kFewestStoredRows = 64;
 
 Want stored_logits_want(const Head& p, const Gradients& to) {

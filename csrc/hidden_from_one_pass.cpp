@@ -1,8 +1,9 @@
-// dX alone from one pass: exponentials relative to a running reference r meet W before their sum is known,
+// dX alone from one pass. Exponentials relative to a running reference r are multiplied with W before their sum is
+// known,
 //
 //     u_t = sum_v exp(z_tv - r_t) s_tv W_v,   S_t = sum_v exp(z_tv - r_t),   dX_t = c_t scale (s_ty W_y - u_t / S_t),
 //
-// with s = dz/da / scale, as in attention with K = V = W; when r rises, u and S shrink by exp(old r - new r).
+// with s = dz/da / scale. This is attention with K = V = W. When r rises, u and S are multiplied by exp(old r - new r).
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,7 +18,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A running reference may lag behind the largest logit by this much before sums are rescaled: exp(16) is harmless.
+// Sums are rescaled only when the largest logit exceeds the running reference by more than this: exp(16) is harmless.
 constexpr float kLag = 16;
 
 }  // namespace

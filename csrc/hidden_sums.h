@@ -1,4 +1,4 @@
-// Where float32 rows of dX add up: the result itself if it is float32, else rows of the workspace.
+// The place where float32 rows of dX add up: the result itself if it is float32, else rows of the workspace.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ class HiddenSums {
  public:
   HiddenSums(const Chunk& chunk, void* result) : chunk_(chunk), result_(result) {}
 
-  // Pointers for the chunk's rows; `first` is the chunk's place among the accumulator's rows.
+  // Pointers to the chunk's rows; `first` is the chunk's first row in the accumulator.
   float* const* rows(int64_t first) {
     const int64_t H = chunk_.p.H;
     pointers_.resize(chunk_.live);
@@ -38,7 +38,7 @@ class HiddenSums {
         [&](int64_t c) { chunk_.k.store_row(row[c], H, false, dtype, result_row(result_, dtype, chunk_.rows[c], H)); });
   }
 
-  // f(c) for each row of the chunk, in parallel
+  // Calls f(c) for each row of the chunk, in parallel.
   template <typename F>
   void for_rows(const F& f) const {
     on_threads(chunk_.sizes.threads, [&](int64_t t) {

@@ -1,4 +1,4 @@
-// Which instruction set serves: chosen on the machine that runs, not on the one that built.
+// The choice of the instruction set. The machine that runs makes it, not the machine that built.
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdlib>
@@ -17,8 +17,8 @@ namespace {
 struct InstructionSet {
   const TileKernels& kernels;
   bool (*machine_has)();
-  bool (*is_default)();                      // where the machine has it and it serves the type
-  const TileKernels* other_types = nullptr;  // what serves float32 and float16, if it serves bfloat16 alone
+  bool (*is_default)();                      // if the machine has it and it takes the type
+  const TileKernels* other_types = nullptr;  // kernels for float32 and float16, if these are for bfloat16 only
 };
 
 bool always() { return true; }
@@ -33,12 +33,13 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-// Pairs of bfloat16 multiplied and added in one instruction: twice the float rate on AMD (Zen 4 and later), half of it on
-// Intel (measured on Emerald Rapids: docs/cpu.md), where widening to float is faster and more accurate.
+// One instruction multiplies and adds pairs of bfloat16. It runs at twice the float rate on AMD (Zen 4 and later), and
+// at half of it on Intel (measured on Emerald Rapids: docs/cpu.md), where widening to float is faster and more
+// accurate.
 bool multiplies_bf16_fast() { return __builtin_cpu_is("amd"); }
 #endif
 
-// The first that serves is the default.
+// The default is the first one that the machine has and that takes the type.
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
     {.kernels = avx512_bf16::kKernels,

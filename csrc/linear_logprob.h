@@ -5,8 +5,9 @@
 //     G_tv  = c_t * (1[v = y_t] - exp(z_tv - lse_t)) * dz_tv / da_tv
 //     dX    = G W        dW += G^T X        db += G^T 1
 //
-// Rows with y = kIgnoreIndex cost nothing: their l and lse are 0, their rows of X and dX are not touched. X, W and dX are
-// of one type out of three, dW of that type or float32, the rest float32. Pointers of results that nobody wants are null.
+// Rows with y = kIgnoreIndex cost nothing: their l and lse are 0, and their rows of X and dX are not touched. X, W and
+// dX have the same type, one of three. dW has that type or float32; the rest is float32. A result that is not wanted
+// has a null pointer.
 #pragma once
 
 #include <cstdint>
@@ -23,29 +24,30 @@ struct Head {
   Matrix weight;  // [V, H]
   int64_t N, V, H;
   LogitMap map;
-  int64_t workspace_bytes;  // bound on what a call allocates beyond results and vectors of length N
+  int64_t workspace_bytes;  // bound on the memory of a call beyond results and vectors of length N
 };
 
 struct Gradients {
-  void* hidden = nullptr;  // [N, H] contiguous, type of Head::hidden; rows are assigned
-  void* weight = nullptr;  // [V, H] contiguous, weight_dtype; added to
+  void* hidden = nullptr;  // [N, H] contiguous, type of Head::hidden; a call assigns rows
+  void* weight = nullptr;  // [V, H] contiguous, weight_dtype; a call adds to it
   Dtype weight_dtype = Dtype::kFloat32;
-  float* bias = nullptr;  // [V]; added to
+  float* bias = nullptr;  // [V]; a call adds to it
 
   Gradients without_hidden() const { return {.weight = weight, .weight_dtype = weight_dtype, .bias = bias}; }
 };
 
-// Rows whose logits the memory of a weight gradient of that type can hold; 0 where keeping them does not pay.
+// Number of rows whose logits fit in the memory of a weight gradient of that type; 0 where keeping them does not pay.
 int64_t kept_rows(const Head&, Dtype weight_gradient);
 
-// At most `keep.slots` rows are scored, if it is given.
+// If `keep` is given, `labels` score at most `keep.slots` rows.
 void logprob(const Head&, const int64_t* labels, const LogitStore& keep, float* l, float* lse);
 
 void logprob_and_grad(const Head&, const int64_t* labels, const float* row_weight, const Gradients&, float* l,
                       float* lse);
 
-// The labels with which `logprob` kept logits in the memory of the weight gradient, which is assigned then, not added
-// to. Said apart from the pointer: that of no rows may be null.
+// The labels with which `logprob` kept logits in the memory of the weight gradient. `backward` then assigns the
+// gradient instead of adding to it. `any` is separate from the pointer, because the pointer of an empty tensor may be
+// null.
 struct Kept {
   bool any = false;
   const int64_t* labels = nullptr;  // [N]

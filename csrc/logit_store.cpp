@@ -10,7 +10,7 @@
 namespace infopo {
 namespace {
 
-// Below this many slots another pass over W costs more than the product it saves.
+// With fewer slots than this, the additional pass over W takes longer than the product that it saves.
 constexpr int64_t kFewestKeptRows = 64;
 
 }  // namespace

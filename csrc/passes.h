@@ -3,7 +3,7 @@
 namespace infopo::INFOPO_ISA {
 namespace {
 
-// Vectors of columns that a pass takes side by side: whole cache lines of neighbouring columns, independent sums.
+// Number of neighbouring column vectors that a pass takes together: whole cache lines, and independent sums.
 constexpr int kAbreast = 4;
 
 template <bool kSoftcap, int kVectors>
@@ -23,7 +23,7 @@ void finish_columns(const LogitMap& map, const Tile& t, int64_t c, float* max, d
       if (!identity) {
         const Vec a = z + bias;
         z = a * inner;
-        if (kSoftcap) z = tanh(z) * outer + (a - a);  // an infinite a becomes NaN, not a plausible softcap
+        if (kSoftcap) z = tanh(z) * outer + (a - a);  // an infinite a becomes NaN; tanh would hide it
         store(at + j * kLanes, z);
       }
       most[j] = z > most[j] ? z : most[j];
@@ -53,7 +53,7 @@ void finish(const LogitMap& map, const Tile& t, float* max, double* sum) {
   map.softcap == 0 ? finish_as<false>(map, t, max, sum) : finish_as<true>(map, t, max, sum);
 }
 
-// dz/da / scale = 1 - tanh^2, from the finished z
+// dz/da / scale = 1 - tanh^2, computed from the finished z
 template <bool kSoftcap>
 INFOPO_INLINE Vec slope(Vec z, Vec inverse_range) {
   if (!kSoftcap) return broadcast(1.f);
@@ -68,7 +68,7 @@ void exponentials_columns(const LogitMap& map, const Tile& t, int64_t c, const f
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
     const Vec r = load(ref + c + j * kLanes);
-    // a row whose logits are all -inf so far: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
+    // If all logits of a row are -inf so far, the reference is 0: exp(-inf - 0) = 0, but exp(-inf + inf) = NaN.
     reference[j] = r == broadcast(-__builtin_inff()) ? Vec{} : r;
     total[j] = Vec{};
   }
@@ -125,7 +125,7 @@ void gradient_as(const LogitMap& map, const Tile& t, int64_t live, const int64_t
     for (int64_t c = 0; c < t.C; c += kLanes) {
       const Vec z = load(row + c);
       Vec log_p = z - load(lse + c);
-      log_p = log_p > Vec{} ? Vec{} : log_p;  // lse is rounded: where |z| > 1e7, p would be e or infinite
+      log_p = log_p > Vec{} ? Vec{} : log_p;  // lse is rounded: for |z| > 1e7, p would be e or infinite
       Vec g = load(coefficient + c) * exp(log_p);
       if (kSoftcap) g = g * slope<kSoftcap>(z, inverse_range);
       store(row + c, g);

@@ -1,4 +1,4 @@
-// The three primitives: which schedule serves what is wanted.
+// The three primitives. Each chooses the schedule for the wanted results.
 #include <cstring>
 #include <vector>
 
@@ -17,7 +17,8 @@ std::vector<int64_t> scored_rows(const Head& p, const int64_t* labels) {
   return rows;
 }
 
-// Whether `backward` has no room for the float32 sums of dX of that many rows: dX and dW come one after the other then.
+// Whether `backward` has no room for float32 sums of dX for that many rows. Then it forms dX and dW one after the
+// other.
 bool sums_too_large(const Head& p, int64_t rows) {
   return p.hidden.dtype != Dtype::kFloat32 && rows * p.H * static_cast<int64_t>(sizeof(float)) > p.workspace_bytes / 3;
 }
@@ -26,7 +27,8 @@ bool sums_too_large(const Head& p, int64_t rows) {
 
 int64_t kept_rows(const Head& p, Dtype weight_gradient) {
   const int64_t slots = LogitStore::in(nullptr, weight_gradient, p.H).slots;
-  // With dX and dW one after the other a row costs five products and a kept one three, where four do without keeping.
+  // With dX and dW one after the other, a row takes five products and a kept row three; without keeping, each takes
+  // four.
   const bool apart = weight_gradient != Dtype::kFloat32 && sums_too_large(p, p.N);
   return apart && 2 * slots <= p.N ? 0 : slots;
 }

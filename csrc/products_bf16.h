@@ -1,16 +1,16 @@
-// Products of pairs of bfloat16 with float accumulators (vdpbf16ps). Everything that is paired runs along K:
+// Products of pairs of bfloat16 with float accumulators (vdpbf16ps). All pairs run along K:
 //
 //     panels            [K / 2][width][2], a last odd row filled up with zeros
-//     W for the logits  its rows as they stand (pairs of neighbours), or staged where H is odd
-//     a settled tile    what was rows v, v + 1 (v even) of float G^T, `ld` floats apart, is rounded once to bfloat16 and
-//                       kept in the two ways in which it is read, in the memory that the floats had:
+//     W for the logits  its rows in place (pairs of neighbours), or staged if H is odd
+//     a settled tile    rows v, v + 1 (v even) of float G^T, `ld` floats apart, are rounded once to bfloat16 and stored
+//                       in two forms, one for each way of reading, in the memory of the floats:
 //                         row v:      [G_v][G_v+1]     each ld numbers long: pairs along the tokens, A by row
 //                         row v + 1:  [C][2]           pairs along the vocabulary, A by column
 
 namespace infopo::INFOPO_ISA {
 namespace {
 
-// Register tile and K block: as for floats, a pair in the place of a number.
+// Register tile and K block: as for floats, with a pair instead of a number.
 constexpr int kGroup = 6, kPanelVectors = 4;
 constexpr int kPanel = kPanelVectors * kLanes;
 constexpr int kDepth = 384;
@@ -21,8 +21,8 @@ INFOPO_INLINE uint32_t load_pair(const uint16_t* p) {
   return pair;
 }
 
-// out [MR, width] (+)= A B over `pairs` of K; pair k of A's row i stands at rows[i] + k * step. Loops over `acc` are
-// unrolled by name, as for floats.
+// out [MR, width] (+)= A B over `pairs` of K; pair k of A's row i is at rows[i] + k * step. A pragma unrolls each loop
+// over `acc`, as for floats.
 template <int MR, int NV>
 void register_tile(int64_t pairs, const uint16_t* const* rows, int64_t step, const uint16_t* b, float* const* out,
                    int64_t column, bool accumulate) {
@@ -89,7 +89,7 @@ RegisterTile register_tile_for(int rows, int vectors) {
   }
 }
 
-// row_at(m): where row m of A starts
+// row_at(m): start of row m of A
 template <typename RowAt>
 INFOPO_INLINE void multiply_rows(const Product& p, int64_t step, const RowAt& row_at) {
   const int64_t groups = ceil_div(p.M, kGroup), all_pairs = ceil_div(p.K, 2);
@@ -110,7 +110,7 @@ INFOPO_INLINE void multiply_rows(const Product& p, int64_t step, const RowAt& ro
         tile(pairs, row, step, b, p.out + m0, n0, accumulate);
         continue;
       }
-      float edge[kGroup][kPanel];  // a result row ends inside this panel: whole vectors would write past it
+      float edge[kGroup][kPanel];  // a result row ends inside this panel, and whole vectors would write past its end
       float* edge_rows[kGroup];
       for (int i = 0; i < rows; ++i) edge_rows[i] = edge[i];
       tile(pairs, row, step, b, edge_rows, 0, false);
@@ -125,7 +125,7 @@ INFOPO_INLINE void multiply_rows(const Product& p, int64_t step, const RowAt& ro
 // A is a settled tile.
 void multiply(const Product& p) {
   const uint16_t* tile = reinterpret_cast<const uint16_t*>(p.a);
-  const int64_t row = 2 * p.lda;  // bfloat16 numbers in the place of a row of floats
+  const int64_t row = 2 * p.lda;  // bfloat16 numbers in the memory of a row of floats
   if (p.a_by_column) {
     multiply_rows(p, 2 * row, [=](int64_t m) { return tile + row + 2 * m; });
   } else {
@@ -159,7 +159,7 @@ void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile&
   const uint16_t* rows = static_cast<const uint16_t*>(W.data) + tile.v0 * W.stride;
   Product p{.M = tile.rows, .N = tile.C, .K = H, .b = packed_columns, .b_rows = H, .out = out, .task_end = tasks};
   if (H % 2 == 0) return multiply_rows(p, 2, [=](int64_t m) { return rows + m * W.stride; });
-  uint16_t* staged = reinterpret_cast<uint16_t*>(stage);  // the pair of the last number must be a zero
+  uint16_t* staged = reinterpret_cast<uint16_t*>(stage);  // the partner of the last number must be zero
   for (int64_t k0 = 0; k0 < H; k0 += kDepth) {
     p.K = least(kDepth, H - k0);
     for (int64_t v = 0; v < tile.rows; ++v) {
@@ -181,7 +181,7 @@ void pack_rows(const Matrix& m, const int64_t* rows, int64_t row0, int64_t k0, i
   const int64_t padded_K = round_up(K, 2);
   for (int64_t k = k0; k < k1;) {
     const uint16_t* row = row_of(m, rows ? rows[k] : row0 + k);
-    const bool whole_pair = k % 2 == 0 && (k + 1 < k1 || k + 1 == K);  // else its other half is another thread's
+    const bool whole_pair = k % 2 == 0 && (k + 1 < k1 || k + 1 == K);  // else another thread has its other half
     const bool has_second = whole_pair && k + 1 < K;
     const uint16_t* second = has_second ? row_of(m, rows ? rows[k + 1] : row0 + k + 1) : row;
     const uint32_t mask = has_second ? 0xffff0000u : 0u;

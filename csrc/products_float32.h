@@ -1,4 +1,4 @@
-// Products in float: panels of float, numbers of 16 bits widened (exactly) on their way into panels or a stage.
+// Products in float. Panels are float; 16-bit numbers are widened, which is exact, when they are packed or staged.
 
 namespace infopo::INFOPO_ISA {
 namespace {
@@ -14,21 +14,21 @@ constexpr int kGroup = 4, kPanelVectors = 2;
 #endif
 constexpr int kPanel = kPanelVectors * kLanes;
 
-// K block of A by row: 160 rows of a panel are 40 KiB, and one block of A stays in L1 while a panel passes.
+// K block for A by row: 160 rows of a panel are 40 KiB, and one block of A stays in L1 while a panel is read.
 constexpr int kDepth = 160;
 
-// And of A by column, which drags a whole line per step into L1 for the kGroup numbers it reads (2 cores of Emerald
-// Rapids, dX of 512 rows, H 576, W in place: 96 is 1 % faster than 128, 3 % than 192).
+// K block for A by column. Each step loads a whole cache line into L1 for the kGroup numbers that it reads (2 cores of
+// Emerald Rapids, dX of 512 rows, H 576, W in place: 96 is 1 % faster than 128 and 3 % faster than 192).
 constexpr int kColumnDepth = 96;
 
-// Steps ahead that lines of A by column are asked for: rows of a tile of logits lie too far apart for the hardware to
-// follow (2 to 3 %).
+// Prefetch distance, in steps, for lines of A by column: rows of a tile of logits are too far apart for the hardware
+// prefetcher (2 to 3 %).
 constexpr int kAhead = 8;
 
 constexpr int64_t kFloat = sizeof(float);
 
-// out [M, width] (+)= A [M, K] B [K, width], width = NV vectors. Each loop over `acc` is unrolled by name: one that is
-// not sends all of it through the stack (GCC 12: 3 % of a product).
+// out [M, width] (+)= A [M, K] B [K, width], width = NV vectors. A pragma unrolls each loop over `acc`: without it the
+// compiler moves all of `acc` through the stack (GCC 12: 3 % of a product).
 template <int MR, int NV, bool kByColumn>
 void register_tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* const* out,
                    int64_t column, bool accumulate) {
@@ -40,7 +40,7 @@ void register_tile(int64_t K, const float* a, int64_t lda, const float* b, int64
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
       acc[i][j] = Vec{};
-      // results of a large product come from far away: ask now, add later
+      // results of a large product are not in the cache: prefetch them now, add later
       if (accumulate) __builtin_prefetch(out[i] + column + j * kLanes, 1);
     }
   }
@@ -103,8 +103,8 @@ void multiply(const Product& p) {
   for (int64_t k0 = 0; k0 < p.K; k0 += depth) {
     const int64_t K = least(depth, p.K - k0), next_K = least(depth, p.K - k0 - K);
     const bool accumulate = p.accumulate || k0 > 0;
-    // The first touch of the next block of A, and of the next panel of a B in place, would wait for far memory: each
-    // register tile asks for its share of them.
+    // The first access to the next block of A, and to the next panel of a B in place, would wait for memory. So each
+    // register tile prefetches its share of them.
     const int64_t a_rows = p.a_by_column ? next_K : p.M;
     const int64_t a_share = ceil_div(a_rows, tasks), b_share = ceil_div(K, groups);
     int64_t a_asked = 0;
@@ -132,7 +132,7 @@ void multiply(const Product& p) {
           tile(K, a, p.lda, b, ldb, p.out + m0, n0, accumulate);
           continue;
         }
-        float edge[kGroup][kPanel];  // a result row ends inside this panel: whole vectors would write past it
+        float edge[kGroup][kPanel];  // a result row ends inside this panel, and whole vectors would write past its end
         float* edge_rows[kGroup];
         for (int i = 0; i < rows; ++i) edge_rows[i] = edge[i];
         tile(K, a, p.lda, b, ldb, edge_rows, 0, false);
@@ -206,7 +206,7 @@ void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile&
   }
 }
 
-// What a product reads is the tile of float as it stands.
+// A product reads the tile of floats in place, so there is nothing to settle.
 INFOPO_INLINE void settle(const Tile&, float*) {}
 
 }  // namespace

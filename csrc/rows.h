@@ -1,4 +1,4 @@
-// Rows of any type to float and back; where each panel starts; what the products of both kinds share.
+// Rows of any type to float and back; the start of each panel; the shared part of both kinds of products.
 
 namespace infopo::INFOPO_ISA {
 namespace {
@@ -26,7 +26,7 @@ INFOPO_INLINE float load_number(const void* data, int64_t i, Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? bits_to_float(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
 }
 
-// n numbers of row `row` from column h0 on
+// n numbers of row `row`, from column h0 on
 INFOPO_INLINE void load_part(const Matrix& m, int64_t row, int64_t h0, int64_t n, float* out) {
   const int64_t at = row * m.stride + h0;
   int64_t i = 0;
@@ -49,7 +49,7 @@ void load_row(const Matrix& m, int64_t row, int64_t H, float* out) { load_part(m
 INFOPO_INLINE uint16_t float_to_bf16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);  // stays a NaN whatever the low bits were
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);  // a NaN stays a NaN, whatever its low bits are
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 

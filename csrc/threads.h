@@ -1,7 +1,7 @@
-// Threads, and what each of them takes.
+// Threads, and the share of each thread.
 //
-// Work is split among threads by place (of the vocabulary, then of the result), partial sums are merged in order: the
-// result depends on the number of threads, never on their timing.
+// Each thread has a fixed part of the vocabulary or of the result, and partial sums are merged in order. So the result
+// depends on the number of threads, never on their timing.
 #pragma once
 
 #if defined(__SSE2__)
@@ -15,9 +15,9 @@
 
 namespace infopo {
 
-// Subnormal numbers count as 0 while a kernel runs on this thread. A rejected sequence about to underflow (log-weight
-// -70 to -90) fills G with them, each worth a microcode trap: 36 to 56 s for a call that takes 1.7 s without (N 256,
-// H 576, V 49152, Emerald Rapids). What is lost is below 1.2e-38.
+// Subnormal numbers count as 0 while a kernel runs on this thread. A rejected sequence whose weight is about to
+// underflow (log-weight -70 to -90) fills G with subnormals, and each causes a microcode trap: a call takes 36 to 56 s
+// instead of 1.7 s (N 256, H 576, V 49152, Emerald Rapids). The lost values are below 1.2e-38.
 class FlushSubnormals {
  public:
 #if defined(__SSE2__)
@@ -29,7 +29,7 @@ class FlushSubnormals {
  private:
   unsigned saved_;
 #else
-  FlushSubnormals() {}  // other processors take them at full speed
+  FlushSubnormals() {}  // other processors handle subnormals at full speed
 #endif
 };
 
@@ -52,7 +52,7 @@ struct Range {
   int64_t begin, end;
 };
 
-// Part t of [0, n): whole multiples of `align`, as even as they allow.
+// Part t of [0, n). Parts are whole multiples of `align` and as equal as possible.
 inline Range part(int64_t n, int64_t threads, int64_t t, int64_t align = 1) {
   const int64_t units = ceil_div(n, align);
   return {std::min(n, units * t / threads * align), std::min(n, units * (t + 1) / threads * align)};

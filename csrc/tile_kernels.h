@@ -1,21 +1,21 @@
-// What one instruction set offers: products of packed panels and the passes over a tile of logits.
+// The kernels of one instruction set: products of packed panels, and the passes over a tile of logits.
 //
-// Letters: N rows, H hidden size, V vocabulary, C rows of a chunk (tokens), all row-major unless said otherwise.
+// Letters: N rows, H hidden size, V vocabulary, C rows of a chunk (tokens). Matrices are row-major unless stated.
 //
-// A panel is a strip of `panel` columns, stored [K][width] one after the other; the last strip is as wide as its columns
-// need, rounded up to whole vectors and filled with zeros. So a product
+// A panel is a strip of `panel` columns. Panels are stored one after the other, each as [K][width]. The last one is
+// only as wide as its columns need, rounded up to whole vectors and filled with zeros. So a product
 //
 //     out [M, N] (+)= A [M, K] B [K, N]
 //
-// reads B along panels, one vector after the other, and broadcasts single numbers of A, which is never packed. Tokens are
-// the columns of a tile of logits (Z^T [V, C]): three products need no transposition of it,
+// reads B along panels, vector by vector, and broadcasts single numbers of A. A is never packed. Tokens are the columns
+// of a tile of logits (Z^T [V, C]), so that three products read it without transposition:
 //
 //     Z^T = W X^T        A = W     by row        B = panels of X^T (pack_columns)
 //     dW  = G^T X        A = G^T   by row        B = panels of X   (pack_rows)
 //     dX  = G W          A = G^T   by column     B = panels of W   (pack_rows)
 //
-// What a number of A or of a panel is, is the kernels' own: float, or pairs of bfloat16 (products_bf16.h). Callers hand
-// on what `pack_*`, `exponentials` and `gradient` have written, in buffers measured in floats.
+// The kernels choose the format of A and of panels: float, or pairs of bfloat16 (products_bf16.h). Callers only pass on
+// the output of `pack_*`, `exponentials` and `gradient`, in buffers whose size is counted in floats.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct Matrix {
   Dtype dtype;
 };
 
-// z = scale * softcap * tanh((a + b) / softcap), without tanh where softcap is 0; b = bias[v], of any Dtype, or none.
+// z = scale * softcap * tanh((a + b) / softcap), or scale * (a + b) if softcap is 0; b = bias[v] of any Dtype, or 0.
 struct LogitMap {
   const void* bias;
   Dtype bias_dtype;
@@ -50,8 +50,8 @@ struct Product {
   int64_t M, N, K;
   const float* a = nullptr;
   int64_t lda = 0;
-  bool a_by_column = false;  // A[i][k] stands at a[k * lda + i], else at a[i * lda + k]
-  const float* b = nullptr;  // panels of a matrix [b_rows, N]; or, with ldb, that matrix itself, its rows ldb apart
+  bool a_by_column = false;  // A[i][k] is a[k * lda + i], else a[i * lda + k]
+  const float* b = nullptr;  // panels of a matrix [b_rows, N]; or, with ldb, the matrix itself, with rows ldb apart
   int64_t ldb = 0;
   int64_t b_rows = 0;
   int64_t b_row0 = 0;                    // the product takes its rows b_row0 ... b_row0 + K - 1
@@ -60,8 +60,8 @@ struct Product {
   int64_t task_begin = 0, task_end = 0;  // of product_tasks(M, N): panel-major pairs (panel, group of rows)
 };
 
-// A tile [rows, C] of Z^T, rows `ld` apart: the logits of vocabulary entries v0 ... v0 + rows - 1.
-// C is a whole number of vectors; columns beyond the chunk's rows hold numbers that nobody reads.
+// A tile [rows, C] of Z^T, with rows `ld` apart: the logits of vocabulary entries v0 ... v0 + rows - 1.
+// C is a whole number of vectors. Nothing reads the columns beyond the chunk's rows.
 struct Tile {
   float* z;
   int64_t ld;
@@ -71,10 +71,10 @@ struct Tile {
 
 struct TileKernels {
   const char* name;
-  int lanes;      // columns are padded to a multiple of it
+  int lanes;      // columns are padded to a multiple of this
   int row_group;  // rows of A that a register tile takes
   int panel;      // columns that a register tile takes
-  int depth;      // K block of a product; `logits` stages that many columns of a 16-bit W
+  int depth;      // K block of a product; `logits` stages this many columns of a 16-bit W
 
   // out: panels of X^T [H, C]; panels p0 ... p1 - 1. rows[c] is the row of X in column c.
   void (*pack_columns)(const Matrix& X, const int64_t* rows, int64_t C, int64_t H, int64_t p0, int64_t p1, float* out);
@@ -85,12 +85,13 @@ struct TileKernels {
 
   // tile = W[v0 ...] X^T, before bias and map. stage: tile.rows * depth floats, used if W is 16-bit.
   void (*logits)(const Matrix& W, const float* packed_columns, int64_t H, const Tile&, float* stage);
-  // a -> z in place. With `max` [C]: max = max(max, z), and sum [C], if given, follows: sum *= exp(old max - new max).
+  // a -> z in place. With `max` [C]: max = max(max, z). With `sum` [C] too: sum *= exp(old max - new max).
   void (*finish)(const LogitMap&, const Tile&, float* max, double* sum);
   // sum[c] += sum_v exp(z - ref[c]); with `keep`, z becomes exp(z - ref) * dz/da / scale.
   void (*exponentials)(const LogitMap&, const Tile&, const float* ref, double* sum, bool keep, float* scratch);
-  // z becomes G^T, coefficient[c] * (exp(z - lse[c]) - 1[v = label]) * dz/da / scale; coefficient = -scale * row weight.
-  // grad_bias[v] += sum_c G if given. scratch here and above: 2 C floats.
+  // z becomes G^T = coefficient[c] * (exp(z - lse[c]) - 1[v = label]) * dz/da / scale,
+  // with coefficient = -scale * row weight. If grad_bias is given, grad_bias[v] += sum_c G.
+  // scratch, here and above: 2 C floats.
   void (*gradient)(const LogitMap&, const Tile&, int64_t live, const int64_t* labels, const float* lse,
                    const float* coefficient, float* grad_bias, float* scratch);
 
@@ -103,7 +104,7 @@ struct TileKernels {
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float x);
 
-// One for each instruction set that this build has (tile_kernels.cpp, by foreach_target.h).
+// The kernels of each instruction set in this build (tile_kernels.cpp makes them through foreach_target.h).
 namespace portable {
 extern const TileKernels kKernels;
 }
@@ -119,8 +120,8 @@ extern const TileKernels kKernels;
 }
 #endif
 
-// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names; a
-// ValueError (errors.h) if the machine lacks them.
+// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names. Throws a ValueError
+// (errors.h) if the machine does not have them.
 const TileKernels& select_kernels(Dtype);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -130,7 +131,8 @@ inline int64_t product_tasks(const TileKernels& k, int64_t M, int64_t N) {
   return ceil_div(N, k.panel) * ceil_div(M, k.row_group);
 }
 
-// Floats that panels of a matrix [K, N] take at most (bfloat16 pairs: half of K's rounded up to even).
+// Upper bound on the size of the panels of a matrix [K, N], in floats (bfloat16 pairs take half, with K rounded up to
+// even).
 inline int64_t packed_size(const TileKernels& k, int64_t K, int64_t N) { return K * round_up(N, k.lanes); }
 
 }  // namespace infopo

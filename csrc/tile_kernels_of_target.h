@@ -1,7 +1,8 @@
-// The kernels of tile_kernels.h for one instruction set; included once for each by foreach_target.h, so without a guard.
+// The kernels of tile_kernels.h for one instruction set. foreach_target.h includes this file once for each set, so it
+// has no include guard.
 //
-// Nothing of the C++ library is instantiated here: an inline function compiled for AVX-512 must never be the copy that
-// the linker keeps for everyone.
+// This file uses no templates or inline functions of the C++ library: the linker keeps one copy of an inline function
+// for the whole library, and this must never be a copy compiled for AVX-512.
 
 #include "vectors.h"
 //

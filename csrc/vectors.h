@@ -1,14 +1,14 @@
-// Vectors of float: the one place with intrinsics.
+// Vectors of float: the only file with intrinsics.
 //
-// Included once for each instruction set by foreach_target.h, which sets INFOPO_LANES (16, 8 or 4) and
-// INFOPO_ISA (the namespace that keeps the copies apart). What can be said with the compilers' vector extensions is;
-// intrinsics stand where those have no words: broadcast, fused multiply-add, minimum-cost conversions.
+// foreach_target.h includes this file once for each instruction set. It sets INFOPO_LANES (16, 8 or 4) and INFOPO_ISA
+// (the namespace that keeps the copies apart). The code uses the compilers' vector extensions where they suffice, and
+// intrinsics for the rest: broadcast, fused multiply-add, cheap conversions.
 //
 //   exp(x)   = 2^n * (1 + r + r^2 P(r)),  n = round(x / ln 2), r = x - n ln 2, |r| <= ln(2) / 2
 //   tanh(x)  = x + x^3 Q(x^2) for |x| < 0.625, else sign(x) (1 - 2 / (exp(2 |x|) + 1))
 //
-// P (degree 4, error of exp 3.4e-9) and Q (degree 5, error 2e-10) are minimax fits by Lawson's iteration: what is left is
-// the rounding of float. NaN goes through both.
+// P (degree 4, error of exp 3.4e-9) and Q (degree 5, error 2e-10) are minimax fits by Lawson's iteration. Their error
+// is below the rounding of float. Both return NaN for NaN.
 
 #include "tile_kernels.h"
 
@@ -50,7 +50,7 @@ INFOPO_INLINE Vec broadcast(float x) {
 #endif
 }
 
-// a * b + c, rounded once where the instruction set can
+// a * b + c; rounded once if the instruction set has such an instruction
 INFOPO_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if INFOPO_LANES == 16
   return _mm512_fmadd_ps(a, b, c);
@@ -68,7 +68,7 @@ INFOPO_INLINE float sum_lanes(Vec x) {
   return total;
 }
 
-// kLanes values of 16 bits to float: exact
+// Widens kLanes 16-bit numbers to float, which is exact.
 INFOPO_INLINE Vec widen_bf16(const uint16_t* p) {
   Halves x;
   __builtin_memcpy(&x, p, sizeof x);
@@ -102,13 +102,13 @@ INFOPO_INLINE void narrow_f16(const float* from, int64_t n, uint16_t* to) {
 }
 
 #if INFOPO_BF16_DOT
-// c + a_0 b_0 + a_1 b_1 for pairs of bfloat16; `pair` holds a_0 in its low half, for every lane
+// c + a_0 b_0 + a_1 b_1 for pairs of bfloat16. `pair` is the same for every lane, and holds a_0 in its low half.
 INFOPO_INLINE Vec dot_pairs(uint32_t pair, const uint16_t* b, Vec c) {
   const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
   return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
 }
 
-// kLanes floats rounded to bfloat16, each in the low half of a lane
+// Rounds kLanes floats to bfloat16, each in the low half of a lane.
 INFOPO_INLINE Bits round_to_bf16(Vec x) {
   const Halves halves = reinterpret_cast<Halves>(_mm512_cvtneps_pbh(x));
   return __builtin_convertvector(halves, Bits);
@@ -122,10 +122,10 @@ INFOPO_INLINE void store_low_halves(uint16_t* p, Bits x) {
 
 // Zero below -87 (no subnormals), infinity above 88.
 INFOPO_INLINE Vec exp(Vec x) {
-  const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it leaves round(x / ln 2) in the low bits
+  const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: after the addition the low bits are round(x / ln 2)
   const Vec shifted = fma(x, broadcast(1.44269504f), magic);
   const Vec n = shifted - magic;
-  Vec r = fma(n, broadcast(-0.693359375f), x);  // ln 2 in two parts: the first has few bits, so n * it is exact
+  Vec r = fma(n, broadcast(-0.693359375f), x);  // ln 2 in two parts; the first has few bits: times n it is exact
   r = fma(n, broadcast(2.12194440e-4f), r);
   Vec p = broadcast(0.0013951717410236597f);
   p = fma(p, r, broadcast(0.008369598537683487f));

@@ -8,11 +8,11 @@
 namespace infopo {
 namespace {
 
-// Rows of W whose distance is a multiple of this fall into the same few cache sets and have to be packed.
+// If the distance between rows of W is a multiple of this, they share a few cache sets, and W has to be packed.
 constexpr int64_t kPageBytes = 4096;
 
-// W can serve dX as it stands: float32, whole vectors, rows spread over the cache (2 cores of Emerald Rapids, 128 rows,
-// H 576: 164 GFLOP/s a core, 130 with W packed on the way).
+// Whether dX can read W in place: W is float32, H is a whole number of vectors, and the rows are spread over the cache
+// (2 cores of Emerald Rapids, 128 rows, H 576: 164 GFLOP/s a core, 130 if W is packed).
 bool reads_weight_in_place(const TileKernels& k, const Head& p) {
   return p.weight.dtype == Dtype::kFloat32 && p.H % k.lanes == 0 &&
          p.weight.stride * static_cast<int64_t>(sizeof(float)) % kPageBytes != 0;
@@ -22,7 +22,7 @@ bool reads_weight_in_place(const TileKernels& k, const Head& p) {
 
 Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes& s, const Want& want) {
   const int64_t C = round_up(s.C, k.lanes);
-  ld = C + k.lanes;  // not a power of two: rows of a tile must not share cache sets
+  ld = C + k.lanes;  // not a power of two, so that rows of a tile do not share cache sets
   columns = arena.take<float>(packed_size(k, p.H, C));
   rows = want.rows_panels ? arena.take<float>(packed_size(k, C, p.H)) : nullptr;
   weight = want.weight_rows && !reads_weight_in_place(k, p) ? arena.take<float>(packed_size(k, s.Vb, p.H)) : nullptr;
@@ -52,7 +52,7 @@ int64_t even_size(int64_t n, int64_t most, int64_t lanes) {
   return std::min(most, round_up(ceil_div(n, ceil_div(n, std::min(n, most))), lanes));
 }
 
-// Along a ladder on which both grow together.
+// Tries a list of sizes in which C and Vb shrink together.
 bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want, Sizes& sizes) {
   constexpr Sizes kLadder[] = {
       {kMostRows, 3072, 0}, {kMostRows, 2048, 0}, {kMostRows, 1024, 0}, {256, 1024, 0}, {256, 512, 0},

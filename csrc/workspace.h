@@ -1,4 +1,4 @@
-// The workspace of a call: one allocation, cut into the buffers that the call wants, as large as the bound allows.
+// The workspace of a call: one allocation, divided into the wanted buffers, as large as the bound allows.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@
 
 namespace infopo {
 
-// Vocabulary entries of a tile, 96 = 16 register groups: W's part [96, depth] and the logits [96, C] stay in L2.
+// Vocabulary entries of a tile. 96 is 16 register groups; the part of W [96, depth] and the logits [96, C] stay in L2.
 constexpr int64_t kTile = 96;
 
-// Rows of a chunk: W and dW pass by once a chunk, so more is better until the panels of X leave L2 (2 MiB at H 576;
-// 2 cores of Emerald Rapids: 193 GFLOP/s a core with 512 rows, 163 with 128).
+// Rows of a chunk. Each chunk reads W and dW once, so more rows are better until the panels of X no longer fit L2 (2
+// MiB at H 576; 2 cores of Emerald Rapids: 193 GFLOP/s a core with 512 rows, 163 with 128).
 constexpr int64_t kMostRows = 512;
 
-// One allocation a call, handed out piece by piece; a first pass with no memory counts the bytes.
+// One allocation for each call, handed out piece by piece. A first pass without memory counts the bytes.
 class Arena {
  public:
   Arena() = default;
@@ -46,12 +46,12 @@ class Arena {
 };
 
 struct Sizes {
-  int64_t C;        // rows of a chunk at most
-  int64_t Vb;       // vocabulary entries of a block at most
-  int64_t threads;  // that take part
+  int64_t C;        // most rows of a chunk
+  int64_t Vb;       // most vocabulary entries of a block
+  int64_t threads;  // number of threads that take part
 };
 
-// What a call keeps in its workspace.
+// The buffers that a call wants in its workspace.
 struct Want {
   bool own_tiles = false;       // a tile of logits for each thread
   bool block = false;           // logits, then G, of a block
@@ -64,7 +64,7 @@ struct Want {
   bool weight_block = false;    // float32 dW of a block
 };
 
-// C: rows of a chunk, rounded up to whole vectors. Null where not wanted.
+// C: rows of a chunk, rounded up to whole vectors. A buffer that is not wanted is null.
 struct Buffers {
   int64_t ld;          // of z and of a tile
   float* columns;      // panels of X^T [H, C]
@@ -89,13 +89,13 @@ struct Buffers {
 
 int64_t bytes_of(const TileKernels&, const Head&, const Sizes&, const Want&);
 
-// Rows of a chunk of at most `most`, so that n rows make chunks of even size: 600 rows are 2 x 300, not 512 + 88.
+// Number of rows of a chunk, at most `most`, that divides n rows into equal chunks: 600 rows are 2 x 300, not 512 + 88.
 int64_t even_size(int64_t n, int64_t most, int64_t lanes);
 
-// The largest sizes that fit: rows before block before threads. False if none does.
+// Finds the largest sizes that fit. Reduces rows and block first, then threads. Returns false if no size fits.
 bool find_sizes(const TileKernels&, const Head&, int64_t n, const Want&, Sizes&);
 
-// A ValueError (errors.h) if none does.
+// As `find_sizes`; throws a ValueError (errors.h) if no size fits.
 Sizes require_sizes(const TileKernels&, const Head&, int64_t n, const Want&);
 
 }  // namespace infopo

@@ -1,7 +1,7 @@
-"""Fused LM-head loss for preference training: hidden states, head and labels to loss and gradients.
+"""Fused LM-head loss for preference training: from hidden states, head and labels to the loss and its gradients.
 
-Importing this package needs torch only. Mathematics: `infopo_kernels.objectives`; data flow: `functional` -> `ops` ->
-`schedule` -> `backends`.
+To import this package you need torch only. Mathematics: `infopo_kernels.objectives`. Data flow: `functional` -> `ops`
+-> `schedule` -> `backends`.
 """
 
 from infopo_kernels.libraries import require_torch

@@ -1,8 +1,8 @@
-"""Every check of user input, in one voice: the argument, what was expected, what came, what to do.
+"""Every check of user input. Each error names the argument, what was expected, what came, and what to do.
 
-`layout` and its neighbours look at shapes and types only, so that they trace under `torch.compile`; the checks of
-values (`label_values`, `segment_values`, ...) run inside the ops, on a CPU only: on a GPU each would make the host
-wait for the device. There a bad value makes the log-probability, and with it the loss, NaN.
+`layout` and its neighbours look at shapes and types only, so that `torch.compile` can trace them. The checks of values
+(`label_values`, `segment_values`, ...) run inside the ops, and on a CPU only: on a GPU each of them would make the host
+wait for the device. On a GPU a bad value makes the log-probability NaN, and so the loss.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def pairs(
     sequence_weights: torch.Tensor | None,
     objective: Objective,
 ) -> int:
-    """Number of sequences S; checks that the halves are known, their weights, and `num_pairs`."""
+    """The number of sequences S. Checks `is_chosen`, the weights of the sequences, and `num_pairs`."""
     if cu_seqlens is None and labels.ndim == 1:
         raise ValueError("`cu_seqlens` is missing: packed `hidden` [N, H] needs the bounds [S + 1] of its sequences.")
     S = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -171,8 +171,8 @@ def pairs(
         _same_device("sequence_weights", sequence_weights, labels)
         if num_pairs is None:
             raise ValueError(
-                "`num_pairs` is missing: with `sequence_weights` the number of sequences does not tell the number of "
-                "prompts; pass the number that the loss is averaged over."
+                "`num_pairs` is missing: with `sequence_weights` the number of prompts does not follow from the number "
+                "of sequences; pass the number that the loss is averaged over."
             )
     number_of_pairs(num_pairs)
     return S
@@ -196,7 +196,7 @@ def reference(
     ref_bias: torch.Tensor | None,
     skip_chosen: object,
 ) -> None:
-    """The reference is given in one of the two ways or not at all, and the objective has a use for it."""
+    """The caller gives the reference in one of two ways or not at all, and the objective uses it."""
     flag("skip_chosen_reference", skip_chosen)
     kind = type(objective).__name__
     if ref_logps is not None and ref_hidden is not None:
@@ -227,7 +227,7 @@ def reference(
 
 
 def reference_hidden(ref_hidden: torch.Tensor, hidden: torch.Tensor, labels_shape: torch.Size) -> None:
-    """Hidden states of the reference lie beside those of the policy, row by row."""
+    """The hidden states of the reference have the layout of the policy's."""
     if ref_hidden.shape[:-1] != labels_shape:
         raise ValueError(
             f"`ref_hidden` must have shape {[*labels_shape, 'H']}, the layout of `hidden`, got {_shape(ref_hidden)}."
@@ -243,7 +243,7 @@ def infopo_logps(
     objective: InfoPO,
     device: torch.device,
 ) -> None:
-    """One half, "chosen" or "rejected", of what `infopo_loss` takes."""
+    """The arguments of `infopo_loss` for one half, "chosen" or "rejected"."""
     tensor(f"{half}_logps", logps)
     if logps.ndim != 1:
         raise ValueError(

@@ -33,7 +33,7 @@ def linear_logps(
     backend: str = "auto",
     workspace_mib: int | None = None,
 ) -> Tensor:
-    """Log-probabilities of labels under a language-model head, differentiable, without the logits in memory.
+    """Log-probabilities of labels under a language-model head: differentiable, without the logits in memory.
 
     Equivalent to::
 
@@ -43,36 +43,37 @@ def linear_logps(
         logps.double().sum(-1)                                     # reduction="sum", per sequence
         logps.double().sum(-1) / (labels != ignore_index).sum(-1)  # reduction="mean", per sequence
 
-    with ``softcap_fn(a) = softcap * tanh(a / softcap)``. Two passes: the backward recomputes logits tile by tile (one
-    product forward, three backward).
+    with ``softcap_fn(a) = softcap * tanh(a / softcap)``. The backward pass forms the logits again, tile by tile. The
+    forward pass takes one product, the backward pass three.
 
     Args:
         hidden: hidden states that enter the head; [S, T, H] padded, or [N, H] or [1, N, H] packed. float32, bfloat16,
-            float16 (float64 on the "torch" backend). Under autocast, hidden, weight and bias are cast as by a linear
+            float16 (float64 on the "torch" backend). Under autocast, hidden, weight and bias are cast as in a linear
             layer.
         weight: [V, H], type and device of `hidden`; may be tied to the embedding.
-        labels: [S, T], [N] or [1, N], integers in [0, V) or `ignore_index`. Rows with `ignore_index` are compacted
-            away before any product.
+        labels: [S, T], [N] or [1, N], integers in [0, V) or `ignore_index`. Rows with `ignore_index` are removed before
+            any product.
         bias: [V] or None.
         cu_seqlens: [S + 1] int32 or int64, bounds of packed sequences; needed for "sum" and "mean" of packed rows.
-        shift: score each row on the label of the next one, so that `labels` may be the input ids. Within packed rows
-            the shift stays inside each sequence. Hidden states are not copied for it.
+        shift: score each row on the label of the next row, so that `labels` may be the input ids. In packed rows the
+            shift stays inside each sequence. The shift copies no hidden states.
         reduction: "none", "sum" or "mean" over the scored tokens of each sequence.
         ignore_index: label of rows that are not scored.
         softcap: softcap c, or None.
         logit_scale: s.
         temperature: τ.
         backend: "auto", "cpp", "triton" or "torch".
-        workspace_mib: bound, MiB, on memory beyond the results; None for 32 on a CPU and 256 on a GPU.
+        workspace_mib: bound, in MiB, on memory beyond the results; None takes 32 on a CPU and 256 on a GPU.
 
     Returns:
-        "none": the shape of `labels`, float32 (float64 for float64 inputs), nats, 0 where not scored; with `shift`,
-        entry t belongs to label t + 1 and the last of each sequence is 0. "sum", "mean": [S] float64, nats: at 10^5
-        tokens float32 could not hold a sum to better than 0.008.
+        "none": the shape of `labels`, float32 (float64 for float64 inputs), nats, 0 where not scored. With `shift`,
+        entry t belongs to label t + 1, and the last entry of each sequence is 0. "sum", "mean": [S] float64, nats; at
+        10^5 tokens a float32 sum would be off by up to 0.008.
 
     Raises:
-        ValueError, TypeError: see `infopo_kernels.checks`; names the argument, what was expected and what came. On a
-            GPU label values are not checked (the host would wait for the device): a label outside [0, V) gives NaN.
+        ValueError, TypeError: see `infopo_kernels.checks`; the message names the argument, what was expected and what
+            came. On a GPU label values are not checked, because the host would have to wait for the device: a label
+            outside [0, V) gives NaN.
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
@@ -121,7 +122,7 @@ def linear_infopo_loss(
     backend: str = "auto",
     workspace_mib: int | None = None,
 ) -> InfoPOOutput:
-    """The InfoPO loss from hidden states, head and labels, with its gradients, without the logits in memory.
+    """The InfoPO loss and its gradients from hidden states, head and labels, without the logits in memory.
 
     Equivalent, for a padded batch of B pairs (chosen first), to::
 
@@ -130,49 +131,50 @@ def linear_infopo_loss(
         loss = (-reward[:B] + torch.exp(reward[B:] - offset)).mean()
         loss = loss + sft_weight * (-linear_logps(..., reduction="mean")[:B]).mean()
 
-    with the exponential continued by its tangent above `max_log_weight`. The loss is a sum over sequences, not over
-    pairs: chosen and rejected sequences may come in different calls, in any order and in unequal numbers, as long as
-    every call is given the same `num_pairs`.
+    Above `max_log_weight` the tangent of the exponential takes the place of the exponential. The loss is a sum over
+    sequences, not over pairs: chosen and rejected sequences may come in different calls, in any order and in unequal
+    numbers, if every call gets the same `num_pairs`.
 
-    The gradients are formed in the forward pass, so that one tile of logits serves both; the backward pass multiplies
-    them by the gradient that comes from above, once. Which rows take how many products: `infopo_kernels.schedule`.
+    The forward pass forms the gradients too, so that one tile of logits serves both. The backward pass multiplies them
+    once by the incoming gradient. `infopo_kernels.schedule` says which rows take how many products.
 
     Args:
         hidden: [2B, T, H] padded, the first B sequences chosen, the last B rejected; or [N, H] or [1, N, H] packed.
-            float32, bfloat16, float16 (float64 on the "torch" backend). Cast under autocast as by a linear layer.
+            float32, bfloat16, float16 (float64 on the "torch" backend). Cast under autocast as in a linear layer.
         weight: [V, H], type and device of `hidden`; may be tied to the embedding.
         labels: [2B, T], [N] or [1, N], integers in [0, V) or `ignore_index` for prompt and padding.
         bias: [V] or None.
         cu_seqlens: [S + 1] int32 or int64, bounds of packed sequences.
-        is_chosen: [S] bool, which sequences are chosen. Needed when packed; padded, it replaces "chosen first".
+        is_chosen: [S] bool, which sequences are chosen. A packed batch needs it. In a padded batch it replaces the
+            order "chosen first".
         num_pairs: number of pairs that the loss is averaged over; None counts each sequence of the call as half a
-            pair (S / 2). Give the global number when halves come in different calls.
-        sequence_weights: [S] floating, not negative: term and weight of each sequence are multiplied by it. For
-            several rejected responses to a prompt of weight w, w for the chosen and w / K for each of the K rejected
-            ones, with `num_pairs` the number of prompts, which has to be given then.
-        ref_logps: [S] reference log-probabilities in nats, in the reduction that `average` says; best float64. With
-            `skip_chosen_reference`, chosen entries are ignored and a padded batch may pass the B rejected ones alone.
-        ref_hidden: the reference's hidden states in the layout of `hidden`, from which its log-probabilities are formed
-            without gradient by the same kernel. With `skip_chosen_reference` a padded batch may pass the rejected half
-            [B, T, H] alone.
+            pair (S / 2). Give the global number if the halves come in different calls.
+        sequence_weights: [S] floating, not negative; multiplies term and weight of each sequence. For K rejected
+            responses to a prompt of weight w, give w for the chosen sequence and w / K for each rejected one.
+            `num_pairs` is required then: the number of prompts.
+        ref_logps: [S] reference log-probabilities in nats, sums or means as `average` says; best float64. With
+            `skip_chosen_reference`, chosen entries are ignored, and a padded batch may pass only the B rejected ones.
+        ref_hidden: the reference's hidden states in the layout of `hidden`. The same kernel forms the reference's
+            log-probabilities from them, without gradient. With `skip_chosen_reference` a padded batch may pass only the
+            rejected half [B, T, H].
         ref_weight: [V, H] head of the reference; needed with `ref_hidden` (for a shared frozen head pass `weight`).
         ref_bias: [V] or None.
-        skip_chosen_reference: leave the chosen reference out. It has no gradient and no influence on one; the loss
-            value is shifted by a constant, and the output says so.
+        skip_chosen_reference: leave the chosen reference out. No gradient depends on it. The loss value is shifted by a
+            constant, and the output says so.
         beta, offset, max_log_weight, min_log_weight, sft_weight, average: see `InfoPO`.
-        shift: score each row on the label of the next one (see `linear_logps`).
+        shift: score each row on the label of the next row (see `linear_logps`).
         ignore_index: label of rows that are not scored.
-        softcap, logit_scale, temperature: see `LogitOptions`; the reference's logits take the same.
+        softcap, logit_scale, temperature: see `LogitOptions`; they apply to the reference's logits too.
         backend: "auto", "cpp", "triton" or "torch".
-        workspace_mib: bound, MiB, on memory beyond results and gradients; None for 32 on a CPU and 256 on a GPU.
+        workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
 
     Returns:
         `InfoPOOutput`; only `loss` has a gradient. To put the log-probabilities into another loss, use `linear_logps`.
 
     Raises:
         ValueError, TypeError: see `infopo_kernels.checks`. On a GPU values (labels, bounds, references) are not
-            checked, since the host would wait for the device: they make the loss NaN.
-        RuntimeError: backward() a second time through the same loss, or with create_graph=True.
+            checked, because the host would have to wait for the device: bad values make the loss NaN.
+        RuntimeError: backward() runs a second time through the same loss, or with create_graph=True.
 
     Source: Xiao et al., NAACL 2025; equations in `infopo_kernels.objectives.infopo`.
     """
@@ -214,7 +216,7 @@ def linear_preference_loss(
     backend: str = "auto",
     workspace_mib: int | None = None,
 ) -> PreferenceOutput:
-    """A preference loss from hidden states, head and labels, with its gradients, without the logits in memory.
+    """A preference loss and its gradients from hidden states, head and labels, without the logits in memory.
 
     Equivalent, for a padded batch of B pairs (chosen first) and ``objective=DPO(beta)``, to::
 
@@ -222,43 +224,44 @@ def linear_preference_loss(
         reward = beta * (logps - ref_logps)
         loss = -torch.nn.functional.logsigmoid(reward[:B] - reward[B:]).mean()
 
-    The gradients are formed in the forward pass. DPO, IPO and SimPO take four products of the head's size (three where
-    the memory of the weight gradient can keep the logits, two with a frozen head), InfoPO three, SFT three for chosen
-    rows and one for rejected ones; the table is in `infopo_kernels.schedule`.
+    The forward pass forms the gradients too. DPO, IPO and SimPO take four products of the head's size (three where the
+    memory of the weight gradient can keep the logits, two with a frozen head). InfoPO takes three. SFT takes three for
+    chosen rows and one for rejected rows. The table is in `infopo_kernels.schedule`.
 
     Args:
         hidden: [2B, T, H] padded, the first B sequences chosen, the last B rejected; or [N, H] or [1, N, H] packed.
-            float32, bfloat16, float16 (float64 on the "torch" backend). Cast under autocast as by a linear layer.
+            float32, bfloat16, float16 (float64 on the "torch" backend). Cast under autocast as in a linear layer.
         weight: [V, H], type and device of `hidden`; may be tied to the embedding.
         labels: [2B, T], [N] or [1, N], integers in [0, V) or `ignore_index` for prompt and padding.
         objective: ``InfoPO()``, ``DPO()``, ``IPO()``, ``SimPO()``, ``SFT()`` of `infopo_kernels.objectives` with their
             options, or your own. DPO, IPO and SimPO pair the i-th chosen sequence of the call with its i-th rejected
-            one; InfoPO and SFT compare none, and take unequal numbers.
+            one. InfoPO and SFT do not compare sequences, and take unequal numbers of them.
         bias: [V] or None.
         cu_seqlens: [S + 1] int32 or int64, bounds of packed sequences.
-        is_chosen: [S] bool, which sequences are chosen. Needed when packed; padded, it replaces "chosen first".
+        is_chosen: [S] bool, which sequences are chosen. A packed batch needs it. In a padded batch it replaces the
+            order "chosen first".
         num_pairs: number of pairs that the loss is averaged over; None counts each sequence of the call as half a
-            pair (S / 2). Give the global number when parts of a batch come in different calls.
-        sequence_weights: [S] floating, not negative: term and weight of each sequence are multiplied by it; a pairwise
-            objective takes the mean of a pair's two. `num_pairs` has to be given then. See `linear_infopo_loss`.
-        ref_logps: [S] reference log-probabilities in nats, sums or means as the objective takes them (`average`); best
-            float64. None for a reference-free loss; not for SimPO and SFT, which have no reference.
+            pair (S / 2). Give the global number if parts of a batch come in different calls.
+        sequence_weights: [S] floating, not negative; multiplies term and weight of each sequence. A pairwise objective
+            takes the mean of a pair's two weights. `num_pairs` is required then. See `linear_infopo_loss`.
+        ref_logps: [S] reference log-probabilities in nats, sums or means as the objective says (`average`); best
+            float64. None for a reference-free loss. SimPO and SFT have no reference: leave it out.
         ref_hidden, ref_weight, ref_bias: the reference's hidden states and head instead; see `linear_infopo_loss`.
-        skip_chosen_reference: only InfoPO: leave the chosen reference out; see `linear_infopo_loss`.
-        shift: score each row on the label of the next one (see `linear_logps`).
+        skip_chosen_reference: leave the chosen reference out (InfoPO only); see `linear_infopo_loss`.
+        shift: score each row on the label of the next row (see `linear_logps`).
         ignore_index: label of rows that are not scored.
-        softcap, logit_scale, temperature: see `LogitOptions`; the reference's logits take the same.
+        softcap, logit_scale, temperature: see `LogitOptions`; they apply to the reference's logits too.
         backend: "auto", "cpp", "triton" or "torch".
-        workspace_mib: bound, MiB, on memory beyond results and gradients; None for 32 on a CPU and 256 on a GPU.
+        workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
 
     Returns:
-        `PreferenceOutput`, which says what each field means for each objective; only `loss` has a gradient.
+        `PreferenceOutput`; its documentation says what each field means for each objective. Only `loss` has a gradient.
 
     Raises:
-        ValueError, TypeError: see `infopo_kernels.checks`. On a GPU values (labels, bounds, references, weights, as
-            many chosen as rejected sequences) are not checked, since the host would wait for the device: they make
-            the loss NaN.
-        RuntimeError: backward() a second time through the same loss, or with create_graph=True.
+        ValueError, TypeError: see `infopo_kernels.checks`. On a GPU values (labels, bounds, references, weights, and
+            whether chosen and rejected sequences are equal in number) are not checked, because the host would have to
+            wait for the device: bad values make the loss NaN.
+        RuntimeError: backward() runs a second time through the same loss, or with create_graph=True.
 
     Source: named in the objective's file in `infopo_kernels.objectives`.
     """
@@ -302,12 +305,12 @@ def infopo_loss(
 
     Args:
         chosen_logps, rejected_logps: [P], [Q] sums of token log-probabilities, nats, any floating type (float64
-            keeps sums of long sequences); differentiable, any number of times. P and Q may differ.
-        ref_chosen_logps, ref_rejected_logps: [P], [Q] of the reference; both None for a reference-free loss; only
-            `ref_chosen_logps` None skips the chosen reference (gradients exact, loss shifted, the output says so).
-            With `average`, means over the tokens.
-        chosen_lengths, rejected_lengths: [P], [Q] scored tokens of each sequence; needed with `average` (which
-            divides the sums by them) and, for the chosen ones, with `sft_weight`.
+            keeps sums of long sequences exact enough); differentiable, any number of times. P and Q may differ.
+        ref_chosen_logps, ref_rejected_logps: [P], [Q] log-probabilities of the reference. Both None: a reference-free
+            loss. Only `ref_chosen_logps` None: the chosen reference is skipped; gradients are exact, the loss is
+            shifted, and the output says so. With `average` they are means over the tokens.
+        chosen_lengths, rejected_lengths: [P], [Q] scored tokens of each sequence. `average` needs them, because it
+            divides the sums by them; `sft_weight` needs those of the chosen sequences.
         num_pairs: number of pairs that the loss is averaged over; None takes (P + Q) / 2.
         beta, offset, max_log_weight, min_log_weight, sft_weight, average: see `InfoPO`.
 
@@ -366,7 +369,7 @@ def _loss_dtype(logps: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a caller lays out sequences."""
+    """The caller's layout of the sequences."""
 
     cu_seqlens: Tensor | None
     is_chosen: Tensor | None
@@ -376,7 +379,7 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Shares:
-    """What each sequence's term is multiplied and divided by."""
+    """The factor and the divisor of each sequence's term."""
 
     num_pairs: float | None
     sequence_weights: Tensor | None
@@ -384,7 +387,7 @@ class _Shares:
 
 @dataclass(frozen=True)
 class _Reference:
-    """What a caller gave of the reference."""
+    """The caller's arguments about the reference."""
 
     logps: Tensor | None
     hidden: Tensor | None
@@ -394,7 +397,7 @@ class _Reference:
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast does to the inputs of a linear layer: all in its type, float64 left alone."""
+    """The inputs as autocast casts those of a linear layer: all in its type; float64 stays as it is."""
     kind = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -420,7 +423,7 @@ def _checked_head(
 def _checked_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, layout: _Layout
 ) -> tuple[Rows, Tensor, Tensor | None]:
-    """Rows, and weight and bias as the ops take them. The sequence of each row is derived and checked here, once."""
+    """Rows, and weight and bias as the ops take them. The sequence of each row is derived and checked once: here."""
     hidden, weight, bias = _checked_head(hidden, weight, bias)
     cu_seqlens, shift, ignore_index = layout.cu_seqlens, layout.shift, layout.ignore_index
     checks.layout(hidden, labels, cu_seqlens, ignore_index)
@@ -443,7 +446,7 @@ def _linear_preference(
     logit: LogitOptions,
     kernel: KernelOptions,
 ) -> PreferenceOutput:
-    """`linear_preference_loss` of objects."""
+    """`linear_preference_loss` with its options as objects."""
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout)
     S = checks.pairs(labels, layout.cu_seqlens, layout.is_chosen, shares.num_pairs, shares.sequence_weights, objective)
     checks.reference(
@@ -488,9 +491,9 @@ def _reference_logps(
     logit: LogitOptions,
     kernel: KernelOptions,
 ) -> Tensor:
-    """[S] float64 log-probabilities of the reference, given or formed without gradient; 0 for chosen ones skipped.
+    """[S] float64 log-probabilities of the reference, as given or formed without gradient; 0 for skipped chosen ones.
 
-    Of a padded batch, chosen first, the rejected half alone will do where the chosen one is skipped.
+    If the chosen reference is skipped, a padded batch with chosen first may give the rejected half alone.
     """
     S, skip = len(sequences.is_chosen), reference.skip_chosen
     if reference.hidden is None:

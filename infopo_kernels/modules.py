@@ -1,4 +1,4 @@
-"""The losses as modules: options at construction, tensors at the call."""
+"""The losses as modules. The constructor takes the options, the call takes the tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _listed(*options: object) -> str:
 
 
 class InfoPOLoss(nn.Module):
-    """`infopo_loss` with its options held.
+    """`infopo_loss` as a module that holds its options.
 
     Args:
         options: hyper-parameters of the objective; the defaults of `InfoPO` if None.
@@ -52,15 +52,15 @@ class InfoPOLoss(nn.Module):
 
 
 class LinearPreferenceLoss(nn.Module):
-    """`linear_preference_loss` with its objective and options held.
+    """`linear_preference_loss` as a module that holds its objective and options.
 
-    The head's weight stays the model's own and comes with each call.
+    The head's weight stays in the model and comes with each call.
 
     Args:
         objective: any of `infopo_kernels.objectives`.
         logit: softcap, scale and temperature of the logits; the identity if None.
         kernel: backend and workspace; "auto" if None.
-        shift: score each row on the label of the next one.
+        shift: score each row on the label of the next row.
         ignore_index: label of rows that are not scored.
 
     Example::
@@ -105,7 +105,7 @@ class LinearPreferenceLoss(nn.Module):
 
 
 class LinearInfoPOLoss(LinearPreferenceLoss):
-    """`linear_infopo_loss` with its options held: `LinearPreferenceLoss` with InfoPO as the objective.
+    """`linear_infopo_loss` as a module that holds its options: `LinearPreferenceLoss` with InfoPO as the objective.
 
     Args:
         options: hyper-parameters of the objective; the defaults of `InfoPO` if None.

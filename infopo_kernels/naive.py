@@ -1,7 +1,7 @@
-"""The truth: the same functions with materialised logits, plain PyTorch and autograd, in float64 if asked.
+"""The truth: the same functions with materialised logits, in plain PyTorch with autograd, on request in float64.
 
-Every backend is checked against this file, and this file against finite differences. It holds [N, V] logits: use it
-on small shapes only.
+The tests check every backend against this file, and this file against finite differences. It holds [N, V] logits in
+memory: use it on small shapes only.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Ops whose arguments and results are objects: the flat schema of `torch.library` is made and read here, nowhere else.
+"""Ops whose arguments and results are objects. Only this file makes and reads the flat schema of `torch.library`.
 
     @define("infopo_kernels::double", DoubleInputs, DoubleResults)
     def double(inputs): ...
     double.register_fake(...)                  # of the inputs' object too
     double(DoubleInputs(...)).doubled
 
-Inputs are a dataclass of tensors, numbers, strings and lists of them, in the order of the schema; results a NamedTuple
-of tensors.
+The inputs are a dataclass of tensors, numbers, strings and lists of them, in the order of the schema. The results are a
+NamedTuple of tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Results = TypeVar("Results", bound=tuple[Tensor, ...])
 
 
 class Op(Generic[Inputs, Results]):
-    """A custom op that is called with its inputs' object and returns its results' object."""
+    """A custom op that takes one object of inputs and returns one object of results."""
 
     def __init__(
         self, name: str, inputs: type[Inputs], results: type[Results], run: Callable[[Inputs], Results]
@@ -55,7 +55,7 @@ class Op(Generic[Inputs, Results]):
         return tuple([getattr(inputs, name) for name in self._names])
 
     def register_fake(self, fake: Callable[[Inputs], Results]) -> None:
-        """What `torch.compile` sees: results of the right shapes and types."""
+        """Register the version that `torch.compile` sees: results of the right shapes and types."""
         self.raw.register_fake(lambda *flat: tuple(fake(self._inputs(*flat))))
 
     def register_autograd(
@@ -82,12 +82,12 @@ def _schema(inputs: type, results: type) -> str:
 
 
 def _fields(cls: type) -> dict[str, Any]:
-    """Names and types in order, those of a base class first."""
+    """Names and types of the fields in order, first those of a base class."""
     return typing.get_type_hints(cls)
 
 
 def define(
     name: str, inputs: type[Inputs], results: type[Results]
 ) -> Callable[[Callable[[Inputs], Results]], Op[Inputs, Results]]:
-    """Make an op called `name` of a function of its inputs' object."""
+    """Turn a function of an inputs object into an op called `name`."""
     return lambda run: Op(name, inputs, results, run)

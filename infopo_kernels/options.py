@@ -1,4 +1,4 @@
-"""Options of logits and kernels, which travel together and are validated where they are made. A leaf of the package."""
+"""Options of logits and kernels. Each class checks its values when it is made. Imports nothing of this package."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 IGNORE_INDEX: Final = -100
-"""Inside the library an unscored row always carries this label; `ignore_index` is translated on entry."""
+"""Label of an unscored row inside the library; the public functions translate `ignore_index` to it."""
 
 BACKENDS: Final = ("auto", "cpp", "triton", "torch")
 """Names that `backend` accepts."""
 
 WORKSPACE_MIB_CPU: Final = 32
-"""Default bound, MiB, on what a call on a CPU allocates beyond its results."""
+"""Default bound, in MiB, on the memory that a call on a CPU allocates beyond its results."""
 
 WORKSPACE_MIB_GPU: Final = 256
-"""Default bound, MiB, on what a call on a GPU allocates beyond its results."""
+"""Default bound, in MiB, on the memory that a call on a GPU allocates beyond its results."""
 
 
 def require_finite(name: str, value: float) -> None:
@@ -42,7 +42,7 @@ def require_bool(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class LogitOptions:
-    """How logits follow from the head product: ``z = logit_scale * softcap(hidden @ weight.T + bias) / temperature``.
+    """From the head product to logits: ``z = logit_scale * softcap(hidden @ weight.T + bias) / temperature``.
 
     Args:
         softcap: ``c`` of ``c * tanh(a / c)`` (Gemma 2's `final_logit_softcapping`), or None for the identity.
@@ -67,7 +67,7 @@ class LogitOptions:
 
     @property
     def scale(self) -> float:
-        """``logit_scale / temperature``: the one factor that kernels apply after the softcap."""
+        """``logit_scale / temperature``: the factor that kernels apply after the softcap."""
         return self.logit_scale / self.temperature
 
 
@@ -77,8 +77,8 @@ class KernelOptions:
 
     Args:
         backend: "auto", "cpp" (native CPU kernels), "triton" (GPU kernels) or "torch" (plain PyTorch, any device).
-        workspace_mib: bound, MiB, on what a call allocates beyond its results, whatever the number of tokens
-            and the vocabulary; None takes 32 on a CPU and 256 on a GPU.
+        workspace_mib: bound, in MiB, on the memory that a call allocates beyond its results, for any number of tokens
+            and any vocabulary; None takes 32 on a CPU and 256 on a GPU.
 
     Raises:
         ValueError, TypeError: an unknown backend, or a workspace below 1 MiB.

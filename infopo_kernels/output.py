@@ -1,4 +1,4 @@
-"""What a preference loss returns."""
+"""The result of a preference loss."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class PreferenceOutput(NamedTuple):
-    """The loss and what one logs. Everything but `loss` is without gradient.
+    """The loss and the values to log. Only `loss` has a gradient.
 
-    S is the number of sequences, in the order of the call; u_s their `sequence_weights` (1 unless given), Delta_s the
-    difference between the log-probabilities of policy and reference.
+    S is the number of sequences, in the order of the call. u_s are their `sequence_weights` (1 if none are given).
+    Delta_s is the difference between the log-probabilities of policy and reference.
     """
 
     loss: Tensor
@@ -19,20 +19,21 @@ class PreferenceOutput(NamedTuple):
     mi_lower_bound: Tensor
     """[] float64, nats: a lower bound of the mutual information between a response and its being preferred.
 
-    InfoPO: the NWJ estimate, ``-loss`` without the SFT term; NaN if the chosen reference was skipped, since the bound
-    is shifted by an unknown constant then. DPO: the InfoNCE estimate, ``log(2) - loss`` (for weights u_s, the weighted
-    mean of the pairs' ``log(2) - term``). IPO, SimPO, SFT: NaN, they bound none."""
+    InfoPO: the NWJ estimate, ``-loss`` without the SFT term; NaN if the chosen reference was skipped, because an
+    unknown constant shifts the bound then. DPO: the InfoNCE estimate, ``log(2) - loss`` (for weights u_s, the weighted
+    mean of the pairs' ``log(2) - term``). IPO, SimPO, SFT: NaN; they give no bound."""
     logps: Tensor
     """[S] float64, nats: sequence log-probabilities (means over scored tokens where the objective averages)."""
     ref_logps: Tensor
-    """[S] float64, nats: the reference's; 0 without a reference, NaN for chosen sequences that were skipped."""
+    """[S] float64, nats: the reference's log-probabilities; 0 without a reference, NaN where the reference of a chosen
+    sequence was skipped."""
     rewards: Tensor
     """[S] float64: ``beta * (logps - ref_logps)``; NaN for chosen sequences whose reference was skipped.
 
-    SimPO: ``beta * logps``, SFT: `logps`; neither has a reference, so they compare sequences, not policies."""
+    SimPO: ``beta * logps``. SFT: `logps`. Neither has a reference, so these compare sequences, not policies."""
     weights: Tensor
-    """[S] float64: size of the preference loss's derivative by the sequence's log-probability, times the number of
-    pairs and with u_s.
+    """[S] float64: size of the derivative of the preference loss by the sequence's log-probability, times the number of
+    pairs; u_s is included.
 
     InfoPO: `beta` for chosen, ``beta * exp(min(reward - offset, max_log_weight))`` for rejected sequences. DPO, SimPO,
     IPO: the same for both sequences of a pair, ``beta * sigmoid(-margin)``, ``beta * sigmoid(gamma - margin)`` and
@@ -42,7 +43,7 @@ class PreferenceOutput(NamedTuple):
     is_chosen: Tensor
     """[S] bool."""
     chosen_reference_skipped: bool
-    """True if the chosen reference was left out: gradients are exact, the loss is shifted by a constant,
+    """True if the chosen reference was left out. Gradients are exact. The loss is shifted by a constant:
     ``beta / num_pairs`` times the sum of the chosen references (each times u_s)."""
 
     @property
@@ -71,7 +72,7 @@ class PreferenceOutput(NamedTuple):
         return self.weights[~self.is_chosen]
 
     def without_chosen_reference(self) -> PreferenceOutput:
-        """The same, saying NaN for what an unknown chosen reference shifts."""
+        """The same output, with NaN in the values that an unknown chosen reference shifts."""
         return self._replace(
             mi_lower_bound=self.mi_lower_bound.new_full((), float("nan")),
             ref_logps=self.ref_logps.masked_fill(self.is_chosen, float("nan")),

@@ -1,7 +1,7 @@
-"""Layouts: padded batches and packed rows, both brought to rows [N], labels [N] and the sequence of each row.
+"""Layouts: padded batches and packed rows. Both become rows [N], labels [N] and the sequence of each row.
 
-padded   hidden [S, T, H], labels [S, T]; the first half of the sequences is chosen, the second rejected, in the
-         same order (the convention of TRL and Liger), or `is_chosen` says it
+padded   hidden [S, T, H], labels [S, T]; the first half of the sequences is chosen, the second half rejected, in the
+         same order (the convention of TRL and Liger); `is_chosen` can give another order
 packed   hidden [N, H] (or [1, N, H]), labels [N] (or [1, N]), `cu_seqlens` [S + 1] (the convention of flash-attn)
 """
 
@@ -16,20 +16,20 @@ from infopo_kernels.options import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch in either layout as rows. Which sequence a row belongs to is derived once, here, and travels along."""
+    """A batch in either layout as rows, with the sequence of each row, which is derived only once."""
 
     hidden: torch.Tensor
     """[N, H]."""
     labels: torch.Tensor
     """[N] int64, IGNORE_INDEX where a row is not scored."""
     cu_seqlens: torch.Tensor | None
-    """[S + 1], first row of each sequence and N; None for a packed batch that named none."""
+    """[S + 1], the first row of each sequence, then N; None for a packed batch without bounds."""
     segments: torch.Tensor | None
-    """[N] int64, the sequence of each row; None where `cu_seqlens` is."""
+    """[N] int64, the sequence of each row; None if `cu_seqlens` is None."""
 
 
 def row_segments(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Sequence that each of the N rows belongs to, [N] int64."""
+    """The sequence of each of the N rows, [N] int64."""
     rows = torch.arange(num_rows, device=cu_seqlens.device)
     return torch.bucketize(rows, cu_seqlens[1:].to(torch.int64), right=True)
 
@@ -43,7 +43,7 @@ def sequence_sums(values: torch.Tensor, segments: torch.Tensor, num_sequences: i
 def padded_rows(hidden: torch.Tensor, labels: torch.Tensor, *, shift: bool, ignore_index: int) -> Rows:
     """A padded batch as rows. With `shift`, row t is scored on the label of t + 1.
 
-    Hidden states are viewed, not copied, wherever their strides allow it: the shift moves labels only.
+    The shift moves labels only. Hidden states are not copied where their strides allow a view.
     """
     S, T = labels.shape
     y = _own_ignore_index(labels, ignore_index)
@@ -64,7 +64,7 @@ def packed_rows(
     shift: bool,
     ignore_index: int,
 ) -> Rows:
-    """Packed rows, of which `row_segments` says the sequences; shifted as `padded_rows` says, inside each sequence."""
+    """Packed rows with their sequences from `row_segments`; `shift` as in `padded_rows`, inside each sequence."""
     y = _own_ignore_index(labels, ignore_index).reshape(-1)
     if shift:
         y = torch.nn.functional.pad(y[1:], (0, 1), value=IGNORE_INDEX)
@@ -75,7 +75,7 @@ def packed_rows(
 
 
 def _own_ignore_index(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Labels as int64, with IGNORE_INDEX in the place of the caller's `ignore_index`."""
+    """Labels as int64, with IGNORE_INDEX instead of the caller's `ignore_index`."""
     y = labels.to(torch.int64)
     if ignore_index != IGNORE_INDEX:
         y = torch.where(y == IGNORE_INDEX, -1, y)  # a stray -100 is a wrong label here, not an unscored one

@@ -1,4 +1,4 @@
-"""The former place of `infopo_kernels.integrations.references`, kept for scripts that import from here."""
+"""The old name of `infopo_kernels.integrations.references`, for scripts that import from here."""
 
 from infopo_kernels.integrations.references import Header, ReferenceTable, model_fingerprint, pair_key
 

@@ -1,9 +1,15 @@
-"""Which rows take which primitive: from a batch in rows to an objective's loss and its gradients.
+"""From rows to an objective's loss and its gradients: which rows take which primitive.
 
-Products of size N V H, by what is trained and what the objective knows beforehand (`Objective.known`). Of the rows, D
-are decided: their weight is known before any log-probability, and is not 0; U are undecided, of which `live` turn out
-to have a weight; Z are decided with weight 0. K rows' logits the memory of the weight gradient keeps until it is
-written, undecided ones first. InfoPO: D chosen, U rejected. SFT: D chosen, Z rejected. DPO, IPO, SimPO: U all.
+The table counts products of size N V H. They depend on what is trained, and on the row weights that the objective knows
+before any log-probability (`Objective.known`):
+
+    D       decided rows: their weight is known, and it is not 0
+    Z       rows that are decided too, with weight 0
+    U       undecided rows; `live` of them turn out to have a weight
+    K       rows whose logits stay in the memory of the weight gradient until the gradient is written, undecided rows
+            first; K counts those that are live and would otherwise need their logits twice
+
+InfoPO: D chosen, U rejected. SFT: D chosen, Z rejected. DPO, IPO, SimPO: all rows are U.
 
     nothing                       logprob on all                                              D + U + Z
 
@@ -13,7 +19,7 @@ written, undecided ones first. InfoPO: D chosen, U rejected. SFT: D chosen, Z re
     else
     hidden only (frozen head)     logprob_and_grad on all with unit weights; each
                                   sequence's dX is scaled when its sum is known               2 (D + U + Z)
-    head, float32 accumulator     logprob on undecided rows and what else is kept, then
+    head, float32 accumulator     logprob on undecided and other kept rows, then
                                   backward on live ones; logprob_and_grad on the other
                                   decided rows                                                3 D + U + 3 live + Z - K
     head, 16-bit gradient         logprob on all, then one backward on decided and live
@@ -22,10 +28,9 @@ written, undecided ones first. InfoPO: D chosen, U rejected. SFT: D chosen, Z re
       accumulator is too large    for dW only                                                 4 D + 2 U + 2 live + 2 Z
       and where no row is kept
 
-K counts kept rows that are live and would else need their logits twice. A 16-bit dW takes the float32 way where a
-float32 copy of it fits half of the workspace. With every weight known a 16-bit dW may cost a fourth product
-(`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen head, where `linear_logps` and
-a loss by hand take 4 and 3.
+A 16-bit dW takes the float32 way if a float32 copy of it fits half of the workspace. With every weight known, a 16-bit
+dW may take a fourth product (`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen
+head. `linear_logps` and a loss by hand take 4, and 3 with a frozen head.
 """
 
 from __future__ import annotations
@@ -53,7 +58,7 @@ class Wanted:
 
 
 def zero_gradients(head: Head, wanted: Wanted) -> Gradients:
-    """Zeroed result buffers; the bias accumulates in float32."""
+    """Result buffers filled with 0; the bias accumulates in float32."""
     return Gradients(
         torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None,
         torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None,
@@ -64,7 +69,7 @@ def zero_gradients(head: Head, wanted: Wanted) -> Gradients:
 
 
 def hidden_gradient_apart(head: Head, kept_rows: int) -> bool:
-    """Whether dX and a 16-bit dW come one after the other: no row is kept, and float32 sums of dX are too large."""
+    """Whether to form dX and a 16-bit dW one after the other: no row is kept, and float32 sums of dX are too large."""
     dx_bytes = head.hidden.numel() * head.accumulator_dtype.itemsize
     return kept_rows == 0 and dx_bytes > head.workspace_bytes // 4
 
@@ -72,7 +77,7 @@ def hidden_gradient_apart(head: Head, kept_rows: int) -> bool:
 def preference(
     backend: Backend, head: Head, rows: Rows, sequences: Sequences, objective: Objective, wanted: Wanted
 ) -> tuple[Evaluation, Gradients]:
-    """The objective of a batch and the gradients of its loss."""
+    """The value of the objective for a batch, and the gradients of its loss."""
     if objective.pairwise:
         sequences = sequences.paired()
 
@@ -89,7 +94,7 @@ def preference(
         return _unit_hidden_gradient(backend, head, rows.labels, gradients.hidden, evaluate)[0], gradients
 
     gradients = zero_gradients(head, replace(wanted, weight=False))
-    if wanted.weight:  # may hold logits first: cleared where it does not
+    if wanted.weight:  # not zeroed here: it may hold logits first
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
     into, head = _accumulators(head, gradients)
@@ -132,7 +137,7 @@ def _some_weights_known(
         first = torch.where(kept != IGNORE_INDEX, kept, first)
         later = torch.where(kept != IGNORE_INDEX, IGNORE_INDEX, later)
     logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
-    # Weights of undecided rows do not depend on decided ones, whose log-probabilities may not be there yet.
+    # The log-probabilities of decided rows may still be missing here; the weights of undecided rows do not need them.
     backend.backward(head, first, lse, evaluate(logp).row_weight, into, kept)
     return evaluate(logp.add_(backend.logprob_and_grad(head, later, known, into)[0]))
 
@@ -155,7 +160,7 @@ def _no_weight_known(
 
 
 def _known_row_weights(head: Head, rows: Rows, sequences: Sequences, objective: Objective) -> torch.Tensor:
-    """d loss / d l_t [N] in the accumulator type as far as it is known beforehand; NaN elsewhere."""
+    """d loss / d l_t [N] in the accumulator type where it is known beforehand; NaN elsewhere."""
     assert rows.segments is not None
     slopes = weighted(objective.known_slopes(sequences), sequences.weights) / sequences.num_pairs
     return slopes.to(head.accumulator_dtype)[rows.segments]
@@ -166,7 +171,7 @@ def _kept_rows(backend: Backend, head: Head, weight_gradient: torch.Tensor | Non
 
 
 def _first_rows(most: int, *groups: torch.Tensor) -> torch.Tensor:
-    """Labels [N] of the first `most` scored rows, those of the first group before those of the next."""
+    """Labels [N] of the first `most` scored rows. The first group comes first, then the next one."""
     kept = torch.full_like(groups[0], IGNORE_INDEX)
     before: torch.Tensor | int = 0
     for labels in groups:
@@ -179,9 +184,9 @@ def _first_rows(most: int, *groups: torch.Tensor) -> torch.Tensor:
 def _logprob_keeping(
     backend: Backend, head: Head, labels: torch.Tensor, kept: torch.Tensor | None, weight_gradient: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logprob` of all scored rows; the logits of those scored in `kept` stay in the weight gradient's memory.
+    """`logprob` of all scored rows. The logits of rows scored in `kept` stay in the memory of the weight gradient.
 
-    Without `kept` that is cleared, since `backward` adds to it then.
+    Without `kept` this sets the weight gradient to 0, because `backward` adds to it then.
     """
     if kept is None:
         if weight_gradient is not None:
@@ -199,7 +204,7 @@ def _unit_hidden_gradient(
     hidden_gradient: torch.Tensor,
     evaluate: Evaluate,
 ) -> tuple[Evaluation, torch.Tensor]:
-    """dX for unit row weights beside the log-probabilities, scaled once the objective knows the weights; and lse."""
+    """The objective and lse. Forms dX for row weights of 1, and scales it when the objective knows the weights."""
     ones = torch.ones(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
     logp, lse = backend.logprob_and_grad(head, labels, ones, Gradients(hidden_gradient, None, None))
     result = evaluate(logp)
@@ -208,17 +213,20 @@ def _unit_hidden_gradient(
 
 
 def scale_rows_(rows: torch.Tensor, scale: torch.Tensor) -> None:
-    """rows[t] *= scale[t] in place, in float32, a bounded part at a time (a mixed product copies its operands)."""
+    """rows[t] *= scale[t] in place, in float32.
+
+    Takes a bounded part at a time, because a product of two types copies its operands.
+    """
     step = max(1, (1 << 18) // rows.shape[1])
     for part, factor in zip(torch.split(rows, step), torch.split(scale, step), strict=True):
         part.mul_(factor[:, None])
 
 
 def _accumulators(head: Head, gradients: Gradients) -> tuple[Gradients, Head]:
-    """Buffers in which gradients add up over calls, and the head with the workspace that is left.
+    """Buffers in which gradients add up over calls, and the head with the rest of the workspace.
 
-    A 16-bit dW has a float32 buffer in its place where that fits half of the workspace; where it does not, each entry
-    has to be rounded once, by a single call.
+    A float32 buffer replaces a 16-bit dW if it fits half of the workspace. Otherwise a single call has to form each
+    entry, so that the entry is rounded only once.
     """
     weight = gradients.weight
     if weight is None or weight.dtype == head.accumulator_dtype:

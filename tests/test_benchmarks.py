@@ -476,7 +476,6 @@ LEVELS = {
     "report": 4,
     "plots": 4,
     "compare": 5,
-    "show": 5,
     "parts.cpu_targets": 5,
     "parts.long_context_training": 5,
     "parts.packing": 5,

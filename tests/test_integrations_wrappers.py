@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -115,3 +116,43 @@ def test_fsdp2_as_accelerate_groups_it_and_its_mixed_precision(tmp_path: Path) -
     pytest.importorskip("peft")
     assert torch.distributed.is_available()
     run_on_two(_FSDP2, tmp_path)
+
+
+_COUNTED_ONCE = """
+import json, os, sys
+from pathlib import Path
+from infopo_kernels import DPO, InfoPO
+from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
+from infopo_kernels.integrations.trainer import PreferenceTrainer
+from tests.test_integrations_checks import arguments, features
+from tests.training_fixtures import tiny_model
+
+R = int(os.environ.get("WORLD_SIZE", 1))
+found = []
+for collator, objective in ((PreferenceCollator(), InfoPO(beta=0.5)), (PackedPreferenceCollator(), DPO(0.5))):
+    args = arguments(
+        Path({path!r}), max_steps=2, per_device_train_batch_size=8 // R, per_device_eval_batch_size=4 // R, optim="sgd"
+    )
+    trainer = PreferenceTrainer(
+        tiny_model(), args, train_dataset=features(5), data_collator=collator, objective=objective,
+        ref_model=tiny_model(seed=1),
+    )
+    evaluated = trainer.evaluate(features(5, 3))
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    found += [entry[name] for entry in logs for name in ("loss", "grad_norm", "rewards/margins", "scored_tokens")]
+    found += [evaluated[f"eval_{{name}}"] for name in ("loss", "rewards/accuracies", "scored_tokens")]
+if int(os.environ.get("RANK", 0)) == 0:
+    Path({path!r}, f"found-{{R}}.json").write_text(json.dumps(found))
+"""
+
+
+def test_pairs_of_an_incomplete_last_batch_count_once(tmp_path: Path) -> None:
+    """5 pairs on two processes, in batches of 4 each: Accelerate repeats 3 of them."""
+    pytest.importorskip("accelerate")
+    script = _COUNTED_ONCE.format(path=str(tmp_path))
+    run_on_two(script, tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, check=True, timeout=240)
+    one, two = (json.loads((tmp_path / f"found-{R}.json").read_text()) for R in (1, 2))
+    assert two == pytest.approx(one, rel=1e-4)

@@ -134,6 +134,23 @@ def test_bias_of_minus_infinity_takes_a_word_out() -> None:
         torch.testing.assert_close(logp.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_a_label_at_minus_infinity_has_finite_gradients() -> None:
+    """l is -inf, and G that of a probability of 0; known weights and kept logits both form G from l."""
+    inputs = ts.make(Problem("masked-label", h=40, bias=True, ignored=0.0), torch.float32)
+    assert inputs.head.bias is not None
+    inputs.head.bias[inputs.labels[4]] = float("-inf")
+    truth, backend, before = ts.plain(inputs), ts.backend(), ts.buffers(inputs, "xwb")
+    at_once = ts.buffers(inputs, "xwb")
+    logp, lse = backend.logprob_and_grad(inputs.head, inputs.labels, inputs.c, at_once)
+    assert logp[4] == float("-inf")
+    ts.assert_logp(inputs, truth, logp, lse)
+    ts.assert_gradients(inputs, truth, at_once, before, roundings=2, zero_rows=True)
+    kept, empty = ts.fresh_buffers(inputs, "xwb")
+    assert kept.weight is not None
+    ts.keep_and_backward(backend, inputs, kept, backend.kept_rows(inputs.head, kept.weight))
+    ts.assert_gradients(inputs, truth, kept, empty, roundings=2, zero_rows=False)
+
+
 def test_nothing_to_do() -> None:
     """No rows, no scored rows, no row with a weight: results stay as they were."""
     inputs = ts.make(Problem("nothing", n=20), torch.float32)

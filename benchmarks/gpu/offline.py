@@ -7,7 +7,7 @@ call; Triton's launcher compiles each kernel for the target and is kept from sta
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -127,41 +127,27 @@ class Launched:
 
 
 @contextmanager
-def recorded(target: Target) -> Iterator[list[Launched]]:
-    """Collect the launches of what runs inside, on meta tensors, as they would be made on `target`; compile nothing."""
-    launches: list[Launched] = []
+def _launching(target: Target, launch_instead: Callable[..., Any]) -> Iterator[None]:
+    """Hand every launch of what runs inside to `launch_instead`, as it would be made on `target`."""
     start, find = JITFunction.run, launch.target_of
-
-    def collect(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launches.append(Launched(self.__name__, grid, arguments))
-
-    JITFunction.run, launch.target_of = collect, lambda device: target
+    JITFunction.run, launch.target_of = launch_instead, lambda device: target
     try:
-        yield launches
+        yield
     finally:
         JITFunction.run, launch.target_of = start, find
 
 
 @contextmanager
-def _standing_in(target: Target, found: dict[int, Kernel], current: list[Shape]) -> Iterator[None]:
-    """Send every launch to the compiler for `target`, and keep what it compiles."""
-    start, find = JITFunction.run, launch.target_of
+def recorded(target: Target) -> Iterator[list[Launched]]:
+    """Collect the launches of what runs inside, on meta tensors, as they would be made on `target`; compile nothing."""
+    launches: list[Launched] = []
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
-        if id(kernel) not in found:
-            constants = tuple((k, x) for k, x in kwargs.items() if k.isupper() and isinstance(x, (bool, int, str)))
-            found[id(kernel)] = Kernel(self.__name__, current[0], constants, kernel)
-        return kernel
+    def collect(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(Launched(self.__name__, grid, arguments))
 
-    JITFunction.run = compile_only
-    launch.target_of = lambda device: target
-    driver.set_active(_Driver(target))
-    try:
-        yield
-    finally:
-        JITFunction.run, launch.target_of = start, find
+    with _launching(target, collect):
+        yield launches
 
 
 def compiled(target: Target, which: list[Shape]) -> list[Kernel]:
@@ -176,14 +162,21 @@ def compiled(target: Target, which: list[Shape]) -> list[Kernel]:
     if launch.INTERPRETED:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it before Triton is imported")
     found: dict[int, Kernel] = {}
-    current: list[Shape] = []
-    with _standing_in(target, found, current):
-        for shape in which:
-            current[:] = [shape]
-            precision = torch.backends.cuda.matmul.fp32_precision
-            torch.backends.cuda.matmul.fp32_precision = "tf32" if shape.tf32 else "ieee"
-            try:
+    start = JITFunction.run
+    driver.set_active(_Driver(target))
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
+        constants = tuple((k, x) for k, x in kwargs.items() if k.isupper() and isinstance(x, (bool, int, str)))
+        found.setdefault(id(kernel), Kernel(self.__name__, shape, constants, kernel))
+        return kernel
+
+    for shape in which:
+        precision = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if shape.tf32 else "ieee"
+        try:
+            with _launching(target, compile_only):
                 run(shape)
-            finally:
-                torch.backends.cuda.matmul.fp32_precision = precision
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = precision
     return list(found.values())

@@ -1,1 +1,1 @@
-"""The one way to measure: turns in time, peak memory, fresh processes, and what was measured on."""
+"""How everything here is measured: interleaved timing, peak memory, fresh processes, and the machine's description."""

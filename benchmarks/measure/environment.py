@@ -1,4 +1,4 @@
-"""What was measured on: processor, threads, versions."""
+"""The machine of a measurement: processor, threads, versions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _VENDORS: Final = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
 
 
 def _cpu() -> tuple[str, str]:
-    """The processor's name as people write it, and a short one for folders.
+    """The processor's usual name, and a short name for folders.
 
-    Clouds hide the model behind names such as "Intel(R) Xeon(R) Processor"; family, model and stepping tell it.
+    Cloud machines hide the model behind names such as "Intel(R) Xeon(R) Processor". Family, model and stepping identify
+    it.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -44,7 +45,7 @@ def _slug(text: str) -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Machine, threads and versions, as JSON takes them; `processor` names the folder of its records."""
+    """Machine, threads and versions, ready for JSON. `processor` is the name of the folder for its records."""
     installed = {package.name.replace("_", "-"): package.version for package in importlib.metadata.distributions()}
     cpu, processor = _cpu()
     result = {

@@ -1,10 +1,9 @@
-"""A function in a process of its own, under a limit of memory: what it returns, or how it failed.
+"""Run a function in its own process, under a limit of memory. The result is its return value, or how it failed.
 
-Processes are forked from a server that has imported everything and computed nothing, so that each starts with the same
-memory. On a CPU, memory is the resident set, and the C library is told to give freed blocks back at once: what is
-counted is what is alive. A process may allocate so much and no more; asking for more is a failure of what runs in it,
-never of the machine. Variables of the environment are read by libraries when they load: a process that needs its own
-starts from nothing instead.
+Each process is a fork of a server that has imported everything and computed nothing, so that all start with the same
+memory. On a CPU, memory means the resident set, and the C library gives freed blocks back at once, so that only live
+memory counts. If the function asks for more than the limit, it fails, and the machine does not. Libraries read
+environment variables when they load; so a process that needs its own variables is started new, not forked.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def _child(connection: Connection, function: Callable[[Any], Any], argument: Any
         memory.limit(torch.device(getattr(argument, "device", "cpu")), memory_gib)
     try:
         connection.send(function(argument))
-    except BaseException as error:  # whatever happens in it is its result
+    except BaseException as error:  # any failure in the process is its result
         connection.send({"failed": _describe(error, memory_gib), "traceback": traceback.format_exc()})
 
 
@@ -67,14 +66,14 @@ def in_fresh_process(
     timeout: float = 300.0,
     environment: Mapping[str, str] | None = None,
 ) -> Any:
-    """`function(argument)` in a fresh process; {"failed": reason, "traceback": ...} if it does not come back.
+    """`function(argument)` in a fresh process; {"failed": reason, "traceback": ...} if the process fails.
 
-    Both must be found by name there: a function of a module, and what `pickle` takes.
+    The process has to find both by name: `function` must belong to a module, and `pickle` must take `argument`.
 
     Args:
-        memory_gib: what it may allocate, on `argument.device` (the CPU if it has none).
+        memory_gib: limit of its memory on `argument.device` (on the CPU if it has no device).
         timeout: seconds.
-        environment: variables that it starts with, beside this process' own.
+        environment: environment variables of the process, in addition to those of this process.
     """
     context: Any = multiprocessing.get_context("forkserver" if environment is None else "spawn")
     if environment is None:

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work: the allocator's on a GPU, the resident set's on a CPU."""
+"""Peak memory of a piece of work: from the allocator on a GPU, from the resident set on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import torch
 
 MIB: Final = 1 << 20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# glibc's mallopt: from which size on freed blocks, and the free end of the heap, go back to the system; arenas.
+# Parameters of glibc's mallopt: the sizes from which freed blocks and the free end of the heap go back to the system,
+# and the number of arenas.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -24,7 +25,7 @@ def status_mib(field: str) -> float:
     """A field of /proc/self/status in MiB: VmRSS, VmHWM (resident, its peak), VmData (private), VmPeak (mapped), ...
 
     Raises:
-        OSError: this system has none.
+        OSError: this system has no such file.
     """
     lines = _STATUS.read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
@@ -44,12 +45,12 @@ def available_gib(device: torch.device) -> float:
 
 
 def limit(device: torch.device, gib: float) -> None:
-    """Let this process take `gib` more than it has; asking for more fails there and then, whatever the machine has."""
+    """Allow this process `gib` more than it has. Asking for more fails at once, even if the machine has more memory."""
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory
         share = (torch.cuda.memory_reserved(device) + gib * 2**30) / whole
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    elif sys.platform == "linux":  # elsewhere the system does not count it
+    elif sys.platform == "linux":  # other systems do not count it
         most = int((status_mib("VmData") + 1024 * gib) * MIB)
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
 
@@ -62,22 +63,22 @@ def _mallopt(**options: int) -> None:
 
 
 def give_back_at_once() -> None:
-    """Count what is alive: have the C library return what is freed, large blocks and the end of its heap."""
+    """Make the C library return freed memory (large blocks, the end of its heap) at once: only live memory counts."""
     _mallopt(_M_MMAP_THRESHOLD=MIB, _M_TRIM_THRESHOLD=2 * MIB)
 
 
 def keep_what_is_freed() -> None:
-    """The opposite, for timing: the thresholds that glibc comes to by itself."""
+    """The opposite, for timing: set the thresholds that glibc reaches by itself."""
     _mallopt(_M_MMAP_THRESHOLD=32 * MIB, _M_TRIM_THRESHOLD=64 * MIB)
 
 
 def one_arena() -> None:
-    """Another thread's arena reserves 64 MiB of addresses, which would count as mapped."""
+    """Use a single arena: the arena of another thread reserves 64 MiB of addresses, which would count as mapped."""
     _mallopt(_M_ARENA_MAX=1)
 
 
 def settle() -> None:
-    """Give back what is free."""
+    """Give free memory back to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -86,19 +87,19 @@ def settle() -> None:
 
 @dataclass(frozen=True)
 class Use:
-    """What a stretch of work took."""
+    """Time and memory of a piece of work."""
 
     result: Any
     seconds: float
     peak_mib: float
-    """Beyond what was in use when it began."""
+    """Peak memory beyond the use at the start."""
 
 
 def watch(job: Callable[[], Any], device: torch.device) -> Use:
-    """Do the job once. Call `give_back_at_once` before anything is allocated, and let a small job bring in libraries.
+    """Do the job once. Call `give_back_at_once` before any allocation, and run a small job first to load libraries.
 
     Raises:
-        OSError: the system lets no process reset its peak (Linux does).
+        OSError: on this system a process cannot reset its peak (on Linux it can).
     """
     settle()
     before = present_mib(device)

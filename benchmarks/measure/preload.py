@@ -1,4 +1,4 @@
-"""What the server of fresh processes imports once; only imports, so that no thread runs before it forks."""
+"""The imports of the server of fresh processes. Nothing else happens here, so that no thread runs before it forks."""
 
 import atexit
 import contextlib
@@ -16,8 +16,8 @@ for _name in (
     "flash_attn.losses.cross_entropy",
     "transformers.models.llama.modeling_llama",
 ):
-    with contextlib.suppress(Exception):  # a peer that cannot be imported is skipped where it is measured
+    with contextlib.suppress(Exception):  # the measurement skips a contender that cannot be imported
         importlib.import_module(_name)
 
-gc.freeze()  # a collection looks at what a process makes, not at half a million imported objects: 0.2 s each
-atexit.register(gc.unfreeze)  # or extensions report as leaked what the last collection left alone
+gc.freeze()  # a collection then skips half a million imported objects, which take 0.2 s each time
+atexit.register(gc.unfreeze)  # else extensions report leaks, because the last collection skips their objects

@@ -1,4 +1,4 @@
-"""Repetitions of several calls, in turns, and what is said of them."""
+"""Repetitions of several calls in turn, and their statistics."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any, Final
 import torch
 
 LEAST: Final = 3
-"""Repetitions from which on a median leaves one stall out."""
+"""Number of repetitions from which the median is not affected by one stall."""
 
 PATIENCE: Final = 2.5
-"""Seconds that those may take, whatever the limit of a run; calls that are slower have fewer."""
+"""Seconds that these repetitions may take, independent of the limit of a run; slower calls have fewer repetitions."""
 
 
 def interleave(
     calls: Mapping[str, Callable[[], Any]], rounds: int, seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """Time each call in turn, in an order that rotates, until it has had `rounds` repetitions or `seconds` in all.
+    """Time the calls in turn, in an order that rotates, until each has `rounds` repetitions or took `seconds` in total.
 
-    Every call has one repetition at least, and LEAST of them if they fit PATIENCE, so that a stall of the machine is
-    not all that is known of it. A machine that slows down for a while slows them all.
+    Each call has at least one repetition, and LEAST of them if they fit PATIENCE, so that the figure is not a single
+    stall of the machine. If the machine is slow for a while, it slows all calls.
     """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     gc.collect()
-    gc.freeze()  # collections look at what the calls make, not at half a million imported objects: 0.2 s each
+    gc.freeze()  # a collection then skips half a million imported objects, which take 0.2 s each time
     try:
         for round_ in range(rounds if names else 0):
             first = round_ % len(names)
@@ -50,7 +50,7 @@ def interleave(
 
 
 def spread(seconds: Sequence[float]) -> float:
-    """Half the interquartile range over the median; NaN for a single repetition."""
+    """Half the interquartile range divided by the median; NaN for a single repetition."""
     if len(seconds) < 2:
         return float("nan")
     low, _, high = quantiles(seconds, n=4, method="inclusive")
@@ -58,6 +58,6 @@ def spread(seconds: Sequence[float]) -> float:
 
 
 def message(error: BaseException) -> str:
-    """A failure in one line."""
+    """The description of a failure in one line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

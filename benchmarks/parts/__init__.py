@@ -1,1 +1,1 @@
-"""What is measured, one part a file. A part writes a record; tables and plots are made from records alone."""
+"""The parts of the benchmarks, each in its own file. A part writes a record. Tables and plots use only the records."""

@@ -44,7 +44,7 @@ def accuracy(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
                     run(contender, batch)
                     for key in ("hidden", "weight"):
                         row[key] = relative_error(getattr(batch, key).grad, right.gradients[key])
-                except Exception as error:  # a peer may fail in any way, and that is a row
+                except Exception as error:  # another implementation may fail in any way; the failure is a row
                     row["failed"] = message(error)
                 batch.clear()
     return rows

@@ -2,10 +2,10 @@
 
     python -m benchmarks cpu-targets [--shapes smollm,llama] [--dtypes bfloat16] [--parts speed,memory,long,accuracy]
 
-Every figure is of whole InfoPO steps on two pairs, at the sizes below. The floor is what bare `torch.mm` calls of full
-size take: three a chosen row, four a rejected one (its weight is known only after its log-probability). Repetitions are
-interleaved; figures are medians. Values are checked before they are timed. The record is merged by case, so parts may
-be run one at a time.
+All figures come from whole InfoPO steps on two pairs, at the sizes below. The floor is the time of bare `torch.mm`
+calls of full size: three for a chosen row, four for a rejected row (its weight is known only after its
+log-probability). Repetitions are interleaved, and figures are medians. Values are checked before the timing. The record
+is merged by case, so you may run one part at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from infopo_kernels.backends import cpp
 RECORD = "cpu-targets"
 PARTS = ("speed", "memory", "long", "accuracy")
 LENGTHS = {"SmolLM2-135M": 512, "Llama-3.2-1B": 128}
-"""Tokens of each of the four sequences, by head."""
+"""Number of tokens in each of the four sequences, for each head."""
 PEERS = ("naive PyTorch", "torch.compile", "F.linear_cross_entropy", "TRL")
 REPETITIONS = 5
 LONG = 131072
@@ -91,7 +91,7 @@ def _memory(case: str, shape: Shape, dtype: str) -> list[dict[str, Any]]:
 
 
 def _long() -> list[dict[str, Any]]:
-    """One call on LONG tokens (one repetition), between short runs."""
+    """One call on LONG tokens (one repetition), with short runs before and after it."""
     shape, case, ours = SHAPES[MAIN_SHAPE], f"{MAIN_SHAPE}, bfloat16: long context", CONTENDERS[OURS]
     make = partial(make_batch, CASES["step"], shape, dtype=torch.bfloat16, device=CPU)
     short, long = make(pairs=2, length=LENGTHS[shape.name]), make(pairs=1, length=LONG // 2)
@@ -120,7 +120,7 @@ def _accuracy() -> list[dict[str, Any]]:
 
 
 def table(record: records.Record) -> report.Table:
-    """One row a figure that has a target, under what it was measured on."""
+    """A row for each figure with a target; the title describes the machine."""
     rows = []
     for row in record.rows[record.rows["target"].notna()].to_dict("records"):
         unit = "" if row["unit"] == "ratio" else f" {row['unit']}".rstrip()
@@ -136,7 +136,7 @@ def table(record: records.Record) -> report.Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, merge into the record, show the table."""
+    """Measure, merge the rows into the record, show the table."""
     parser = records.parser(RECORD, __doc__)
     for name, known in (("shapes", tuple(LENGTHS)), ("dtypes", tuple(DTYPES)[:2]), ("parts", PARTS)):
         parser.add_argument(f"--{name}", default=",".join(known), help=f"of: {', '.join(known)} (default: all)")

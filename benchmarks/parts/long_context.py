@@ -1,4 +1,4 @@
-"""One pair of ever longer sequences through the head, until each contender fails or would take too long."""
+"""One pair of sequences through the head, longer each time, until a contender fails or would take too long."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.plan import Plan, Progress
 def long_context(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
     """Seconds and peak beyond inputs and gradients of single steps, each in a fresh process."""
     rows = []
-    # On a CPU a head of full width would end by its products' time, long before anybody's memory.
+    # On a CPU a head of full width would reach the limit of time long before any contender reaches the limit of memory.
     shape = NARROW if plan.device == "cpu" else SHAPES[MAIN_SHAPE]
     for name in plan.peers:
         seconds: float | None = None  # for each token
@@ -22,7 +22,7 @@ def long_context(plan: Plan, progress: Progress) -> list[dict[str, Any]]:
                 rows.append(setup.row(not_run=f"about {expected:.0f} s expected, limit {plan.long_seconds:.0f} s"))
                 continue
             progress(f"long context: {name}, {tokens} tokens")
-            # Its first run may compile, or run the small batch, before the one that is timed.
+            # The first run of a contender may also compile or run the small batch, before the timed run.
             result = measure_step(setup, plan.limit_gib("long-context"), timeout=60 + 8 * plan.long_seconds)
             rows.append(setup.row(**result))
             if "seconds" not in result:

@@ -1,13 +1,13 @@
-"""One training step on ever longer sequences: where naive logits stop fitting in memory, and the fused head goes on.
+"""One training step on sequences of growing length: naive logits no longer fit in memory, the fused head still does.
 
     python -m benchmarks long-context-training                                   # every case, up to 128k tokens
     python -m benchmarks long-context-training --tokens 131072 --ways fused      # a part; the record keeps the others
 
 A small Llama (activation checkpointing on every layer; float32, on a GPU bfloat16 autocast) takes one InfoPO step on a
-pair of sequences; `--tokens` counts both. Each case runs in a fresh process that may take `--memory-gib` beyond the
-model and its gradients, enforced by the system (RLIMIT_DATA; on a GPU the allocator's share): a case that needs more
-really fails, and its row says what it had allocated and asked for then. Peak memory of the others is the resident set's
-(on a GPU the allocator's).
+pair of sequences; `--tokens` counts both. Each case runs in a fresh process with a limit of `--memory-gib` beyond the
+model and its gradients. The system enforces the limit (RLIMIT_DATA; on a GPU the allocator's share). So a case that
+needs more really fails; its row gives the memory that it had allocated and the memory that it asked for. The peak
+memory of the other cases comes from the resident set (on a GPU from the allocator).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Setup:
 
 
 def step(setup: Setup) -> dict[str, Any]:
-    """Seconds and peak memory beyond the model and its gradients of one step, in this process; or how it failed."""
+    """Run one step in this process: its seconds and its peak memory beyond model and gradients, or how it failed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from infopo_kernels.integrations.transformers import attach_linear_logps
@@ -81,7 +81,7 @@ def step(setup: Setup) -> dict[str, Any]:
         loss.backward()
         return float(loss.detach())
 
-    one(64)  # brings in libraries, threads and gradients
+    one(64)  # loads libraries, starts threads, allocates gradients
     mapped = memory.present_mib(device) if device.type == "cuda" else memory.status_mib("VmSize")
     memory.limit(device, setup.memory_gib)
     start = time.perf_counter()
@@ -90,7 +90,7 @@ def step(setup: Setup) -> dict[str, Any]:
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         message = " ".join(str(error).split())
         asked = re.search(r"allocate ([\d.]+) (bytes|MiB|GiB)", message)
-        # What failed has let go of its own by now: the peak of what was mapped, touched or not.
+        # The failed step has freed its memory by now, so this reads the peak of mapped memory, touched or not.
         peak = torch.cuda.max_memory_allocated(device) / memory.MIB if device.type == "cuda" else None
         return {
             "failed": message[:300], "seconds": time.perf_counter() - start,
@@ -101,7 +101,7 @@ def step(setup: Setup) -> dict[str, Any]:
 
 
 def measure(setup: Setup) -> dict[str, Any]:
-    """The row of a case, from a process of its own."""
+    """The row of a case, measured in its own process."""
     row: dict[str, Any] = in_fresh_process(step, setup, timeout=3600.0)
     row.pop("traceback", None)
     return {"way": setup.way, "tokens": setup.tokens, **row}

@@ -49,7 +49,7 @@ def _step(setup: Setup) -> dict[str, Any]:
     contender = CONTENDERS[setup.contender]
     if reason := contender.unsupported_reason(case, device, dtype):
         return {"skipped": reason}
-    # Libraries, threads and compiled code come in with a first run, which is small unless code is compiled for a shape.
+    # A first run loads libraries, starts threads and compiles. It is small, unless the contender compiles for a shape.
     for length in (setup.length if contender.compiles else min(setup.length, 16), setup.length):
         batch = make_batch(case, setup.shape, setup.pairs, length, dtype, device)
         use = watch(partial(run, contender, batch), device)

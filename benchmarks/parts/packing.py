@@ -1,8 +1,9 @@
-"""What packs and shared prompts save: tokens, and time of forward and backward, on SmolLM2-135M-Instruct.
+"""Tokens and time of forward and backward that packs and shared prompts save, on SmolLM2-135M-Instruct.
 
     python -m benchmarks packing --pairs 4 --repeats 5
 
-The demo's word problems, float32, the same pairs in every layout; repetitions are interleaved, times are medians.
+The data are the demo's word problems, in float32, with the same pairs in every layout. Repetitions are interleaved, and
+times are medians.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _step(model: Any, batch: dict[str, Any]) -> float:
 
 
 def table(record: records.Record) -> report.Table:
-    """A row a layout."""
+    """A row for each layout."""
     rows = record.rows.assign(median=record.rows["seconds"].map(median), spread=record.rows["seconds"].map(spread))
     first, m = rows.iloc[0], record.machine
     cells = [

@@ -1,6 +1,6 @@
-"""Times of every contender and of the bare products, in turns, after values were checked.
+"""Times of every contender and of the bare products, in turn, after a check of the values.
 
-pytest-benchmark keeps the record: `benchmarks/test_speed.py` is what it runs.
+pytest-benchmark runs `benchmarks/test_speed.py` and writes the record.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_benchmark  # noqa: F401 (a plugin; pytest would only say that it does not know its options)
+import pytest_benchmark  # noqa: F401 (a plugin; without it pytest would only reject its options)
 import torch
 
 from benchmarks.cases import CASES, DTYPES, SHAPES, make_batch
@@ -25,15 +25,15 @@ from benchmarks.truth import check, run, truth
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = pytest.StashKey[Plan]()
-"""Where `benchmarks/conftest.py` finds the plan of a run that did not begin as `pytest benchmarks`."""
+"""Key under which `benchmarks/conftest.py` finds the plan of a run that did not start as `pytest benchmarks`."""
 
 SKIPPED: list[dict[str, Any]] = []
-"""What the run at hand could not time, for its record."""
+"""What this run could not time, for its record."""
 
 
 @dataclass
 class Measured:
-    """Seconds of each repetition by contender, and why others have none."""
+    """For each contender the seconds of its repetitions, or the reason why there are none."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def measure(point: SpeedPoint, plan: Plan) -> Measured:
     if needed > (free := available_gib(device)):
         reason = f"needs {needed:.1f} GiB, {free:.1f} GiB are free"
         return Measured(skipped=dict.fromkeys((*plan.peers, FLOOR), reason))
-    torch.compiler.reset()  # what was compiled for another shape would be recompiled as dynamic, and slower
+    torch.compiler.reset()  # else code compiled for another shape is recompiled for dynamic shapes, which is slower
     batch = make_batch(case, shape, point.pairs, point.length, dtype, device)
     right = truth(batch, torch.float32)
     calls: dict[str, Callable[[], Any]] = {}
@@ -58,7 +58,7 @@ def measure(point: SpeedPoint, plan: Plan) -> Measured:
         if wrong is None:
             try:
                 wrong = check(contender, batch, right)
-            except Exception as error:  # a peer may fail in any way, and that is a row of the table
+            except Exception as error:  # another implementation may fail in any way; the failure is a row
                 wrong = message(error)
         batch.clear()
         if wrong is not None:
@@ -83,7 +83,7 @@ class _Given:
 
 
 def speed(plan: Plan, path: Path) -> int:
-    """Write pytest-benchmark's record of the plan's points; 1 if this library's values were wrong, else 0."""
+    """Write pytest-benchmark's record of the plan's points. Returns 1 if this library's values were wrong, else 0."""
     SKIPPED.clear()
     words = [
         str(ROOT / "benchmarks" / "test_speed.py"), "-c", os.devnull, "--rootdir", str(ROOT), "-q", "--tb=short",

@@ -1,4 +1,4 @@
-"""Whole training steps of SmolLM2-135M, each contender its head in turn, on one model in a fresh process."""
+"""Whole training steps of SmolLM2-135M on one model in a fresh process. The contenders take turns as its head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.measure.timing import interleave, message
 from benchmarks.plan import Plan, Progress
 from infopo_kernels.options import IGNORE_INDEX
 
-# SmolLM2-135M's configuration. Weights are drawn at random: neither time nor memory depends on their values.
+# The configuration of SmolLM2-135M. Weights are random: time and memory do not depend on their values.
 _CONFIG: Final = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -69,8 +69,8 @@ def _stepper(training: Training) -> Callable[[Contender], float]:
 
 
 def _measure(training: Training) -> dict[str, Any]:
-    """By contender: two losses, the peak memory of the second step (the first compiles, and makes the optimiser's
-    state), and the seconds of further ones; or why there are none."""
+    """For each contender: two losses, the peak memory of the second step (the first step compiles, and allocates the
+    optimiser's state), and the seconds of more steps; or the reason why there are none."""
     device, step = torch.device(training.device), _stepper(training)
     results: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], float]] = {}
@@ -81,7 +81,7 @@ def _measure(training: Training) -> dict[str, Any]:
             continue
         try:
             first, use = step(contender), watch(partial(step, contender), device)
-        except Exception as error:  # a peer may fail in any way, and that is a row of the table
+        except Exception as error:  # another implementation may fail in any way; the failure is a row
             results[name] = {"failed": message(error)}
             continue
         results[name] = {"losses": [first, use.result], "peak_mib": use.peak_mib}

@@ -1,11 +1,11 @@
-"""Which beta and learning rate to start from: short runs on SmolLM2-135M-Instruct, full tuning and LoRA.
+"""Find a beta and a learning rate to start from: short runs on SmolLM2-135M-Instruct, with full tuning and with LoRA.
 
     python -m benchmarks tuning-sweep                                          # all runs, 12 steps: `tuning-sweep`
     python -m benchmarks tuning-sweep --only "lora16 beta0.1 lr0.0001"         # a part of them
     python -m benchmarks tuning-sweep --steps 40 --name tuning-sweep-long --only ...
 
-Every run starts from the same weights and sees the same pairs of the demo's generator in the same order; the held-out
-pairs are scored before and after. Runs of the same size that are in the record already are not repeated.
+Every run starts from the same weights, and sees the same pairs of the demo's generator in the same order. The held-out
+pairs are scored before and after the run. A run that the record already has, with the same size, is not repeated.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As in the record and the guide."""
+        """The name of the run, as in the record and the guide."""
         kind = "full" if self.lora_rank is None else f"lora{self.lora_rank}"
         extra = " average" * self.average + (f" cap{self.max_log_weight:g}" if self.max_log_weight is not None else "")
         return f"{self.loss} {kind} beta{self.beta:g} lr{self.lr:g}{extra}"
@@ -63,7 +63,7 @@ SETTINGS = [
 
 @dataclass(frozen=True)
 class Part:
-    """Batches, with the log-probabilities of the common start: sums and means [2B] of each."""
+    """Batches, and for each the log-probabilities of the common start: sums and means [2B]."""
 
     batches: list[dict[str, Any]]
     reference: list[dict[bool, Tensor]]
@@ -88,7 +88,7 @@ def _logps(model: Any, batch: dict[str, Any], average: bool) -> Tensor:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Part, Part]:
-    """What is trained on, a batch a step, and what is held out. The reference is the same for every run."""
+    """The training batches, one for each step, and the held-out batches. The reference is the same for every run."""
     from transformers import AutoTokenizer
 
     rows = [pair.row() for pair in word_problems(args.steps * args.batch + args.held_out, 0)]
@@ -105,7 +105,7 @@ def prepare(args: argparse.Namespace) -> tuple[Part, Part]:
 
 
 def _loss(logps: Tensor, reference: Tensor, setting: Setting) -> tuple[Tensor, dict[str, float]]:
-    """The loss of [2B] log-probabilities (means under `average`), differentiable; and what is recorded of them.
+    """The loss of [2B] log-probabilities (means under `average`), differentiable, and the recorded metrics.
 
     chosen_log_ratio, rejected_log_ratio   to the start, nats, means
     reward_accuracy                        share of pairs with the chosen ratio higher
@@ -128,20 +128,20 @@ def _loss(logps: Tensor, reference: Tensor, setting: Setting) -> tuple[Tensor, d
 
 
 def _chosen_first(batches: list[Tensor]) -> Tensor:
-    """One [2B] of those of several batches."""
+    """One [2B] tensor from those of several batches."""
     halves = [values.chunk(2) for values in batches]
     return torch.cat([half[i] for i in (0, 1) for half in halves])
 
 
 def measure(setting: Setting, train: Part, held_out: Part, progress: Any) -> dict[str, Any]:
-    """The row of one run: metrics by step, and of the held-out pairs after."""
+    """The row of one run: metrics of each step, and metrics of the held-out pairs after the run."""
     torch.manual_seed(0)
     model, steps, start = _model(setting.lora_rank).train(), len(train.batches), time.perf_counter()
     rows: list[dict[str, float]] = []
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=setting.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     warmup = round(0.1 * steps)
-    # Up, then linearly down; neither the first step nor the last is wasted on a rate of 0.
+    # The rate rises, then falls linearly. It is not 0 at the first and the last step, since such a step does nothing.
     factors = [(s + 1) / (warmup + 1) if s < warmup else 1 - (s - warmup) / (steps - warmup) for s in range(steps)]
     about = {"run": setting.name, **asdict(setting)}
     for step, (batch, known, factor) in enumerate(zip(train.batches, train.reference, factors, strict=True), 1):
@@ -165,7 +165,7 @@ def measure(setting: Setting, train: Part, held_out: Part, progress: Any) -> dic
 
 
 def table(record: records.Record) -> report.Table:
-    """What became of the held-out pairs."""
+    """A table of the results on the held-out pairs."""
     rows = []
     for run in record.rows.to_dict("records"):
         norm = max((step["gradient_norm"] for step in run["train"]), default=float("nan"))
@@ -187,10 +187,12 @@ def table(record: records.Record) -> report.Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, write the record, show the table."""
+    """Do the missing runs, write the record, show the table."""
     parser = records.parser(RECORD, __doc__)
-    parser.add_argument("--name", default=RECORD, help="of the record: one for each size of runs")
-    parser.add_argument("--only", metavar="TEXT", action="append", help="runs whose name holds this (default: all)")
+    parser.add_argument("--name", default=RECORD, help="name of the record; each size of runs has its own")
+    parser.add_argument(
+        "--only", metavar="TEXT", action="append", help="do only runs whose name contains TEXT (default: all)"
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--held-out", type=int, default=24)
@@ -209,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = measure(setting, *parts, lambda text: console.print(text, highlight=False))
         record = records.merge(args.output, args.name, machine, [row], by=("run",), **sizes)
     if record is None:
-        parser.error(f"--only {args.only}: no run's name holds that; runs: {', '.join(s.name for s in SETTINGS)}")
+        parser.error(f"--only {args.only}: no name of a run contains that; runs: {', '.join(s.name for s in SETTINGS)}")
     report.render(console, [table(record)])
     plots.draw({args.name: record}, path.parent)
     return 0

@@ -1,1 +1,1 @@
-"""The backends: one module each behind the protocol of `base`; `dispatch` loads them on first use."""
+"""The backends. Each is a module that implements the protocol of `base`; `dispatch` loads it on first use."""

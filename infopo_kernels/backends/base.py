@@ -1,6 +1,6 @@
-"""What a backend is: three primitives over rows, and the reason why it cannot run, if it cannot.
+"""The contract of a backend: three primitives over rows, and a method that says why the backend cannot run.
 
-A backend knows rows, not losses; one that can evaluate an objective in a single launch says it with `objective`. With
+A backend knows rows, not losses. If it can evaluate an objective in a single launch, it does so in `objective`. With
 X [N, H], W [V, H], b [V], labels y [N] and row weights c [N]:
 
     a_tv  = X_t . W_v + b_v
@@ -13,25 +13,25 @@ X [N, H], W [V, H], b [V], labels y [N] and row weights c [N]:
 
 Contract, the same for every backend:
 
-- A row whose label is `IGNORE_INDEX` is not scored: its l and lse are 0, its hidden state is never read, it costs no
-  product, and its row of a gradient buffer is not touched.
-- In `backward` a row with c = 0 is treated likewise. A NaN in c is not 0.
-- Logits are formed and reduced in float32 (float64 for float64 inputs) whatever the input type, never rounded before
-  the softmax. NaN or infinity in a row that is read makes that row's l NaN, never a plausible number.
-- With a softcap an infinite a_tv is NaN: tanh would make a plausible number of it.
-- Without a softcap a logit of -inf (from a bias of -inf) has probability 0, exactly. A label on it has l = -inf and
-  finite gradients. A row whose logits are all -inf, or one of them +inf, has l and lse NaN.
-- In gradients exp(z_tv - lse_t) is as exact as lse, |lse_t| 2^-24 relative, and never exceeds 1: lse is rounded, and z
-  may be formed anew in another order of sums.
-- A label outside [0, V) that is not `IGNORE_INDEX` never reads out of bounds; its l is NaN. (On a CPU the ops
-  check labels before a backend sees them.)
-- `gradients.hidden` rows are assigned; `gradients.weight` and `gradients.bias` are added to. Each is accumulated in
-  float32 inside a call and rounded once on its way into a 16-bit buffer. `gradients.weight` has the weight's type or
-  float32; `gradients.bias` is float32 (float64 for float64 inputs).
-- hidden and weight may have any strides whose last one is 1; bias, labels, lse and c are contiguous.
-- Beyond results and vectors of length N a call allocates at most `head.workspace_bytes`.
-- The memory of a weight gradient that nothing has been added to may hold logits until then (`kept_rows`): rows whose
-  weight is known only after their log-probability need no second product for their logits.
+- A row whose label is `IGNORE_INDEX` is not scored. Its l and lse are 0. It costs no product. The backend never reads
+  its hidden state and never writes its row of a gradient buffer.
+- `backward` treats a row with c = 0 in the same way. A NaN in c is not 0.
+- Logits are formed and reduced in float32 (float64 for float64 inputs) for every input type. They are never rounded
+  before the softmax. NaN or infinity in a row that is read makes that row's l NaN, never a plausible number.
+- With a softcap, an infinite a_tv becomes NaN, because tanh would turn it into a plausible number.
+- Without a softcap, a logit of -inf (from a bias of -inf) has probability exactly 0. A label with that logit has
+  l = -inf and finite gradients. If all logits of a row are -inf, or one is +inf, its l and lse are NaN.
+- In gradients, exp(z_tv - lse_t) is as exact as lse (a relative error of |lse_t| 2^-24) and never exceeds 1. It could
+  exceed 1 otherwise: lse is rounded, and z may be formed again with another order of sums.
+- A label outside [0, V) that is not `IGNORE_INDEX` never reads out of bounds; its l is NaN. (On a CPU the ops check
+  labels before a backend sees them.)
+- The backend assigns rows of `gradients.hidden`, and adds to `gradients.weight` and `gradients.bias`. Inside a call it
+  accumulates each in float32, and rounds once when it writes to a 16-bit buffer. `gradients.weight` has the weight's
+  type or float32; `gradients.bias` is float32 (float64 for float64 inputs).
+- hidden and weight may have any strides, but the last stride is 1. bias, labels, lse and c are contiguous.
+- Beyond results and vectors of length N, a call allocates at most `head.workspace_bytes`.
+- While nothing has been added to a weight gradient, its memory may hold logits (`kept_rows`). So rows whose weight
+  depends on their log-probability need no second product for their logits.
 - Two runs with the same inputs on the same machine, with the same number of threads, are bitwise equal.
 """
 
@@ -61,28 +61,28 @@ class Head:
     scale: float
     """logit scale / temperature."""
     workspace_bytes: int
-    """Bound on what a call allocates beyond its results."""
+    """Bound on the memory that a call allocates beyond its results."""
 
     @property
     def accumulator_dtype(self) -> torch.dtype:
-        """Type in which logits, log-probabilities and accumulators live."""
+        """Type of logits, log-probabilities and accumulators."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Buffers that gradients are written to; None for one that is not wanted."""
+    """Buffers for the gradients; None for a gradient that is not wanted."""
 
     hidden: torch.Tensor | None
-    """[N, H], type of `Head.hidden`, contiguous; rows are assigned."""
+    """[N, H], type of `Head.hidden`, contiguous; a call assigns rows."""
     weight: torch.Tensor | None
-    """[V, H], type of `Head.weight` or float32, contiguous; added to."""
+    """[V, H], type of `Head.weight` or float32, contiguous; a call adds to it."""
     bias: torch.Tensor | None
-    """[V], float32 (float64 for float64 inputs), contiguous; added to."""
+    """[V], float32 (float64 for float64 inputs), contiguous; a call adds to it."""
 
 
 class Backend(Protocol):
-    """The three primitives, and `objective`, which may decline.
+    """The three primitives, and `objective`, which may return None.
 
     `labels` is [N] int64, `lse` and `row_weight` [N] in the accumulator type; contiguous.
     """
@@ -90,13 +90,13 @@ class Backend(Protocol):
     name: ClassVar[str]
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None if inputs of this device and type can be served, else why not and what to do, as a sentence."""
+        """None if the backend takes inputs of this device and type, else a sentence: why not, and what to do."""
         ...
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
-        """How many rows' logits the memory of `weight_gradient` [V, H] can hold; 0 where that does not pay.
+        """Number of rows whose logits fit in the memory of `weight_gradient` [V, H]; 0 where keeping them does not pay.
 
-        A gradient of the hidden states counts as wanted, whose float32 sums take part of the workspace.
+        Assumes that a gradient of the hidden states is wanted too. Its float32 sums take part of the workspace.
         """
         ...
 
@@ -105,18 +105,18 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token log-probabilities l [N] and logsumexp [N]. One product.
 
-        `keep` [V, H] is a weight gradient that nothing has been added to, and at most `kept_rows` rows are scored: it
-        holds their logits afterwards, in a layout of the backend's own.
+        `keep` [V, H], if given, is a weight gradient to which nothing has been added, and `labels` score at most
+        `kept_rows` rows. Afterwards `keep` holds the logits of these rows, in a layout that the backend chooses.
         """
         ...
 
     def logprob_and_grad(
         self, head: Head, labels: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`logprob`, and the gradients for row weights known beforehand, from the same logits.
+        """`logprob`, and the gradients for row weights that are known beforehand, from the same logits.
 
-        Two products if only `gradients.hidden` is wanted. Three if `gradients.weight` is wanted and is float32;
-        where it is 16-bit, rounding once within the workspace may ask for a fourth.
+        Two products if only `gradients.hidden` is wanted. Three if `gradients.weight` is wanted and is float32. If it
+        is 16-bit, a fourth may be needed to round each entry only once within the workspace.
         """
         ...
 
@@ -131,16 +131,17 @@ class Backend(Protocol):
     ) -> None:
         """The gradients for row weights c and a known logsumexp. Three products (two if one buffer is None).
 
-        `kept` [N] are the labels of the call of `logprob` that kept logits in `gradients.weight`: its scored rows are
-        scored in `labels` too and cost one product less. `gradients.weight` is assigned then, not added to.
+        `kept` [N], if given, are the labels of the `logprob` call that kept logits in `gradients.weight`. Rows scored
+        there are scored in `labels` too, and take one product less. The call assigns `gradients.weight` then instead of
+        adding to it.
         """
         ...
 
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
     ) -> Evaluation | None:
-        """Optional: what `infopo_kernels.objectives.evaluate` returns, in one launch; None to leave it to that.
+        """Optional: the result of `infopo_kernels.objectives.evaluate` in one launch; None if it does not offer that.
 
-        For a backend whose device takes longer to start the objective's some 20 small operations than to run them.
+        This pays on a device that takes longer to start the objective's 20 or so small operations than to run them.
         """
         ...

@@ -1,7 +1,8 @@
 """The native CPU kernels: the three primitives as calls of `torch.ops.infopo_kernels_cpp` (sources in `csrc/`).
 
-Equations, shapes and contract: `infopo_kernels.backends.base`; how the kernels work: `docs/cpu.md`. The instruction set
-is chosen when a kernel runs; the environment variable INFOPO_KERNELS_CPU_ISA names one instead (`isa` tells which).
+`infopo_kernels.backends.base` has the equations, shapes and contract; `docs/cpu.md` explains the kernels. A kernel
+chooses its instruction set when it runs. The environment variable INFOPO_KERNELS_CPU_ISA chooses another; `isa` returns
+the one in use.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _OPS: Any = torch.ops.infopo_kernels_cpp
 
 @cache
 def _missing_extension() -> str | None:
-    """Load the extension, which registers its ops; or the reason why that failed."""
+    """Load the extension, which registers its ops. Returns None, or the reason for the failure."""
     try:
         importlib.import_module("infopo_kernels._C")
     except ImportError as error:
@@ -35,7 +36,7 @@ def _missing_extension() -> str | None:
 
 
 def _register_fakes() -> None:
-    """Shapes and types of the results, for tracing."""
+    """Register the shapes and types of the results, for tracing."""
 
     def per_row(hidden: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -49,11 +50,11 @@ def _register_fakes() -> None:
 
 
 def isa(dtype: torch.dtype = torch.float32) -> str:
-    """The instruction set that serves inputs of `dtype`: "avx512_bf16", "avx512", "avx2" or "portable".
+    """The instruction set for inputs of `dtype`: "avx512_bf16", "avx512", "avx2" or "portable".
 
     Raises:
-        ImportError: the extension is not there.
-        ValueError: INFOPO_KERNELS_CPU_ISA names one that is unknown or that this machine lacks.
+        ImportError: the extension is missing.
+        ValueError: INFOPO_KERNELS_CPU_ISA names an unknown instruction set, or one that this machine does not have.
     """
     reason = _missing_extension()
     if reason is not None:

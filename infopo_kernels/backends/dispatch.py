@@ -1,4 +1,4 @@
-"""From a backend's name to the backend. Nothing is loaded before it is asked for."""
+"""From a backend's name to the backend. A backend is loaded when it is first used."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def load(name: str) -> Backend | str:
 
 
 def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if backend `name` can serve inputs of this device and type, else why not, as a sentence."""
+    """None if backend `name` takes inputs of this device and type, else a sentence that says why not."""
     backend = load(name)
     return backend if isinstance(backend, str) else backend.unsupported_reason(device, dtype)
 
 
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
-    """Each backend's name with None if it can serve inputs of this device and type, else the reason why not."""
+    """For each backend's name: None if it takes inputs of this device and type, else the reason why not."""
     return {name: unavailable_reason(name, torch.device(device), dtype) for name in _CLASSES}
 
 
@@ -51,10 +51,11 @@ def _warn_of_fallback(preferred: str, reason: str) -> None:
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend to run. A named one runs or raises; "auto" takes the device's own kernels, else PyTorch, and says so.
+    """The backend to run. A named backend runs or raises. "auto" takes the kernels made for the device; if they cannot
+    run, it warns and takes PyTorch.
 
     Raises:
-        ValueError: unknown name, or the named backend cannot serve these inputs (with the reason).
+        ValueError: the name is unknown, or the named backend cannot take these inputs (with the reason).
     """
     if name not in BACKENDS:
         raise ValueError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")

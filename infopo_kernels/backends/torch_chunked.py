@@ -1,11 +1,12 @@
 """The three primitives in plain PyTorch: any device, any floating type, bounded workspace.
 
-Equations, shapes and contract: `infopo_kernels.backends.base`. Rows are compacted first (on a GPU this synchronises
-with the host); logits exist as one tile of C rows by T vocabulary entries, in float32 (float64 for float64 inputs).
+`infopo_kernels.backends.base` has the equations, shapes and contract. The backend first selects the scored rows; on a
+GPU the host waits for this. Logits exist as one tile of C rows by T vocabulary entries, in float32 (float64 for float64
+inputs).
 
-The tiles keep within the workspace; what PyTorch's own products pack and what the C allocator keeps for later come on
-top on a CPU (measured, for a workspace of 32 MiB, whatever the number of tokens: up to 39 MiB resident, up to 70 where
-glibc keeps freed memory, as it does by default).
+The tiles stay within the workspace. On a CPU, PyTorch's own products pack more memory on top of it, and the C allocator
+keeps freed memory. Measured for a workspace of 32 MiB, at any number of tokens: up to 39 MiB resident, and up to 70 MiB
+where glibc keeps freed memory, which is its default.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from infopo_kernels.packing import Rows
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MIN_STORED_ROWS = 64
-"""Below this many rows of whole logits in the workspace, recomputing a wide tile beats storing a narrow one
-(2 cores with AVX-512: a product with 32 rows runs at under half the rate of one with 256)."""
+"""If the workspace holds fewer rows of whole logits than this, recomputing a wide tile is faster than storing a narrow
+one (2 cores with AVX-512: a product with 32 rows runs at less than half the rate of a product with 256)."""
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Sizes of the tiles: C rows of hidden states, T rows of the weight."""
+    """Sizes of a tile: C rows of hidden states, T rows of the weight."""
 
     rows: int
     vocab: int
 
     @classmethod
     def within(cls, workspace_bytes: int, head: Head) -> _Tiles:
-        """A quarter of the workspace for widened hidden states, a quarter for the widened weight, half for logits."""
+        """Splits the workspace: a quarter for widened hidden states, a quarter for widened weights, half for logits."""
         H = head.hidden.shape[1]
         element = head.accumulator_dtype.itemsize
         vocab = max(1, min(4096, workspace_bytes // 4 // (2 * H * element)))  # the weight's tile and its gradient's
@@ -46,7 +47,7 @@ class _Tiles:
 
 
 def _vocab_tiles(head: Head, size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """First entry, weight [T, H] and bias [T] of each tile, in the accumulator type."""
+    """First vocabulary entry, weight [T, H] and bias [T] of each tile, in the accumulator type."""
     for start in range(0, head.weight.shape[0], size):
         weight = head.weight[start : start + size].to(head.accumulator_dtype)
         bias = None if head.bias is None else head.bias[start : start + size].to(head.accumulator_dtype)
@@ -57,7 +58,7 @@ def _logits(head: Head, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     """z [C, T] of one tile."""
     a = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
     if head.softcap is not None:
-        infinite = a.isinf()  # NaN, not a plausible softcap
+        infinite = a.isinf()  # becomes NaN: tanh would turn it into a plausible number
         a = a.div_(head.softcap).tanh_().mul_(head.softcap).masked_fill_(infinite, torch.nan)
     return a.mul_(head.scale) if head.scale != 1 else a
 
@@ -65,11 +66,11 @@ def _logits(head: Head, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 def _logit_gradient_(
     head: Head, z: torch.Tensor, start: int, y: torch.Tensor, lse: torch.Tensor, c: torch.Tensor
 ) -> torch.Tensor:
-    """G [C, T] from z [C, T] (overwritten), with labels y, logsumexp and row weights c [C] of the same rows."""
+    """G [C, T] from z [C, T], which it overwrites; labels y, logsumexp and row weights c are [C], of the same rows."""
     local = y - start
     inside = (local >= 0) & (local < z.shape[1])
     chain = (z / (head.softcap * head.scale)).square_().neg_().add_(1) if head.softcap is not None else None
-    # lse is rounded, and these logits may be, otherwise than those that it came from: p never exceeds 1.
+    # lse is rounded, and these logits may differ in rounding from those that gave lse. The clamp keeps p at most 1.
     g = z.sub_(lse[:, None]).clamp_(max=0).exp_().mul_(-c[:, None])
     g.scatter_add_(1, local.clamp(0, z.shape[1] - 1)[:, None], torch.where(inside, c, 0.0)[:, None])
     if chain is not None:
@@ -117,7 +118,7 @@ class TorchBackend:
                 picked = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
                 target = torch.where(inside, picked, target)
                 lse = torch.logaddexp(lse, z.logsumexp(1))
-            # An infinite logsumexp comes of an infinite logit: no probability is defined then.
+            # An infinite logsumexp comes from an infinite logit; then no probability is defined.
             lse = torch.where(lse.isinf(), torch.nan, lse)
             out_logp[chunk], out_lse[chunk] = target - lse, lse
         return out_logp, out_lse
@@ -129,7 +130,7 @@ class TorchBackend:
         accumulates = gradients.weight is None or gradients.weight.dtype == head.accumulator_dtype
         if stored < _MIN_STORED_ROWS or not accumulates:
             logp, lse = self.logprob(head, labels)
-            if gradients.hidden is not None:  # rows with a weight of 0 too, which `backward` leaves alone
+            if gradients.hidden is not None:  # `backward` does not write rows of weight 0
                 gradients.hidden.index_fill_(0, (labels != IGNORE_INDEX).nonzero().squeeze(1), 0)
             self.backward(head, labels, lse, row_weight, gradients)
             return logp, lse
@@ -138,7 +139,7 @@ class TorchBackend:
     def _from_stored_logits(
         self, head: Head, labels: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients, stored: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each chunk's logits z [C, V] are formed once, reduced, and turned into G tile by tile."""
+        """Forms the logits z [C, V] of each chunk once, reduces them, and turns them into G tile by tile."""
         out_logp = torch.zeros(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
         out_lse = torch.zeros_like(out_logp)
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
@@ -185,8 +186,8 @@ class TorchBackend:
         if gradients.hidden is None or gradients.hidden.dtype == accumulator or dx_bytes <= head.workspace_bytes // 4:
             self._backward_rows(head, labels, lse, row_weight, gradients, rows)
             return
-        # A 16-bit dX needs an accumulator that the workspace does not hold for all rows: a part of the rows at a time
-        # for dX, then all rows for dW and db, so that each is still rounded once.
+        # A 16-bit dX needs an accumulator, and the workspace does not hold it for all rows. So take a part of the rows
+        # at a time for dX, then all rows for dW and db. Each is still rounded only once.
         part = max(1, head.workspace_bytes // 4 // (head.hidden.shape[1] * accumulator.itemsize))
         for some in torch.split(rows, part):
             self._backward_rows(head, labels, lse, row_weight, Gradients(gradients.hidden, None, None), some)
@@ -203,7 +204,7 @@ class TorchBackend:
         gradients: Gradients,
         rows: torch.Tensor,
     ) -> None:
-        """Vocabulary outside, rows inside: a tile of dW is finished before the next begins."""
+        """Loops over the vocabulary outside, over rows inside: each tile of dW is finished before the next begins."""
         accumulator, H = head.accumulator_dtype, head.hidden.shape[1]
         tiles = _Tiles.within(head.workspace_bytes // 4 * 3, head)
         in_place = gradients.hidden is not None and gradients.hidden.dtype == accumulator

@@ -296,8 +296,9 @@ def _lost(model: Any) -> str:
     origin = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
     return (
         f"the forward that attach_linear_logps put there is gone, and {origin} runs in its place. Something replaced "
-        f"it: a patch of the forward by another library (Liger's), a wrapper that was taken off half-way, a copy that "
-        f"left it behind. Call attach_linear_logps(model) again, after whatever did that."
+        f"it: a patch of the forward by another library (Liger's; leave it out with `liger_kernel_config="
+        f"{{'fused_linear_cross_entropy': False}}`), a wrapper that was taken off half-way, a copy that left it "
+        f"behind. Call attach_linear_logps(model) again, after whatever did that."
     )
 
 

@@ -1,8 +1,8 @@
-"""DPO: the Bradley-Terry likelihood of the preference, with the log-ratio as the reward.
+"""DPO: the Bradley-Terry likelihood of the preference. The reward is the log-ratio.
 
     f(margin) = -log sigmoid(margin)       f'(margin) = -sigmoid(-margin)       margin = beta (Delta_w - Delta_l)
 
-log 2 - f, averaged over the pairs, is the InfoNCE bound (two samples) of the mutual information between a response and
+The mean of log 2 - f over the pairs is the InfoNCE bound (two samples) of the mutual information between a response and
 its being preferred, in nats.
 
 Source: Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", NeurIPS 2023,

@@ -7,16 +7,16 @@ With equations (1) to (4) of `infopo_kernels.objectives.base`, k_s = 1 (or 1 / n
                term_s  =  exp(a_s)                        for a_s <= max_log_weight                  (6)
                term_s  =  exp(m) * (1 + a_s - m)          for a_s >  m = max_log_weight (the tangent)
 
-and term_s of a chosen sequence has sft_weight * (-sum_t l_t / n_s) added. The two halves of a pair never meet, so each
-sequence's derivative is its own:
+For a chosen sequence, sft_weight * (-sum_t l_t / n_s) is added to term_s. No term depends on both sequences of a pair,
+so each sequence has its own derivative:
 
     weight_s = beta                               for a chosen sequence                              (7)
              = beta * exp(min(a_s, m))            for a rejected one; 0 where a_s < min_log_weight
     slope_s  = -weight_s * k_s - sft_weight / n_s for a chosen sequence, known beforehand            (8)
              =  weight_s * k_s                    for a rejected one
 
--sum_s u_s term_s / P, without the added term, is the Nguyen-Wainwright-Jordan estimate of the mutual information
-between a response and its being preferred, in nats.
+Without the added term, -sum_s u_s term_s / P is the Nguyen-Wainwright-Jordan estimate of the mutual information between
+a response and its being preferred, in nats.
 
 Sources: Xiao et al., "InfoPO: On Mutual Information Maximization for Large Language Model Alignment", NAACL 2025;
 Nguyen, Wainwright, Jordan, "Estimating divergence functionals and the likelihood ratio by convex risk minimization",
@@ -42,12 +42,12 @@ class InfoPO(Objective):
     Args:
         beta: scale β of the log-ratios (the strength of the implicit KL constraint); positive.
         offset: constant inside the exponential; 1 is the Nguyen-Wainwright-Jordan bound, 0 its unshifted form.
-        max_log_weight: where the exponential of a rejected sequence goes on as its tangent, so that the
-            sequence's weight never exceeds ``beta * exp(max_log_weight)``; None never caps.
-        min_log_weight: rejected sequences whose log-weight ``beta * log_ratio - offset`` lies below take no
-            part in the backward pass (their weight counts as 0, at most ``beta * exp(min_log_weight)`` too little;
-            the loss value is not touched); None drops only what float32 cannot hold (about -103).
-        sft_weight: α of an added ``α * (-mean token log-probability of the chosen response)``; 0 leaves it out.
+        max_log_weight: log-weight of a rejected sequence above which its exponential continues as its tangent, so that
+            its weight is at most ``beta * exp(max_log_weight)``; None sets no cap.
+        min_log_weight: rejected sequences with a log-weight ``beta * log_ratio - offset`` below this take no part in
+            the backward pass. Their weight counts as 0, which is at most ``beta * exp(min_log_weight)`` too little; the
+            loss value does not change. None drops only weights that float32 cannot hold (about -103).
+        sft_weight: α of the added term ``α * (-mean token log-probability of the chosen response)``; 0 adds none.
         average: sequence log-probabilities are means over the scored tokens instead of sums.
 
     Raises:
@@ -86,7 +86,7 @@ class InfoPO(Objective):
         is_chosen = sequences.is_chosen
         logps = levels(sums, sequences, self.average)
         rewards = self.beta * (logps - sequences.ref_logps)
-        # The exponential of a chosen reward is not used; an infinite one would turn autograd's 0 into NaN.
+        # The exponential of a chosen reward is not used, but an infinite one would turn autograd's 0 into NaN.
         log_weights = (rewards - self.offset).masked_fill(is_chosen, 0.0)
         if self.max_log_weight is None:
             growth = log_weights.exp()

@@ -1,11 +1,11 @@
-"""IPO: the margin of the log-ratios is pulled to a finite target, so that certain preferences do not drive it away.
+"""IPO: the loss pulls the margin of the log-ratios to a finite target, so that it stays bounded for clear preferences.
 
     f(margin) = (Delta_w - Delta_l - 1 / (2 beta))^2 = (margin - 1/2)^2 / beta^2         f' = 2 (margin - 1/2) / beta^2
 
 with margin = beta (Delta_w - Delta_l); beta is the paper's tau.
 
 Source: Azar et al., "A General Theoretical Paradigm to Understand Learning from Human Preferences", AISTATS 2024,
-equation (17). Its authors take means over the tokens in practice, which is the default here as in TRL.
+equation (17). In practice its authors take means over the tokens; this is the default here, as in TRL.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class IPO(Pairwise):
     """IPO with its options.
 
     Args:
-        beta: the paper's τ, strength of the regularisation: the target of the margin is ``1 / (2 beta)``; positive.
-        average: sequence log-probabilities are means over the scored tokens; False takes sums, as the paper writes it.
+        beta: the paper's τ, the strength of the regularisation; positive. The target of the margin of the log-ratios is
+            ``1 / (2 beta)``.
+        average: sequence log-probabilities are means over the scored tokens; False takes sums, as in the paper.
 
     Raises:
         ValueError, TypeError: a value is out of range or not a number; the message names it.

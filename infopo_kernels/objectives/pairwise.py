@@ -1,4 +1,4 @@
-"""Objectives of the margin between the two rewards of a pair; what they share.
+"""The shared part of all objectives that depend on the margin between the two rewards of a pair.
 
 With equations (1) to (4) of `infopo_kernels.objectives.base`, for sequence s and its partner r:
 
@@ -20,7 +20,7 @@ from infopo_kernels.objectives.base import Objective, Sequences, Terms, levels
 
 
 class Pairwise(Objective):
-    """A subclass states f and f'."""
+    """An objective of the margin. A subclass defines f and f'."""
 
     pairwise: ClassVar[bool] = True
     beta: float
@@ -40,7 +40,7 @@ class Pairwise(Objective):
 
 
 def partners(values: Tensor, sequences: Sequences) -> Tensor:
-    """values [S] of each sequence's partner; NaN for one that has no partner of the other kind."""
+    """values [S] of each sequence's partner; NaN if the partner is of the same kind (both chosen or both rejected)."""
     partner = sequences.partner
     assert partner is not None, "Sequences.paired comes first"
     return torch.where(sequences.is_chosen == sequences.is_chosen[partner], torch.nan, values[partner])

@@ -1,11 +1,11 @@
-"""SFT: the negative log-likelihood of the chosen responses. Rejected ones take no part; they are only logged.
+"""SFT: the negative log-likelihood of the chosen responses. Rejected responses are only logged.
 
     term_s = -L_s      slope_s = -k_s, k_s = 1 / n_s (or 1 without `average`)      chosen
            =  0                = 0                                                 rejected
 
-Every slope is known beforehand: rejected rows cost one product, chosen rows three in one pass.
+Every slope is known beforehand. So rejected rows take one product, and chosen rows three in one pass.
 
-Source: maximum likelihood; the term that `sft_weight` adds to InfoPO.
+Source: maximum likelihood. InfoPO's `sft_weight` adds the same term.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SFT(Objective):
     """SFT with its options.
 
     Args:
-        average: the mean over the scored tokens of each response; False takes sums.
+        average: sequence log-probabilities are means over the scored tokens; False takes sums.
 
     Raises:
         TypeError: not a boolean.

@@ -1,4 +1,4 @@
-"""SimPO: the mean token log-probability as the reward, without a reference, and a margin that has to be exceeded.
+"""SimPO: the reward is the mean token log-probability, without a reference; the margin has a target.
 
     f(margin) = -log sigmoid(margin - gamma)        f'(margin) = -sigmoid(gamma - margin)
 

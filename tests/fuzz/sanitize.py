@@ -32,8 +32,9 @@ def preload() -> str:
 
 def main(library: str) -> int:
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):
-        # Python and torch leave what they hold to the end of the process; leaks are not what is looked for.
-        asan = "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1"
+        # Python and torch leave what they hold to the end of the process: leaks are not what is looked for. The fake
+        # stack of detect_stack_use_after_return is aligned to less than an AVX-512 vector by GCC 12: its stores fault.
+        asan = "detect_leaks=0:detect_stack_use_after_return=0:strict_init_order=1"
         environment = {
             **os.environ,
             "LD_PRELOAD": preload(),

@@ -129,11 +129,11 @@ class Demo:
         """
         args = self.args
         config = InfoPOConfig(
-            str(self.output / "trainer"), loss_type=[RUNS[name]], beta=args.beta, learning_rate=args.lr,
+            str(self.output), loss_type=[RUNS[name]], beta=args.beta, learning_rate=args.lr,
             max_steps=args.steps, per_device_train_batch_size=args.batch, per_device_eval_batch_size=8,
             warmup_steps=0, adam_beta2=0.99, max_length=None, seed=args.seed, precompute_ref_log_probs=True,
-            padding_free=True, share_prompt=True, gradient_checkpointing=False, bf16=False, save_strategy="no", logging_steps=1, report_to="none",
-            disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(),
+            padding_free=True, share_prompt=True, gradient_checkpointing=False, bf16=False, save_strategy="no",
+            logging_steps=1, report_to="none", disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(),
             model_init_kwargs={"dtype": "float32"},
         )  # fmt: skip
         callbacks = [MetricsFile(self.metrics, run=name), Lines(self.console, name, args.beta)]

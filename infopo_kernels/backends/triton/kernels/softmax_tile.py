@@ -146,8 +146,9 @@ def softmax_tile_kernel(
 @triton.jit
 def normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP: tl.constexpr):
     """G / gain from Q."""
-    # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well.
-    other_columns = -c * exp(part_max - lse) + (logp - logp)
+    # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well. It is -inf where the
+    # label's logit is, and the gradient is finite there.
+    other_columns = -c * exp(part_max - lse) + tl.where(logp == logp, 0.0, logp)
     at_label = c * (1.0 - exp(logp))
     if HAS_SOFTCAP:
         t = (logp + lse) / (scale * softcap)
