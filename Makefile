@@ -9,6 +9,8 @@
 #   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make check       formatting of Python and C++, lint, types
+#   make test-matrix the tests that depend on other libraries, on their oldest and newest releases (CELLS="oldest ...")
+#   make docs        the documentation as a site in out/site; warnings are errors, the notebook is executed
 
 # Only this line names the version of torch. If pip's index has a CUDA build and you want a CPU build, name an index
 # that has it: make demo TORCH_PIP_ARGS="--index-url ..."
@@ -26,13 +28,14 @@ TORCH_STAMP := $(STAMPS)/$(subst ==,-,$(TORCH))
 PACKAGE := $(STAMPS)/package
 TRAIN := $(STAMPS)/train
 TEST := $(STAMPS)/test
+DOCS := $(STAMPS)/docs
 
 extras = $(PY) -c 'import sys, tomllib; \
 	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels test-gpu bench-gpu check fuzz sanitize setup clean
+.PHONY: demo test bench kernels test-gpu bench-gpu check fuzz sanitize test-matrix docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -58,6 +61,12 @@ check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(PY) -m mypy
+
+test-matrix: $(PACKAGE) $(TEST)
+	$(PY) tests/matrix/run.py $(CELLS) $(ARGS)
+
+docs: $(PACKAGE) $(DOCS)
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 fuzz: $(PACKAGE) $(TEST)
 	$(PY) -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CASES),--cases $(CASES)) $(ARGS)
@@ -99,4 +108,9 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
 	$(call extras,test bench triton)
+	touch $@
+
+$(DOCS): $(TRAIN)
+	@echo "Installing what the documentation needs"
+	$(call extras,docs)
 	touch $@

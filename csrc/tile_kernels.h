@@ -120,8 +120,8 @@ extern const TileKernels kKernels;
 }
 #endif
 
-// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names. Throws
-// c10::ValueError if the machine does not have them.
+// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names. Throws a ValueError
+// (errors.h) if the machine does not have them.
 const TileKernels& select_kernels(Dtype);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -11,6 +11,7 @@ Each op finds its backend by name when it runs. This file checks values (on a CP
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,6 +88,10 @@ class HeadInputs:
         return cls(
             rows.hidden, weight, bias, rows.labels, logit.softcap, logit.scale, kernel.backend, kernel.workspace_mib
         )
+
+    def fields(self) -> dict[str, Any]:
+        """For the inputs of an op that takes more. `vars` is beyond torch.compile of torch 2.10."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def head(self) -> Head:
         limit = KernelOptions(workspace_mib=self.workspace_mib).workspace_bytes(self.hidden.device.type)
@@ -194,7 +199,7 @@ def _differentiate_logprob(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[T
         return ()
     hidden, weight, bias, labels, lse = ctx.saved_tensors
     head = HeadInputs(hidden, weight, bias, labels, *ctx.settings)
-    results = _logprob_backward(LogprobBackwardInputs(**vars(head), lse=lse, row_weight=grad, wanted=wanted))
+    results = _logprob_backward(LogprobBackwardInputs(**head.fields(), lse=lse, row_weight=grad, wanted=wanted))
     return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
 
@@ -338,7 +343,7 @@ def linear_preference(
     grad = torch.is_grad_enabled()
     return _linear_preference(
         PreferenceInputs(
-            **vars(HeadInputs.of(rows, weight, bias, logit, kernel)),
+            **HeadInputs.of(rows, weight, bias, logit, kernel).fields(),
             cu_seqlens=rows.cu_seqlens,
             segments=rows.segments,
             counts=sequences.counts,

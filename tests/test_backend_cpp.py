@@ -365,8 +365,12 @@ def test_ops_keep_reads_in_bounds(change: dict[str, Tensor], error: type[Excepti
         "labels": torch.zeros(4, dtype=torch.int64),
     }
     arguments |= change
-    with pytest.raises(error, match=message):
-        torch.ops.infopo_kernels_cpp.logprob(*arguments.values(), None, None, 1.0, MIB)
+    hidden, weight, bias, labels = arguments.values()
+    assert hidden is not None
+    assert weight is not None
+    assert labels is not None
+    with pytest.raises(error, match=f"^{message}"):
+        BACKEND.logprob(Head(hidden, weight, bias, None, 1.0, MIB), labels)
 
 
 def test_opcheck() -> None:

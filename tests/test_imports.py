@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "infopo_kernels"
 # A module may not import one of a higher level. The longest prefix of its name in this table gives its level. No module
 # is exempt.
 LEVELS = {
+    "libraries": 0,
     "options": 0,
     "op_schema": 0,
     "packing": 1,

@@ -64,7 +64,6 @@ class ReferenceMemory(TrainerCallback, ExportableState):  # type: ignore[misc]
 class PreferenceTraining:
     """In front of `Trainer`; `_prepare_preferences` is called at the end of `__init__`."""
 
-    loss_is_scaled_for_ga = False
     accelerator: Any
     args: Any
     state: Any
@@ -93,6 +92,9 @@ class PreferenceTraining:
 
     def _prepare_preferences(self, reference: Any, *, dropout: bool) -> None:
         self._train_sums = []
+        # The loss is a mean over the pairs of a batch, so Trainer divides it by the accumulation steps. Its class
+        # attribute `loss_is_scaled_for_ga` says the same, but transformers before 5.19 does not know it.
+        self.model_accepts_loss_kwargs = False
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{type(self).__name__} does not run under nn.DataParallel, which Trainer uses with several GPUs in "

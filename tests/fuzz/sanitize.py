@@ -55,7 +55,7 @@ def main(library: str) -> int:
         os.environ["INFOPO_KERNELS_CPU_ISA"] = name
         try:
             ops.isa(torch.bfloat16)
-        except ValueError as error:
+        except RuntimeError as error:
             print(f"{name}: not here ({error})")
             continue
         for dtype in dtypes:
