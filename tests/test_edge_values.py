@@ -107,7 +107,7 @@ def test_negative_scale(backend: Backend, dtype: torch.dtype, softcap: float | N
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("where", ["hidden", "weight", "bias", "every bias"])
 def test_infinity_is_nan(backend: Backend, where: str, softcap: float | None, value: float) -> None:
-    """l and lse are NaN, and the gradients that follow from them; never a plausible number or an infinity."""
+    """l, lse and the gradients that follow from them are NaN, never a plausible number or an infinity."""
     head, labels, c = make(torch.float32, softcap)
     scored, hit = labels != IGNORE_INDEX, torch.ones(N, dtype=torch.bool)
     assert head.bias is not None

@@ -110,7 +110,7 @@ def test_is_chosen_overrides_chosen_first() -> None:
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trainable", "frozen"])
 def test_the_sequence_of_each_row_is_derived_once(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with a shift, a reference to form, and a backward pass. A padded batch needs no search."""
+    """This holds with a shift, a reference to form, and a backward pass. A padded batch needs no search."""
     searches, search = [], torch.bucketize
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
