@@ -203,8 +203,12 @@ def _launch(n: int, h: int, v: int) -> Any:
 
 
 def _live(n: int, *index: int) -> rows.LiveRows:
-    one = torch.ones(1, dtype=torch.int32)
-    return rows.LiveRows(torch.tensor([*index, *[0] * n][:n], dtype=torch.int32), n * one, one.float(), 0 * one)
+    live = rows.new_list(torch.zeros(n, dtype=torch.int64))
+    live.index.copy_(torch.tensor([*index, *[0] * n][:n]))
+    live.count.fill_(n)
+    live.kept.fill_(0)
+    live.gain.fill_(1.0)
+    return live
 
 
 def test_dw_beyond_two_to_the_31() -> None:

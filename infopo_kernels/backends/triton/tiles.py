@@ -60,6 +60,10 @@ class Target:
     """bfloat16 and float16 whose rows do not all begin on 16 elements, if they take tiles of their own."""
     single_unaligned: Products | None = None
     """float32 likewise."""
+    library_half: bool = False
+    """Whether dX and dW of 16-bit inputs are the library's products (`products.py`), for aligned rows."""
+    library_single: bool = False
+    """float32 likewise."""
 
     def products(self, *, single: bool, aligned: bool) -> Products:
         own, unaligned = (self.single, self.single_unaligned) if single else (self.half, self.half_unaligned)

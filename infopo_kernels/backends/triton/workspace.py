@@ -115,7 +115,8 @@ def plan_tile(launch: Launch, gradients: Gradients) -> TilePlan | None:
     """
     budget = launch.head.workspace_bytes - SPARE
     steps = ceil_div(launch.vocabulary, launch.tiles.hidden.depth)
-    most_slices = max(1, min(MAX_SLICES, steps // 16)) if gradients.hidden is not None else 1
+    divided = gradients.hidden is not None and not launch.library
+    most_slices = max(1, min(MAX_SLICES, steps // 16)) if divided else 1
     row_bytes = launch.vocabulary * launch.head.hidden.element_size()
     n, best = launch.rows, None
     for rows in _chunk_sizes(min(n, max(1, budget // row_bytes))):

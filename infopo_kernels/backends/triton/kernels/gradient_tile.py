@@ -98,6 +98,7 @@ def gradient_tile_kernel(
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """g[i, v - v0] = G_iv (0 for v >= V), db_part[block, v - v0] = sum of G_iv / gain over the block's rows.
 
@@ -173,5 +174,7 @@ def launch_gradient_tile(
         HAS_GAIN=g.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
         **launch.logit_arguments,
+        rows=c,
+        present=lambda: live.present(row0, c, kept=False),
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )

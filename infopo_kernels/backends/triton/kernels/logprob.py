@@ -77,6 +77,7 @@ def logprob_kernel(
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """max[S, i] = m_Si, sum[S, i] = s_Si, target[i] = y_i for the rows and the slice S of one program."""
     count = tl.load(count_ptr)
@@ -208,6 +209,8 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
         slices,
         slice_tiles,
         **arguments,
+        rows=n,
+        present=lambda: live.present(0, n),
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )
     launch_merge(launch, labels, live, partial[0], partial[1], target, logp, lse, row0=0)

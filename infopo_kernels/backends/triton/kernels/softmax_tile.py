@@ -117,6 +117,7 @@ def softmax_tile_kernel(
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """q[T, i, v - PART T] = Q_iv (0 for v >= V), max[T, i] = m_Ti, sum[T, i] = s_Ti, target[i] = y_i."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
@@ -239,6 +240,8 @@ def launch_softmax_tile(
         q.stride(1),
         part_max.stride(0),
         **launch.logit_arguments,
+        rows=c,
+        present=lambda: live.present(row0, c),
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )
 
