@@ -25,7 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from infopo_kernels.bench.environment import environment
-from infopo_kernels.options import InfoPOOptions, KernelOptions
+from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.options import KernelOptions
 from infopo_kernels.training.batches import collate
 from infopo_kernels.training.data import parse_preference
 from infopo_kernels.training.errors import UserError

@@ -1,26 +1,36 @@
-"""Fused LM-head loss for preference training with InfoPO: hidden states, head and labels to loss and gradients.
+"""Fused LM-head loss for preference training: hidden states, head and labels to loss and gradients.
 
-Importing this package needs torch only. Mathematics: `infopo_kernels.objective`; data flow: `functional` ->
-`ops` -> `schedule` -> `backends`.
+Importing this package needs torch only. Mathematics: `infopo_kernels.objectives`; data flow: `functional` -> `ops` ->
+`schedule` -> `backends`.
 """
 
 from infopo_kernels.backends.dispatch import available_backends
-from infopo_kernels.functional import InfoPOOutput, infopo_loss, linear_infopo_loss, linear_logps
-from infopo_kernels.modules import InfoPOLoss, LinearInfoPOLoss
-from infopo_kernels.options import InfoPOOptions, KernelOptions, LogitOptions
+from infopo_kernels.functional import infopo_loss, linear_infopo_loss, linear_logps, linear_preference_loss
+from infopo_kernels.modules import InfoPOLoss, LinearInfoPOLoss, LinearPreferenceLoss
+from infopo_kernels.objectives import DPO, IPO, SFT, InfoPO, InfoPOOptions, SimPO
+from infopo_kernels.options import KernelOptions, LogitOptions
+from infopo_kernels.output import InfoPOOutput, PreferenceOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPO",
+    "IPO",
+    "SFT",
+    "InfoPO",
     "InfoPOLoss",
     "InfoPOOptions",
     "InfoPOOutput",
     "KernelOptions",
     "LinearInfoPOLoss",
+    "LinearPreferenceLoss",
     "LogitOptions",
+    "PreferenceOutput",
+    "SimPO",
     "__version__",
     "available_backends",
     "infopo_loss",
     "linear_infopo_loss",
     "linear_logps",
+    "linear_preference_loss",
 ]

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 
+from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import IGNORE_INDEX
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -112,10 +113,26 @@ def layout(hidden: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor 
         )
 
 
+def objective(value: object) -> Objective:
+    """`value` if it is an objective."""
+    if not isinstance(value, Objective):
+        what = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__} {value!r}"
+        raise TypeError(
+            f"`objective` must be an object of infopo_kernels.objectives, as DPO(beta=0.1), got {what}; your own "
+            f"objective derives from infopo_kernels.objectives.Objective."
+        )
+    return value
+
+
 def pairs(
-    labels: torch.Tensor, cu_seqlens: torch.Tensor | None, is_chosen: torch.Tensor | None, num_pairs: object
+    labels: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    is_chosen: torch.Tensor | None,
+    num_pairs: object,
+    sequence_weights: torch.Tensor | None,
+    objective: Objective,
 ) -> int:
-    """Number of sequences S; checks that the halves are known and that `num_pairs` is a positive number."""
+    """Number of sequences S; checks that the halves are known, their weights, and `num_pairs`."""
     if cu_seqlens is None and labels.ndim == 1:
         raise ValueError("`cu_seqlens` is missing: packed `hidden` [N, H] needs the bounds [S + 1] of its sequences.")
     S = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
@@ -136,12 +153,122 @@ def pairs(
                 f"`is_chosen` must have shape [S] = [{S}], one for each sequence, got {_shape(is_chosen)}."
             )
         _same_device("is_chosen", is_chosen, labels)
-    if num_pairs is not None:
-        if isinstance(num_pairs, bool) or not isinstance(num_pairs, (int, float)):
-            raise TypeError(f"`num_pairs` must be a number, got {type(num_pairs).__name__} {num_pairs!r}.")
-        if not 0 < num_pairs < float("inf"):
-            raise ValueError(f"`num_pairs` must be positive and finite, got {num_pairs}.")
+    if objective.pairwise and S % 2:
+        raise ValueError(
+            f"`is_chosen` must name as many chosen as rejected sequences, because {type(objective).__name__} pairs the "
+            f"i-th chosen with the i-th rejected one, got an odd number of sequences, {S}; give each rejected sequence "
+            f"its own chosen one, or use an objective that does not compare them (InfoPO)."
+        )
+    if sequence_weights is not None:
+        tensor("sequence_weights", sequence_weights)
+        if not sequence_weights.is_floating_point():
+            raise TypeError(f"`sequence_weights` must be floating point (float64), got {sequence_weights.dtype}.")
+        if sequence_weights.shape != (S,):
+            raise ValueError(
+                f"`sequence_weights` must have shape [S] = [{S}], one for each sequence, got "
+                f"{_shape(sequence_weights)}."
+            )
+        _same_device("sequence_weights", sequence_weights, labels)
+        if num_pairs is None:
+            raise ValueError(
+                "`num_pairs` is missing: with `sequence_weights` the number of sequences does not tell the number of "
+                "prompts; pass the number that the loss is averaged over."
+            )
+    number_of_pairs(num_pairs)
     return S
+
+
+def number_of_pairs(num_pairs: object) -> None:
+    """`num_pairs` is None or a positive finite number."""
+    if num_pairs is None:
+        return
+    if isinstance(num_pairs, bool) or not isinstance(num_pairs, (int, float)):
+        raise TypeError(f"`num_pairs` must be a number, got {type(num_pairs).__name__} {num_pairs!r}.")
+    if not 0 < num_pairs < float("inf"):
+        raise ValueError(f"`num_pairs` must be positive and finite, got {num_pairs}.")
+
+
+def reference(
+    objective: Objective,
+    ref_logps: torch.Tensor | None,
+    ref_hidden: torch.Tensor | None,
+    ref_weight: torch.Tensor | None,
+    ref_bias: torch.Tensor | None,
+    skip_chosen: object,
+) -> None:
+    """The reference is given in one of the two ways or not at all, and the objective has a use for it."""
+    flag("skip_chosen_reference", skip_chosen)
+    kind = type(objective).__name__
+    if ref_logps is not None and ref_hidden is not None:
+        raise ValueError("`ref_logps` and `ref_hidden` were both given; pass one of them.")
+    if ref_hidden is not None and ref_weight is None:
+        raise ValueError(
+            "`ref_weight` is missing: `ref_hidden` needs the reference's head; if the policy's head is frozen and "
+            "shared, pass `ref_weight=weight`."
+        )
+    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
+        given = "ref_weight" if ref_weight is not None else "ref_bias"
+        raise ValueError(f"`{given}` was given without `ref_hidden`; pass the reference's hidden states too.")
+    if ref_logps is None and ref_hidden is None:
+        if skip_chosen:
+            raise ValueError(
+                "`skip_chosen_reference=True` goes with `ref_logps` or `ref_hidden`; without either the loss is "
+                "reference-free already."
+            )
+        return
+    if objective.reference == "none":
+        given = "ref_logps" if ref_logps is not None else "ref_hidden"
+        raise ValueError(f"`{given}` was given, and {kind} has no reference; leave it out.")
+    if skip_chosen and objective.reference != "rejected":
+        raise ValueError(
+            f"`skip_chosen_reference=True` must go with an objective whose gradients do not depend on the chosen "
+            f"reference (InfoPO), got {kind}; pass the reference of all sequences."
+        )
+
+
+def reference_hidden(ref_hidden: torch.Tensor, hidden: torch.Tensor, labels_shape: torch.Size) -> None:
+    """Hidden states of the reference lie beside those of the policy, row by row."""
+    if ref_hidden.shape[:-1] != labels_shape:
+        raise ValueError(
+            f"`ref_hidden` must have shape {[*labels_shape, 'H']}, the layout of `hidden`, got {_shape(ref_hidden)}."
+        )
+    _same_device("ref_hidden", ref_hidden, hidden)
+
+
+def infopo_logps(
+    half: str,
+    logps: torch.Tensor,
+    reference: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    objective: InfoPO,
+    device: torch.device,
+) -> None:
+    """One half, "chosen" or "rejected", of what `infopo_loss` takes."""
+    tensor(f"{half}_logps", logps)
+    if logps.ndim != 1:
+        raise ValueError(
+            f"`{half}_logps` must have shape [P], one log-probability for each sequence, got {_shape(logps)}; "
+            f"sum token log-probabilities first."
+        )
+    reference_logps(f"{half}_logps", logps, len(logps), "one for each sequence", device)
+    if reference is not None:
+        meaning = f"one for each of `{half}_logps`"
+        reference_logps(f"ref_{half}_logps", reference, len(logps), meaning, device)
+    needed = objective.average or (objective.sft_weight > 0 and half == "chosen")
+    if lengths is None:
+        if needed:
+            why = "average=True" if objective.average else "sft_weight > 0"
+            raise ValueError(f"`{half}_lengths` is missing: {why} needs the number of scored tokens of each sequence.")
+        return
+    if lengths.shape != logps.shape or lengths.is_floating_point():
+        raise ValueError(
+            f"`{half}_lengths` must hold {len(logps)} integers, one for each of `{half}_logps`, got "
+            f"{_shape(lengths)} of {lengths.dtype}."
+        )
+    if needed and (lengths < 1).any():
+        raise ValueError(
+            f"`{half}_lengths` must be at least 1, got {int(lengths.min())}; drop sequences without a scored token."
+        )
 
 
 def reference_logps(name: str, value: torch.Tensor, expected: int, meaning: str, device: torch.device) -> None:
@@ -202,4 +329,25 @@ def reference_values(ref_logps: torch.Tensor) -> None:
         raise ValueError(
             f"`ref_logps` must be finite, got {float(ref_logps[s])} for sequence {s}; is a pair missing from the "
             f"precomputed reference?"
+        )
+
+
+def sequence_weight_values(weights: torch.Tensor) -> None:
+    """Weights of sequences are finite and not negative."""
+    bad = ~(weights >= 0) | weights.isinf()
+    if bad.any():
+        s = int(bad.nonzero()[0])
+        raise ValueError(
+            f"`sequence_weights` must be finite and not negative, got {float(weights[s])} for sequence {s}."
+        )
+
+
+def pairing_values(is_chosen: torch.Tensor, objective: Objective) -> None:
+    """As many chosen sequences as rejected ones."""
+    chosen = int(is_chosen.sum())
+    if 2 * chosen != len(is_chosen):
+        raise ValueError(
+            f"`is_chosen` must name as many chosen as rejected sequences, because {type(objective).__name__} pairs the "
+            f"i-th chosen with the i-th rejected one, got {chosen} and {len(is_chosen) - chosen}; give each rejected "
+            f"sequence its own chosen one, or use an objective that does not compare them (InfoPO)."
         )

@@ -2,126 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from infopo_kernels import checks, ops
-from infopo_kernels.objective import sequence_objective
-from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions, KernelOptions, LogitOptions
-from infopo_kernels.packing import Rows, default_is_chosen, row_segments, sequence_sums, to_rows
+from infopo_kernels.objectives import InfoPO, Objective, Sequences
+from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
+from infopo_kernels.output import InfoPOOutput, PreferenceOutput
+from infopo_kernels.packing import Rows, default_is_chosen, packed_rows, padded_rows, sequence_sums
 
 Reduction = Literal["none", "sum", "mean"]
-
-
-class InfoPOOutput(NamedTuple):
-    """The loss and what one logs. Everything but `loss` is without gradient.
-
-    S is the number of sequences, in the order of the call.
-    """
-
-    loss: Tensor
-    """[] float32 (float64 for float64 inputs), nats per pair; differentiable."""
-    mi_lower_bound: Tensor
-    """[] float64, nats: the NWJ estimate of the mutual information, ``-loss`` without the SFT term.
-    NaN if the chosen reference was skipped: the bound is shifted by an unknown constant then."""
-    logps: Tensor
-    """[S] float64, nats: sequence log-probabilities (means over scored tokens with `average`)."""
-    ref_logps: Tensor
-    """[S] float64, nats: the reference's; 0 without a reference, NaN for chosen sequences that were skipped."""
-    rewards: Tensor
-    """[S] float64: ``beta * (logps - ref_logps)``; NaN for chosen sequences whose reference was skipped."""
-    weights: Tensor
-    """[S] float64: size of the loss's derivative by the sequence's log-probability, times the number of pairs:
-    `beta` for chosen, ``beta * exp(min(reward - offset, max_log_weight))`` for rejected sequences."""
-    scored_tokens: Tensor
-    """[S] int64."""
-    is_chosen: Tensor
-    """[S] bool."""
-    chosen_reference_skipped: bool
-    """True if the chosen reference was left out: gradients are exact, the loss is shifted by a constant,
-    ``beta / num_pairs`` times the sum of the chosen references."""
-
-    @property
-    def chosen_logps(self) -> Tensor:
-        """`logps` of the chosen sequences."""
-        return self.logps[self.is_chosen]
-
-    @property
-    def rejected_logps(self) -> Tensor:
-        """`logps` of the rejected sequences."""
-        return self.logps[~self.is_chosen]
-
-    @property
-    def chosen_rewards(self) -> Tensor:
-        """`rewards` of the chosen sequences."""
-        return self.rewards[self.is_chosen]
-
-    @property
-    def rejected_rewards(self) -> Tensor:
-        """`rewards` of the rejected sequences."""
-        return self.rewards[~self.is_chosen]
-
-    @property
-    def rejected_weights(self) -> Tensor:
-        """`weights` of the rejected sequences."""
-        return self.weights[~self.is_chosen]
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast does to the inputs of a linear layer: all in its type, float64 left alone."""
-    kind = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
-    )
-
-
-def _checked_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    prefix: str = "",
-) -> tuple[Rows, Tensor, Tensor | None]:
-    """Rows, and weight and bias as the ops take them."""
-    for name, value in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight)):
-        checks.tensor(name, value)
-    cast_hidden, cast_weight, cast_bias = _autocast(hidden, weight, bias)
-    assert cast_hidden is not None
-    assert cast_weight is not None
-    checks.head(cast_hidden, cast_weight, cast_bias, prefix=prefix)
-    checks.layout(cast_hidden, labels, cu_seqlens, ignore_index)
-    checks.flag("shift", shift)
-    if cu_seqlens is not None:
-        ops.row_segments(cu_seqlens, labels.numel())  # for its check of the bounds, before anything relies on them
-    return to_rows(cast_hidden, labels, cu_seqlens, shift=shift, ignore_index=ignore_index), cast_weight, cast_bias
-
-
-def _token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    logit: LogitOptions,
-    kernel: KernelOptions,
-    prefix: str = "",
-) -> tuple[Tensor, Rows]:
-    """Token log-probabilities [N] of a batch in either layout, and its rows."""
-    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, prefix)
-    logp, _ = ops.logprob(
-        rows.hidden, weight, bias, rows.labels, logit.softcap, logit.scale, kernel.backend, kernel.workspace_mib
-    )
-    return logp, rows
 
 
 def linear_logps(
@@ -183,20 +76,19 @@ def linear_logps(
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
-    logit = LogitOptions(softcap, logit_scale, temperature)
-    kernel = KernelOptions(backend, workspace_mib)
-    logp, rows = _token_logps(hidden, weight, bias, labels, cu_seqlens, shift, ignore_index, logit, kernel)
+    logit, kernel = LogitOptions(softcap, logit_scale, temperature), KernelOptions(backend, workspace_mib)
+    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, _Layout(cu_seqlens, None, shift, ignore_index))
+    logp = ops.logprob(rows, weight, bias, logit, kernel)
     if reduction == "none":
         return logp.reshape(labels.shape)
-    if rows.cu_seqlens is None:
+    if rows.cu_seqlens is None or rows.segments is None:
         raise ValueError(
             f"`cu_seqlens` is missing: reduction={reduction!r} of packed `hidden` [N, H] needs the bounds [S + 1] of "
             f"its sequences."
         )
     S = len(rows.cu_seqlens) - 1
-    segments = row_segments(rows.cu_seqlens, len(rows.labels))
-    counts = ops.scored_tokens(rows.labels, segments, S)
-    sums = sequence_sums(logp, segments, S)
+    counts = ops.scored_tokens(rows.labels, rows.segments, S)
+    sums = sequence_sums(logp, rows.segments, S)
     return sums if reduction == "sum" else sums / counts
 
 
@@ -209,6 +101,7 @@ def linear_infopo_loss(
     cu_seqlens: Tensor | None = None,
     is_chosen: Tensor | None = None,
     num_pairs: float | None = None,
+    sequence_weights: Tensor | None = None,
     ref_logps: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
@@ -254,6 +147,9 @@ def linear_infopo_loss(
         is_chosen: [S] bool, which sequences are chosen. Needed when packed; padded, it replaces "chosen first".
         num_pairs: number of pairs that the loss is averaged over; None counts each sequence of the call as half a
             pair (S / 2). Give the global number when halves come in different calls.
+        sequence_weights: [S] floating, not negative: term and weight of each sequence are multiplied by it. For
+            several rejected responses to a prompt of weight w, w for the chosen and w / K for each of the K rejected
+            ones, with `num_pairs` the number of prompts, which has to be given then.
         ref_logps: [S] reference log-probabilities in nats, in the reduction that `average` says; best float64. With
             `skip_chosen_reference`, chosen entries are ignored and a padded batch may pass the B rejected ones alone.
         ref_hidden: the reference's hidden states in the layout of `hidden`, from which its log-probabilities are formed
@@ -263,7 +159,7 @@ def linear_infopo_loss(
         ref_bias: [V] or None.
         skip_chosen_reference: leave the chosen reference out. It has no gradient and no influence on one; the loss
             value is shifted by a constant, and the output says so.
-        beta, offset, max_log_weight, min_log_weight, sft_weight, average: see `InfoPOOptions`.
+        beta, offset, max_log_weight, min_log_weight, sft_weight, average: see `InfoPO`.
         shift: score each row on the label of the next one (see `linear_logps`).
         ignore_index: label of rows that are not scored.
         softcap, logit_scale, temperature: see `LogitOptions`; the reference's logits take the same.
@@ -278,105 +174,106 @@ def linear_infopo_loss(
             checked, since the host would wait for the device: they make the loss NaN.
         RuntimeError: backward() a second time through the same loss, or with create_graph=True.
 
-    Source: Xiao et al., NAACL 2025; equations in `infopo_kernels.objective`.
+    Source: Xiao et al., NAACL 2025; equations in `infopo_kernels.objectives.infopo`.
     """
-    options = InfoPOOptions(beta, offset, max_log_weight, min_log_weight, sft_weight, average)
-    logit = LogitOptions(softcap, logit_scale, temperature)
-    kernel = KernelOptions(backend, workspace_mib)
-    checks.flag("skip_chosen_reference", skip_chosen_reference)
-    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, cu_seqlens, shift, ignore_index)
-    S = checks.pairs(labels, cu_seqlens, is_chosen, num_pairs)
-    assert rows.cu_seqlens is not None
-    chosen_first = is_chosen is None
-    if is_chosen is None:
-        is_chosen = default_is_chosen(S, hidden.device)
-    if ref_hidden is not None:
-        if ref_logps is not None:
-            raise ValueError("`ref_logps` and `ref_hidden` were both given; pass one of them.")
-        if ref_weight is None:
-            raise ValueError(
-                "`ref_weight` is missing: `ref_hidden` needs the reference's head; if the policy's head is frozen and "
-                "shared, pass `ref_weight=weight`."
-            )
-        checks.tensor("ref_hidden", ref_hidden)
-        rejected_only = skip_chosen_reference and chosen_first and ref_hidden.shape[:-1] == labels[S // 2 :].shape
-        ref_logps = _reference_logps(
-            ref_hidden, ref_weight, ref_bias, labels, cu_seqlens, is_chosen, rejected_only, skip_chosen_reference,
-            average, shift, ignore_index, logit, kernel,
-        )  # fmt: skip
-    elif ref_weight is not None or ref_bias is not None:
-        given = "ref_weight" if ref_weight is not None else "ref_bias"
-        raise ValueError(f"`{given}` was given without `ref_hidden`; pass the reference's hidden states too.")
-    elif ref_logps is not None:
-        rejected_only = skip_chosen_reference and chosen_first and ref_logps.shape == (S // 2,)
-        expected, meaning = (S // 2, "rejected only") if rejected_only else (S, "one for each sequence")
-        checks.reference_logps("ref_logps", ref_logps, expected, meaning, hidden.device)
-        ref_logps = ref_logps.detach().to(torch.float64)
-        if rejected_only:
-            ref_logps = torch.cat([torch.zeros_like(ref_logps), ref_logps])
-    elif skip_chosen_reference:
-        raise ValueError(
-            "`skip_chosen_reference=True` goes with `ref_logps` or `ref_hidden`; without either the loss is "
-            "reference-free already."
-        )
-    else:
-        ref_logps = torch.zeros(S, dtype=torch.float64, device=hidden.device)
-    known_ref = torch.where(is_chosen, 0.0, ref_logps) if skip_chosen_reference else ref_logps
-
-    grad = torch.is_grad_enabled()
-    wanted = [grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)]
-    loss, bound, logps, rewards, weights, counts, *_ = ops.linear_infopo(
-        rows.hidden, weight, bias, rows.labels, rows.cu_seqlens, is_chosen, known_ref, logit.softcap, logit.scale,
-        options.beta, options.offset, options.max_log_weight, options.min_log_weight, options.sft_weight,
-        options.average, S / 2 if num_pairs is None else float(num_pairs), wanted, kernel.backend, kernel.workspace_mib,
-    )  # fmt: skip
-    if skip_chosen_reference:
-        unknown = torch.where(is_chosen, torch.nan, 0.0).to(torch.float64)
-        bound, rewards, known_ref = torch.full_like(bound, torch.nan), rewards + unknown, known_ref + unknown
-    return InfoPOOutput(loss, bound, logps, known_ref, rewards, weights, counts, is_chosen, skip_chosen_reference)
+    return _linear_preference(
+        hidden,
+        weight,
+        bias,
+        labels,
+        InfoPO(beta, offset, max_log_weight, min_log_weight, sft_weight, average),
+        _Layout(cu_seqlens, is_chosen, shift, ignore_index),
+        _Shares(num_pairs, sequence_weights),
+        _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
+        LogitOptions(softcap, logit_scale, temperature),
+        KernelOptions(backend, workspace_mib),
+    )
 
 
-def _reference_logps(
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
     labels: Tensor,
-    cu_seqlens: Tensor | None,
-    is_chosen: Tensor,
-    rejected_only: bool,
-    skip_chosen: bool,
-    average: bool,
-    shift: bool,
-    ignore_index: int,
-    logit: LogitOptions,
-    kernel: KernelOptions,
-) -> Tensor:
-    """[S] float64 sequence log-probabilities of the reference without gradient; 0 for chosen ones that are skipped."""
-    if rejected_only:
-        labels, is_chosen = labels[len(labels) // 2 :], is_chosen[len(labels) // 2 :]
-    elif skip_chosen:
-        rows_chosen = is_chosen[:, None] if cu_seqlens is None else is_chosen[_segments(cu_seqlens, labels)]
-        labels = labels.masked_fill(rows_chosen, ignore_index)
-    if ref_hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"`ref_hidden` must have shape {[*labels.shape, 'H']}, the layout of `hidden`, got "
-            f"{list(ref_hidden.shape)}."
-        )
-    with torch.no_grad():
-        logp, rows = _token_logps(
-            ref_hidden, ref_weight, ref_bias, labels, cu_seqlens, shift, ignore_index, logit, kernel, prefix="ref_"
-        )
-        assert rows.cu_seqlens is not None
-        segments, S = row_segments(rows.cu_seqlens, len(rows.labels)), len(is_chosen)
-        logps = sequence_sums(logp, segments, S)
-        if average:
-            logps = logps / sequence_sums(rows.labels.ne(IGNORE_INDEX), segments, S).clamp(min=1)
-        return torch.cat([torch.zeros_like(logps), logps]) if rejected_only else logps
+    *,
+    objective: Objective,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    is_chosen: Tensor | None = None,
+    num_pairs: float | None = None,
+    sequence_weights: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    skip_chosen_reference: bool = False,
+    shift: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    workspace_mib: int | None = None,
+) -> PreferenceOutput:
+    """A preference loss from hidden states, head and labels, with its gradients, without the logits in memory.
 
+    Equivalent, for a padded batch of B pairs (chosen first) and ``objective=DPO(beta)``, to::
 
-def _segments(cu_seqlens: Tensor, labels: Tensor) -> Tensor:
-    """Sequence of each packed row, in the shape of the labels."""
-    return row_segments(cu_seqlens, labels.numel()).reshape(labels.shape)
+        logps = linear_logps(hidden, weight, labels, bias=bias, reduction="sum")     # [2B]
+        reward = beta * (logps - ref_logps)
+        loss = -torch.nn.functional.logsigmoid(reward[:B] - reward[B:]).mean()
+
+    The gradients are formed in the forward pass. DPO, IPO and SimPO take four products of the head's size (three where
+    the memory of the weight gradient can keep the logits, two with a frozen head), InfoPO three, SFT three for chosen
+    rows and one for rejected ones; the table is in `infopo_kernels.schedule`.
+
+    Args:
+        hidden: [2B, T, H] padded, the first B sequences chosen, the last B rejected; or [N, H] or [1, N, H] packed.
+            float32, bfloat16, float16 (float64 on the "torch" backend). Cast under autocast as by a linear layer.
+        weight: [V, H], type and device of `hidden`; may be tied to the embedding.
+        labels: [2B, T], [N] or [1, N], integers in [0, V) or `ignore_index` for prompt and padding.
+        objective: ``InfoPO()``, ``DPO()``, ``IPO()``, ``SimPO()``, ``SFT()`` of `infopo_kernels.objectives` with their
+            options, or your own. DPO, IPO and SimPO pair the i-th chosen sequence of the call with its i-th rejected
+            one; InfoPO and SFT compare none, and take unequal numbers.
+        bias: [V] or None.
+        cu_seqlens: [S + 1] int32 or int64, bounds of packed sequences.
+        is_chosen: [S] bool, which sequences are chosen. Needed when packed; padded, it replaces "chosen first".
+        num_pairs: number of pairs that the loss is averaged over; None counts each sequence of the call as half a
+            pair (S / 2). Give the global number when parts of a batch come in different calls.
+        sequence_weights: [S] floating, not negative: term and weight of each sequence are multiplied by it; a pairwise
+            objective takes the mean of a pair's two. `num_pairs` has to be given then. See `linear_infopo_loss`.
+        ref_logps: [S] reference log-probabilities in nats, sums or means as the objective takes them (`average`); best
+            float64. None for a reference-free loss; not for SimPO and SFT, which have no reference.
+        ref_hidden, ref_weight, ref_bias: the reference's hidden states and head instead; see `linear_infopo_loss`.
+        skip_chosen_reference: only InfoPO: leave the chosen reference out; see `linear_infopo_loss`.
+        shift: score each row on the label of the next one (see `linear_logps`).
+        ignore_index: label of rows that are not scored.
+        softcap, logit_scale, temperature: see `LogitOptions`; the reference's logits take the same.
+        backend: "auto", "cpp", "triton" or "torch".
+        workspace_mib: bound, MiB, on memory beyond results and gradients; None for 32 on a CPU and 256 on a GPU.
+
+    Returns:
+        `PreferenceOutput`, which says what each field means for each objective; only `loss` has a gradient.
+
+    Raises:
+        ValueError, TypeError: see `infopo_kernels.checks`. On a GPU values (labels, bounds, references, weights, as
+            many chosen as rejected sequences) are not checked, since the host would wait for the device: they make
+            the loss NaN.
+        RuntimeError: backward() a second time through the same loss, or with create_graph=True.
+
+    Source: named in the objective's file in `infopo_kernels.objectives`.
+    """
+    return _linear_preference(
+        hidden,
+        weight,
+        bias,
+        labels,
+        checks.objective(objective),
+        _Layout(cu_seqlens, is_chosen, shift, ignore_index),
+        _Shares(num_pairs, sequence_weights),
+        _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
+        LogitOptions(softcap, logit_scale, temperature),
+        KernelOptions(backend, workspace_mib),
+    )
 
 
 def infopo_loss(
@@ -412,7 +309,7 @@ def infopo_loss(
         chosen_lengths, rejected_lengths: [P], [Q] scored tokens of each sequence; needed with `average` (which
             divides the sums by them) and, for the chosen ones, with `sft_weight`.
         num_pairs: number of pairs that the loss is averaged over; None takes (P + Q) / 2.
-        beta, offset, max_log_weight, min_log_weight, sft_weight, average: see `InfoPOOptions`.
+        beta, offset, max_log_weight, min_log_weight, sft_weight, average: see `InfoPO`.
 
     Returns:
         `InfoPOOutput`, chosen sequences first; `scored_tokens` is 0 where no lengths were given.
@@ -420,61 +317,206 @@ def infopo_loss(
     Raises:
         ValueError, TypeError: a shape, type, device or option is wrong; the message names it.
     """
-    options = InfoPOOptions(beta, offset, max_log_weight, min_log_weight, sft_weight, average)
-    halves = (
-        ("chosen", chosen_logps, ref_chosen_logps, chosen_lengths),
-        ("rejected", rejected_logps, ref_rejected_logps, rejected_lengths),
-    )
+    objective = InfoPO(beta, offset, max_log_weight, min_log_weight, sft_weight, average)
     device = checks.tensor("chosen_logps", chosen_logps).device
-    logps, refs, lengths = [], [], []
-    for half, own, reference, length in halves:
-        checks.tensor(f"{half}_logps", own)
-        if own.ndim != 1:
-            raise ValueError(
-                f"`{half}_logps` must have shape [P], one log-probability for each sequence, got {list(own.shape)}; "
-                f"sum token log-probabilities first."
-            )
-        checks.reference_logps(f"{half}_logps", own, len(own), "one for each sequence", device)
-        if reference is not None:
-            meaning = f"one for each of `{half}_logps`"
-            checks.reference_logps(f"ref_{half}_logps", reference, len(own), meaning, device)
-        needed = options.average or (options.sft_weight > 0 and half == "chosen")
-        if length is None and needed:
-            why = "average=True" if options.average else "sft_weight > 0"
-            raise ValueError(f"`{half}_lengths` is missing: {why} needs the number of scored tokens of each sequence.")
-        if length is not None and (length.shape != own.shape or length.is_floating_point()):
-            raise ValueError(
-                f"`{half}_lengths` must hold {len(own)} integers, one for each of `{half}_logps`, got "
-                f"{list(length.shape)} of {length.dtype}."
-            )
-        if length is not None and needed and (length < 1).any():
-            raise ValueError(
-                f"`{half}_lengths` must be at least 1, got {int(length.min())}; drop sequences without a scored token."
-            )
-        logps.append(own.to(torch.float64))
-        zeros = torch.zeros(len(own), dtype=torch.float64, device=device)
-        refs.append(zeros if reference is None else reference.detach().to(torch.float64))
-        lengths.append(zeros.to(torch.int64) if length is None else length.to(torch.int64))
+    checks.infopo_logps("chosen", chosen_logps, ref_chosen_logps, chosen_lengths, objective, device)
+    checks.infopo_logps("rejected", rejected_logps, ref_rejected_logps, rejected_lengths, objective, device)
     if ref_rejected_logps is None and ref_chosen_logps is not None:
         raise ValueError("`ref_rejected_logps` is missing: pass both references, only the rejected one, or neither.")
-    S = len(chosen_logps) + len(rejected_logps)
+    P, S = len(chosen_logps), len(chosen_logps) + len(rejected_logps)
     if S == 0:
         raise ValueError("`chosen_logps` and `rejected_logps` are both empty; pass at least one sequence.")
-    if num_pairs is None:
-        num_pairs = S / 2
-    elif not 0 < num_pairs < float("inf"):
-        raise ValueError(f"`num_pairs` must be positive and finite, got {num_pairs}.")
-    skipped = ref_chosen_logps is None and ref_rejected_logps is not None
-    counts, ref_logps = torch.cat(lengths), torch.cat(refs)
-    is_chosen = torch.arange(S, device=device) < len(chosen_logps)
-    each = sequence_objective(torch.cat(logps), counts.clamp(min=1), is_chosen, ref_logps, options)
-    total = each.terms.sum() / num_pairs
-    loss = total + each.sft_terms.sum() / num_pairs
-    bound, rewards = -total.detach(), each.rewards.detach()
-    if skipped:
-        unknown = torch.where(is_chosen, torch.nan, 0.0).to(torch.float64)
-        bound, rewards, ref_logps = torch.full_like(bound, torch.nan), rewards + unknown, ref_logps + unknown
-    dtype = torch.float64 if chosen_logps.dtype == torch.float64 else torch.float32
-    return InfoPOOutput(
-        loss.to(dtype), bound, each.logps.detach(), ref_logps, rewards, each.weights, counts, is_chosen, skipped
+    checks.number_of_pairs(num_pairs)
+
+    def both(chosen: Tensor | None, rejected: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Chosen first, [S]; 0 for a half that was not given."""
+        halves = ((chosen, P), (rejected, S - P))
+        return torch.cat([torch.zeros(n, dtype=dtype, device=device) if x is None else x.to(dtype) for x, n in halves])
+
+    is_chosen = torch.arange(S, device=device) < P
+    sequences = Sequences(
+        counts=both(chosen_lengths, rejected_lengths, torch.int64),
+        is_chosen=is_chosen,
+        ref_logps=both(ref_chosen_logps, ref_rejected_logps, torch.float64).detach(),
+        num_pairs=S / 2 if num_pairs is None else num_pairs,
     )
+    each = objective.terms(both(chosen_logps, rejected_logps, torch.float64), sequences)
+    assert each.bound is not None
+    output = InfoPOOutput(
+        loss=(each.loss.sum() / sequences.num_pairs).to(_loss_dtype(chosen_logps)),
+        mi_lower_bound=each.bound.sum() / sequences.num_pairs,
+        logps=each.logps.detach(),
+        ref_logps=sequences.ref_logps,
+        rewards=each.rewards.detach(),
+        weights=each.weights,
+        scored_tokens=sequences.counts,
+        is_chosen=is_chosen,
+        chosen_reference_skipped=False,
+    )
+    skipped = ref_chosen_logps is None and ref_rejected_logps is not None
+    return output.without_chosen_reference() if skipped else output
+
+
+def _loss_dtype(logps: Tensor) -> torch.dtype:
+    return torch.float64 if logps.dtype == torch.float64 else torch.float32
+
+
+# --- from arguments to rows, and from rows to the output --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a caller lays out sequences."""
+
+    cu_seqlens: Tensor | None
+    is_chosen: Tensor | None
+    shift: bool
+    ignore_index: int
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """What each sequence's term is multiplied and divided by."""
+
+    num_pairs: float | None
+    sequence_weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What a caller gave of the reference."""
+
+    logps: Tensor | None
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    skip_chosen: bool
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast does to the inputs of a linear layer: all in its type, float64 left alone."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
+    )
+
+
+def _checked_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias as the ops take them; `prefix` is "ref_" or ""."""
+    for name, value in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight)):
+        checks.tensor(name, value)
+    cast_hidden, cast_weight, cast_bias = _autocast(hidden, weight, bias)
+    assert cast_hidden is not None
+    assert cast_weight is not None
+    checks.head(cast_hidden, cast_weight, cast_bias, prefix=prefix)
+    return cast_hidden, cast_weight, cast_bias
+
+
+def _checked_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, layout: _Layout
+) -> tuple[Rows, Tensor, Tensor | None]:
+    """Rows, and weight and bias as the ops take them. The sequence of each row is derived and checked here, once."""
+    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    cu_seqlens, shift, ignore_index = layout.cu_seqlens, layout.shift, layout.ignore_index
+    checks.layout(hidden, labels, cu_seqlens, ignore_index)
+    checks.flag("shift", shift)
+    if cu_seqlens is None and labels.ndim == 2:
+        return padded_rows(hidden, labels, shift=shift, ignore_index=ignore_index), weight, bias
+    segments = None if cu_seqlens is None else ops.row_segments(cu_seqlens, labels.numel())
+    return packed_rows(hidden, labels, cu_seqlens, segments, shift=shift, ignore_index=ignore_index), weight, bias
+
+
+def _linear_preference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    objective: Objective,
+    layout: _Layout,
+    shares: _Shares,
+    reference: _Reference,
+    logit: LogitOptions,
+    kernel: KernelOptions,
+) -> PreferenceOutput:
+    """`linear_preference_loss` of objects."""
+    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout)
+    S = checks.pairs(labels, layout.cu_seqlens, layout.is_chosen, shares.num_pairs, shares.sequence_weights, objective)
+    checks.reference(
+        objective, reference.logps, reference.hidden, reference.weight, reference.bias, reference.skip_chosen
+    )
+    assert rows.segments is not None
+    is_chosen = default_is_chosen(S, hidden.device) if layout.is_chosen is None else layout.is_chosen
+    weights = shares.sequence_weights
+    sequences = Sequences(
+        counts=ops.scored_tokens(rows.labels, rows.segments, S),
+        is_chosen=is_chosen,
+        ref_logps=torch.zeros(S, dtype=torch.float64, device=hidden.device),
+        num_pairs=S / 2 if shares.num_pairs is None else float(shares.num_pairs),
+        weights=None if weights is None else weights.detach().to(torch.float64),
+    )
+    if reference.logps is not None or reference.hidden is not None:
+        chosen_first = layout.is_chosen is None
+        ref_logps = _reference_logps(reference, rows, sequences, labels, chosen_first, objective, logit, kernel)
+        sequences = replace(sequences, ref_logps=ref_logps)
+    result = ops.linear_preference(rows, weight, bias, sequences, objective, logit, kernel)
+    output = PreferenceOutput(
+        loss=result.loss,
+        mi_lower_bound=result.mi_lower_bound,
+        logps=result.logps,
+        ref_logps=sequences.ref_logps,
+        rewards=result.rewards,
+        weights=result.weights,
+        scored_tokens=sequences.counts,
+        is_chosen=is_chosen,
+        chosen_reference_skipped=False,
+    )
+    return output.without_chosen_reference() if reference.skip_chosen else output
+
+
+def _reference_logps(
+    reference: _Reference,
+    rows: Rows,
+    sequences: Sequences,
+    labels: Tensor,
+    chosen_first: bool,
+    objective: Objective,
+    logit: LogitOptions,
+    kernel: KernelOptions,
+) -> Tensor:
+    """[S] float64 log-probabilities of the reference, given or formed without gradient; 0 for chosen ones skipped.
+
+    Of a padded batch, chosen first, the rejected half alone will do where the chosen one is skipped.
+    """
+    S, skip = len(sequences.is_chosen), reference.skip_chosen
+    if reference.hidden is None:
+        assert reference.logps is not None
+        rejected_only = skip and chosen_first and reference.logps.shape == (S // 2,)
+        expected, meaning = (S // 2, "rejected only") if rejected_only else (S, "one for each sequence")
+        checks.reference_logps("ref_logps", reference.logps, expected, meaning, rows.labels.device)
+        logps = reference.logps.detach().to(torch.float64)
+        if rejected_only:
+            logps = torch.cat([torch.zeros_like(logps), logps])
+    else:
+        assert reference.weight is not None
+        assert rows.segments is not None
+        hidden, weight, bias = _checked_head(reference.hidden, reference.weight, reference.bias, prefix="ref_")
+        rejected_only = skip and chosen_first and hidden.shape[:-1] == labels[S // 2 :].shape
+        checks.reference_hidden(hidden, rows.hidden, labels[S // 2 :].shape if rejected_only else labels.shape)
+        y = rows.labels
+        if rejected_only:
+            y = y[len(y) // 2 :]
+        elif skip:
+            y = y.masked_fill(sequences.is_chosen[rows.segments], IGNORE_INDEX)
+        with torch.no_grad():
+            own = replace(rows, hidden=hidden.reshape(-1, hidden.shape[-1]), labels=y)
+            logp = ops.logprob(own, weight, bias, logit, kernel)
+            if rejected_only:
+                logp = torch.cat([torch.zeros_like(logp), logp])
+            logps = sequence_sums(logp, rows.segments, S)
+            logps = logps / sequences.counts if objective.average else logps
+    return torch.where(sequences.is_chosen, 0.0, logps) if skip else logps

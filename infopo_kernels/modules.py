@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from infopo_kernels.functional import InfoPOOutput, infopo_loss, linear_infopo_loss
-from infopo_kernels.options import InfoPOOptions, KernelOptions, LogitOptions
+from infopo_kernels import checks
+from infopo_kernels.functional import infopo_loss, linear_preference_loss
+from infopo_kernels.objectives import InfoPO, Objective
+from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
+from infopo_kernels.output import InfoPOOutput, PreferenceOutput
 
 
 def _listed(*options: object) -> str:
@@ -19,17 +22,17 @@ class InfoPOLoss(nn.Module):
     """`infopo_loss` with its options held.
 
     Args:
-        options: hyper-parameters of the objective; the defaults of `InfoPOOptions` if None.
+        options: hyper-parameters of the objective; the defaults of `InfoPO` if None.
 
     Example::
 
-        loss_fn = InfoPOLoss(InfoPOOptions(beta=0.1))
+        loss_fn = InfoPOLoss(InfoPO(beta=0.1))
         loss_fn(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps).loss.backward()
     """
 
-    def __init__(self, options: InfoPOOptions | None = None) -> None:
+    def __init__(self, options: InfoPO | None = None) -> None:
         super().__init__()
-        self.options = options or InfoPOOptions()
+        self.options = options or InfoPO()
 
     def forward(
         self,
@@ -48,13 +51,13 @@ class InfoPOLoss(nn.Module):
         return _listed(self.options)
 
 
-class LinearInfoPOLoss(nn.Module):
-    """`linear_infopo_loss` with its options held.
+class LinearPreferenceLoss(nn.Module):
+    """`linear_preference_loss` with its objective and options held.
 
     The head's weight stays the model's own and comes with each call.
 
     Args:
-        options: hyper-parameters of the objective; the defaults of `InfoPOOptions` if None.
+        objective: any of `infopo_kernels.objectives`.
         logit: softcap, scale and temperature of the logits; the identity if None.
         kernel: backend and workspace; "auto" if None.
         shift: score each row on the label of the next one.
@@ -62,40 +65,66 @@ class LinearInfoPOLoss(nn.Module):
 
     Example::
 
-        loss_fn = LinearInfoPOLoss(InfoPOOptions(beta=0.1), shift=True)
+        loss_fn = LinearPreferenceLoss(DPO(beta=0.1), shift=True)
         hidden = model.model(input_ids).last_hidden_state                   # [2B, T, H], chosen first
         loss_fn(hidden, model.lm_head.weight, labels, ref_logps=ref_logps).loss.backward()
     """
 
     def __init__(
         self,
-        options: InfoPOOptions | None = None,
+        objective: Objective,
         *,
         logit: LogitOptions | None = None,
         kernel: KernelOptions | None = None,
         shift: bool = False,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         super().__init__()
-        self.options = options or InfoPOOptions()
+        self.objective = checks.objective(objective)
         self.logit = logit or LogitOptions()
         self.kernel = kernel or KernelOptions()
         self.shift = shift
         self.ignore_index = ignore_index
 
-    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **kwargs: Any) -> InfoPOOutput:
-        """See `linear_infopo_loss`; `kwargs` are its layout and reference arguments."""
-        return linear_infopo_loss(
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **kwargs: Any) -> PreferenceOutput:
+        """See `linear_preference_loss`; `kwargs` are its layout and reference arguments."""
+        return linear_preference_loss(
             hidden,
             weight,
             labels,
+            objective=self.objective,
             shift=self.shift,
             ignore_index=self.ignore_index,
-            **asdict(self.options),
             **asdict(self.logit),
             **asdict(self.kernel),
             **kwargs,
         )
 
     def extra_repr(self) -> str:
-        return f"{_listed(self.options, self.logit, self.kernel)}, shift={self.shift}"
+        return f"{self.objective}, {_listed(self.logit, self.kernel)}, shift={self.shift}"
+
+
+class LinearInfoPOLoss(LinearPreferenceLoss):
+    """`linear_infopo_loss` with its options held: `LinearPreferenceLoss` with InfoPO as the objective.
+
+    Args:
+        options: hyper-parameters of the objective; the defaults of `InfoPO` if None.
+        logit, kernel, shift, ignore_index: see `LinearPreferenceLoss`.
+    """
+
+    def __init__(
+        self,
+        options: InfoPO | None = None,
+        *,
+        logit: LogitOptions | None = None,
+        kernel: KernelOptions | None = None,
+        shift: bool = False,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        super().__init__(options or InfoPO(), logit=logit, kernel=kernel, shift=shift, ignore_index=ignore_index)
+
+    @property
+    def options(self) -> InfoPO:
+        """The objective."""
+        assert isinstance(self.objective, InfoPO)
+        return self.objective

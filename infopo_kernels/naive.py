@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from infopo_kernels.objective import sequence_objective
-from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions, LogitOptions
-from infopo_kernels.packing import default_is_chosen, row_segments, sequence_sums, to_rows
+from infopo_kernels.objectives import Objective, Sequences
+from infopo_kernels.objectives.base import weighted
+from infopo_kernels.options import IGNORE_INDEX, LogitOptions
+from infopo_kernels.packing import Rows, default_is_chosen, packed_rows, padded_rows, row_segments, sequence_sums
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, options: LogitOptions | None = None) -> Tensor:
@@ -45,45 +46,61 @@ def linear_logps(
 ) -> Tensor:
     """`infopo_kernels.linear_logps` with materialised logits, computed in `dtype` (the inputs' if None)."""
     hidden, weight, bias = _cast(dtype, hidden, weight, bias)
-    rows = to_rows(hidden, labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
+    rows = _rows(hidden, labels, cu_seqlens, shift, ignore_index)
     logps = token_logps(logits(rows.hidden, weight, bias, logit), rows.labels)
     if reduction == "none":
         return logps.reshape(labels.shape)
-    assert rows.cu_seqlens is not None
-    segments, S = row_segments(rows.cu_seqlens, len(rows.labels)), len(rows.cu_seqlens) - 1
-    sums = sequence_sums(logps, segments, S)
-    return sums if reduction == "sum" else sums / sequence_sums(rows.labels != IGNORE_INDEX, segments, S)
+    sums, counts = _sums_and_counts(rows, logps)
+    return sums if reduction == "sum" else sums / counts
 
 
-def linear_infopo_loss(
+def linear_preference_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     *,
+    objective: Objective,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     is_chosen: Tensor | None = None,
     num_pairs: float | None = None,
+    sequence_weights: Tensor | None = None,
     ref_logps: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = IGNORE_INDEX,
-    options: InfoPOOptions | None = None,
     logit: LogitOptions | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The loss of `infopo_kernels.linear_infopo_loss` with materialised logits, computed in `dtype`."""
-    options = options or InfoPOOptions()
+    """The loss of `infopo_kernels.linear_preference_loss` with materialised logits, computed in `dtype`."""
     hidden, weight, bias = _cast(dtype, hidden, weight, bias)
-    rows = to_rows(hidden, labels, cu_seqlens, shift=shift, ignore_index=ignore_index)
-    logps = token_logps(logits(rows.hidden, weight, bias, logit), rows.labels)
+    rows = _rows(hidden, labels, cu_seqlens, shift, ignore_index)
+    sums, counts = _sums_and_counts(rows, token_logps(logits(rows.hidden, weight, bias, logit), rows.labels))
+    S = len(sums)
+    sequences = Sequences(
+        counts=counts,
+        is_chosen=default_is_chosen(S, hidden.device) if is_chosen is None else is_chosen,
+        ref_logps=torch.zeros_like(sums) if ref_logps is None else ref_logps.double(),
+        num_pairs=S / 2 if num_pairs is None else num_pairs,
+        weights=None if sequence_weights is None else sequence_weights.double(),
+    )
+    if objective.pairwise:
+        sequences = sequences.paired()
+    return weighted(objective.terms(sums, sequences).loss, sequences.weights).sum() / sequences.num_pairs
+
+
+def _rows(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Rows:
+    if cu_seqlens is None and labels.ndim == 2:
+        return padded_rows(hidden, labels, shift=shift, ignore_index=ignore_index)
+    segments = None if cu_seqlens is None else row_segments(cu_seqlens, labels.numel())
+    return packed_rows(hidden, labels, cu_seqlens, segments, shift=shift, ignore_index=ignore_index)
+
+
+def _sums_and_counts(rows: Rows, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of log-probabilities [S] float64 and number of scored tokens [S] of each sequence."""
     assert rows.cu_seqlens is not None
-    segments, S = row_segments(rows.cu_seqlens, len(rows.labels)), len(rows.cu_seqlens) - 1
-    if is_chosen is None:
-        is_chosen = default_is_chosen(S, hidden.device)
-    reference = torch.zeros(S, dtype=torch.float64, device=hidden.device) if ref_logps is None else ref_logps.double()
-    counts = sequence_sums(rows.labels != IGNORE_INDEX, segments, S)
-    each = sequence_objective(sequence_sums(logps, segments, S), counts, is_chosen, reference, options)
-    return (each.terms.sum() + each.sft_terms.sum()) / (S / 2 if num_pairs is None else num_pairs)
+    assert rows.segments is not None
+    S = len(rows.cu_seqlens) - 1
+    return sequence_sums(logps, rows.segments, S), sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S)
 
 
 def _cast(

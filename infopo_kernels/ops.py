@@ -1,25 +1,29 @@
 """The `torch.library` ops: what `torch.compile`, `opcheck` and autograd see of the library.
 
-    infopo_kernels::row_segments      cu_seqlens -> sequence of each row; checks the values
-    infopo_kernels::scored_tokens     scored tokens of each sequence; checks that there are some
-    infopo_kernels::logprob           token log-probabilities [N] (and logsumexp), differentiable
-    infopo_kernels::logprob_backward  its gradients
-    infopo_kernels::linear_infopo     the InfoPO loss with its gradients, formed in the forward pass; differentiable
+    infopo_kernels::row_segments       cu_seqlens -> sequence of each row; checks the values
+    infopo_kernels::scored_tokens      scored tokens of each sequence; checks that there are some
+    infopo_kernels::logprob            token log-probabilities [N] (and logsumexp), differentiable
+    infopo_kernels::logprob_backward   its gradients
+    infopo_kernels::linear_preference  an objective's loss and its gradients, formed in the forward pass; differentiable
 
 Each op resolves its backend by name when it runs. Values are checked here (on a CPU), shapes in `functional`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
-from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions, KernelOptions
+from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.objectives import Objective, Sequences, from_flat
+from infopo_kernels.op_schema import define
+from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
+from infopo_kernels.packing import Rows
 
 _DOUBLE_BACKWARD = (
     "second derivatives are not available: the fused op forms first derivatives only. Call backward() without "
@@ -27,29 +31,7 @@ _DOUBLE_BACKWARD = (
 )
 
 
-def _head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    workspace_mib: int | None,
-) -> Head:
-    limit = KernelOptions(workspace_mib=workspace_mib).workspace_bytes(hidden.device.type)
-    hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (hidden, weight))
-    return Head(hidden, weight, None if bias is None else bias.contiguous(), softcap, scale, limit)
-
-
-def _no_autocast(device: torch.device) -> torch.autocast:
-    """Products inside an op have the types that they were given."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def _accumulator(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-# --- row_segments -----------------------------------------------------------------------------------------------------
+# --- row_segments and scored_tokens -----------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("infopo_kernels::row_segments", mutates_args=())
@@ -79,201 +61,222 @@ def _(labels: Tensor, segments: Tensor, num_sequences: int) -> Tensor:
     return labels.new_empty(num_sequences, dtype=torch.int64)
 
 
+# --- what every op over a head takes ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Rows and head, as `functional` has checked them, and how logits are formed; options field by field."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    softcap: float | None
+    scale: float
+    backend: str
+    workspace_mib: int | None
+
+    @classmethod
+    def of(
+        cls, rows: Rows, weight: Tensor, bias: Tensor | None, logit: LogitOptions, kernel: KernelOptions
+    ) -> HeadInputs:
+        return cls(
+            rows.hidden, weight, bias, rows.labels, logit.softcap, logit.scale, kernel.backend, kernel.workspace_mib
+        )
+
+    def head(self) -> Head:
+        limit = KernelOptions(workspace_mib=self.workspace_mib).workspace_bytes(self.hidden.device.type)
+        hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.hidden, self.weight))
+        bias = None if self.bias is None else self.bias.contiguous()
+        return Head(hidden, weight, bias, self.softcap, self.scale, limit)
+
+    def runner(self) -> Backend:
+        """The backend; label values are checked before it sees them."""
+        backend = dispatch.resolve(self.backend, self.hidden.device, self.hidden.dtype)
+        if self.labels.device.type == "cpu":
+            checks.label_values(self.labels, self.weight.shape[0])
+        return backend
+
+    def no_autocast(self) -> torch.autocast:
+        """Products inside an op have the types that they were given."""
+        return torch.autocast(self.hidden.device.type, enabled=False)
+
+    def fake_gradients(self, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        shapes = (self.hidden.shape, self.weight.shape, self.weight.shape[:1])
+        dx, dw, db = (self.hidden.new_empty(s if want else (0,)) for s, want in zip(shapes, wanted, strict=True))
+        return dx, dw, db
+
+
+class HeadGradients(NamedTuple):
+    """Gradients in the types of what they are gradients of; of no elements where not wanted (an op returns no None)."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, gradients: Gradients, hidden: Tensor) -> HeadGradients:
+        none = hidden.new_empty(0)
+        return cls(
+            none if gradients.hidden is None else gradients.hidden,
+            none.clone() if gradients.weight is None else gradients.weight,
+            none.clone() if gradients.bias is None else gradients.bias.to(hidden.dtype, copy=True),
+        )
+
+
+def _accumulator(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
 # --- logprob ----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("infopo_kernels::logprob", mutates_args=())
-def logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    softcap: float | None,
-    scale: float,
-    backend: str,
-    workspace_mib: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Token log-probabilities and logsumexp of rows, each [N] in the accumulator type."""
-    runner = dispatch.resolve(backend, hidden.device, hidden.dtype)
-    if labels.device.type == "cpu":
-        checks.label_values(labels, weight.shape[0])
-    with _no_autocast(hidden.device):
-        return runner.logprob(_head(hidden, weight, bias, softcap, scale, workspace_mib), labels)
+class LogprobResults(NamedTuple):
+    logp: Tensor
+    """[N] in the accumulator type."""
+    lse: Tensor
+    """[N] in the accumulator type."""
 
 
-@logprob.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    softcap: float | None,
-    scale: float,
-    backend: str,
-    workspace_mib: int | None,
-) -> tuple[Tensor, Tensor]:
-    logp = hidden.new_empty(labels.shape, dtype=_accumulator(hidden))
-    return logp, torch.empty_like(logp)
+@define("infopo_kernels::logprob", HeadInputs, LogprobResults)
+def _logprob(inputs: HeadInputs) -> LogprobResults:
+    runner = inputs.runner()
+    with inputs.no_autocast():
+        return LogprobResults(*runner.logprob(inputs.head(), inputs.labels))
 
 
-@torch.library.custom_op("infopo_kernels::logprob_backward", mutates_args=())
-def logprob_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    lse: Tensor,
-    softcap: float | None,
-    scale: float,
-    wanted: list[bool],
-    backend: str,
-    workspace_mib: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for row weights `grad` [N]: hidden, weight, bias; of zero elements where `wanted` is False."""
-    runner = dispatch.resolve(backend, hidden.device, hidden.dtype)
-    head = _head(hidden, weight, bias, softcap, scale, workspace_mib)
-    gradients = schedule.zero_gradients(head, schedule.Wanted(*wanted))
-    with _no_autocast(hidden.device):
-        runner.backward(head, labels, lse, grad.to(lse.dtype).contiguous(), gradients)
-    return _results(gradients, hidden)
+@_logprob.register_fake
+def _(inputs: HeadInputs) -> LogprobResults:
+    logp = inputs.hidden.new_empty(inputs.labels.shape, dtype=_accumulator(inputs.hidden))
+    return LogprobResults(logp, torch.empty_like(logp))
 
 
-@logprob_backward.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    lse: Tensor,
-    softcap: float | None,
-    scale: float,
-    wanted: list[bool],
-    backend: str,
-    workspace_mib: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_results(hidden, weight, wanted)
+@dataclass(frozen=True)
+class LogprobBackwardInputs(HeadInputs):
+    lse: Tensor
+    row_weight: Tensor
+    """[N], gradient of `logp`."""
+    wanted: list[bool]
+    """Of hidden, weight and bias."""
 
 
-def _results(gradients: Gradients, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The buffers in the types of what they are gradients of; an op cannot return None."""
-    none = hidden.new_empty(0)
-    return (
-        none if gradients.hidden is None else gradients.hidden,
-        none.clone() if gradients.weight is None else gradients.weight,
-        none.clone() if gradients.bias is None else gradients.bias.to(hidden.dtype, copy=True),
-    )
+@define("infopo_kernels::logprob_backward", LogprobBackwardInputs, HeadGradients)
+def _logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
+    runner, head = dispatch.resolve(inputs.backend, inputs.hidden.device, inputs.hidden.dtype), inputs.head()
+    gradients = schedule.zero_gradients(head, schedule.Wanted(*inputs.wanted))
+    with inputs.no_autocast():
+        row_weight = inputs.row_weight.to(inputs.lse.dtype).contiguous()
+        runner.backward(head, inputs.labels, inputs.lse, row_weight, gradients)
+    return HeadGradients.of(gradients, inputs.hidden)
 
 
-def _fake_results(hidden: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dx, dw, db = (hidden.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))
-    return dx, dw, db
+@_logprob_backward.register_fake
+def _(inputs: LogprobBackwardInputs) -> HeadGradients:
+    return HeadGradients(*inputs.fake_gradients(inputs.wanted))
 
 
-def _logprob_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, bias, labels, softcap, scale, backend, workspace_mib = inputs
-    ctx.save_for_backward(hidden, weight, bias, labels, output[1])
-    ctx.settings = softcap, scale, backend, workspace_mib
-    ctx.mark_non_differentiable(output[1])
+def _save_logprob(ctx: Any, inputs: HeadInputs, results: LogprobResults) -> None:
+    ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.labels, results.lse)
+    ctx.settings = inputs.softcap, inputs.scale, inputs.backend, inputs.workspace_mib
+    ctx.mark_non_differentiable(results.lse)
     ctx.set_materialize_grads(False)
 
 
-def _logprob_autograd(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None, ...]:
+def _differentiate_logprob(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(f"linear_logps: {_DOUBLE_BACKWARD}")
-    hidden, weight, bias, labels, lse = ctx.saved_tensors
-    softcap, scale, backend, workspace_mib = ctx.settings
     wanted = list(ctx.needs_input_grad[:3])
     if grad is None or not any(wanted):
-        return (None,) * 8
-    results = logprob_backward(grad, hidden, weight, bias, labels, lse, softcap, scale, wanted, backend, workspace_mib)
-    return *(g if want else None for g, want in zip(results, wanted, strict=True)), *(None,) * 5
+        return ()
+    hidden, weight, bias, labels, lse = ctx.saved_tensors
+    head = HeadInputs(hidden, weight, bias, labels, *ctx.settings)
+    results = _logprob_backward(LogprobBackwardInputs(**vars(head), lse=lse, row_weight=grad, wanted=wanted))
+    return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
 
-logprob.register_autograd(_logprob_autograd, setup_context=_logprob_context)
+_logprob.register_autograd(_save_logprob, _differentiate_logprob)
 
 
-# --- linear_infopo ----------------------------------------------------------------------------------------------------
+def logprob(rows: Rows, weight: Tensor, bias: Tensor | None, logit: LogitOptions, kernel: KernelOptions) -> Tensor:
+    """Token log-probabilities of rows, [N] in the accumulator type, differentiable."""
+    return _logprob(HeadInputs.of(rows, weight, bias, logit, kernel)).logp
 
 
-@torch.library.custom_op("infopo_kernels::linear_infopo", mutates_args=())
-def linear_infopo(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    is_chosen: Tensor,
-    ref_logps: Tensor,
-    softcap: float | None,
-    scale: float,
-    beta: float,
-    offset: float,
-    max_log_weight: float | None,
-    min_log_weight: float | None,
-    sft_weight: float,
-    average: bool,
-    num_pairs: float,
-    wanted: list[bool],
-    backend: str,
-    workspace_mib: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss [] float32 (float64), bound [], logps, rewards, weights, scored tokens [S]; and gradients as `wanted`."""
-    runner = dispatch.resolve(backend, hidden.device, hidden.dtype)
-    if labels.device.type == "cpu":
-        checks.label_values(labels, weight.shape[0])
-        checks.segment_values(cu_seqlens, len(labels))
-        scored_tokens(labels, packing.row_segments(cu_seqlens, len(labels)), len(is_chosen))
-        checks.reference_values(ref_logps)
-    options = InfoPOOptions(beta, offset, max_log_weight, min_log_weight, sft_weight, average)
-    head = _head(hidden, weight, bias, softcap, scale, workspace_mib)
-    batch = schedule.Batch(labels, cu_seqlens, is_chosen, ref_logps)
-    with _no_autocast(hidden.device):
-        result, gradients = schedule.infopo(runner, head, batch, options, num_pairs, schedule.Wanted(*wanted))
-    return (
+# --- linear_preference ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreferenceInputs(HeadInputs):
+    cu_seqlens: Tensor
+    segments: Tensor
+    counts: Tensor
+    is_chosen: Tensor
+    ref_logps: Tensor
+    sequence_weights: Tensor | None
+    num_pairs: float
+    objective: str
+    """Its name."""
+    options: list[float]
+    """`Objective.to_flat`."""
+    wanted: list[bool]
+    """Gradients of hidden, weight and bias."""
+
+    def rows(self) -> Rows:
+        return Rows(self.hidden, self.labels, self.cu_seqlens, self.segments)
+
+    def sequences(self) -> Sequences:
+        return Sequences(self.counts, self.is_chosen, self.ref_logps, self.num_pairs, self.sequence_weights)
+
+
+class PreferenceResults(NamedTuple):
+    loss: Tensor
+    """[] in the accumulator type; what follows is not differentiable."""
+    mi_lower_bound: Tensor
+    """[] float64."""
+    logps: Tensor
+    """[S] float64, and so the next two."""
+    rewards: Tensor
+    weights: Tensor
+    hidden_gradient: Tensor
+    """As `HeadGradients` has them, for a gradient of 1 from above."""
+    weight_gradient: Tensor
+    bias_gradient: Tensor
+
+
+@define("infopo_kernels::linear_preference", PreferenceInputs, PreferenceResults)
+def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
+    runner, objective, hidden = inputs.runner(), from_flat(inputs.objective, inputs.options), inputs.hidden
+    if hidden.device.type == "cpu":
+        checks.reference_values(inputs.ref_logps)
+        if inputs.sequence_weights is not None:
+            checks.sequence_weight_values(inputs.sequence_weights)
+        if objective.pairwise:
+            checks.pairing_values(inputs.is_chosen, objective)
+    with inputs.no_autocast():
+        result, gradients = schedule.preference(
+            runner, inputs.head(), inputs.rows(), inputs.sequences(), objective, schedule.Wanted(*inputs.wanted)
+        )
+    return PreferenceResults(
         result.loss.to(_accumulator(hidden)),
         result.mi_lower_bound,
         result.logps,
         result.rewards,
         result.weights,
-        result.scored_tokens,
-        *_results(gradients, hidden),
+        *HeadGradients.of(gradients, hidden),
     )
 
 
-@linear_infopo.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor,
-    is_chosen: Tensor,
-    ref_logps: Tensor,
-    softcap: float | None,
-    scale: float,
-    beta: float,
-    offset: float,
-    max_log_weight: float | None,
-    min_log_weight: float | None,
-    sft_weight: float,
-    average: bool,
-    num_pairs: float,
-    wanted: list[bool],
-    backend: str,
-    workspace_mib: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    per_sequence = [hidden.new_empty(is_chosen.shape, dtype=torch.float64) for _ in range(3)]
-    return (
-        hidden.new_empty((), dtype=_accumulator(hidden)),
-        hidden.new_empty((), dtype=torch.float64),
-        per_sequence[0],
-        per_sequence[1],
-        per_sequence[2],
-        hidden.new_empty(is_chosen.shape, dtype=torch.int64),
-        *_fake_results(hidden, weight, wanted),
+@_linear_preference.register_fake
+def _(inputs: PreferenceInputs) -> PreferenceResults:
+    logps, rewards, weights = (inputs.hidden.new_empty(inputs.is_chosen.shape, dtype=torch.float64) for _ in range(3))
+    return PreferenceResults(
+        inputs.hidden.new_empty((), dtype=_accumulator(inputs.hidden)),
+        inputs.hidden.new_empty((), dtype=torch.float64),
+        logps,
+        rewards,
+        weights,
+        *inputs.fake_gradients(inputs.wanted),
     )
 
 
@@ -289,14 +292,14 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient.mul_(factor)
 
 
-def _infopo_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[6:])
-    ctx.wanted = inputs[-3]
-    ctx.mark_non_differentiable(*output[1:])
+def _save_preference(ctx: Any, inputs: PreferenceInputs, results: PreferenceResults) -> None:
+    ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient)
+    ctx.wanted = inputs.wanted
+    ctx.mark_non_differentiable(*(result for result in results if result is not results.loss))
     ctx.set_materialize_grads(False)
 
 
-def _infopo_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(f"linear_infopo_loss: {_DOUBLE_BACKWARD}")
     try:
@@ -308,9 +311,38 @@ def _infopo_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | 
             "loss again, or build it from linear_logps and infopo_loss, which recompute."
         ) from error
     if grad is None:
-        return (None,) * 19
-    gradients = (_scaled(g, grad) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
-    return *gradients, *(None,) * 16
+        return ()
+    return tuple(_scaled(g, grad) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
 
 
-linear_infopo.register_autograd(_infopo_autograd, setup_context=_infopo_context)
+_linear_preference.register_autograd(_save_preference, _differentiate_preference)
+
+
+def linear_preference(
+    rows: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    sequences: Sequences,
+    objective: Objective,
+    logit: LogitOptions,
+    kernel: KernelOptions,
+) -> PreferenceResults:
+    """An objective's loss, differentiable, and what one logs; see `schedule.preference`."""
+    assert rows.cu_seqlens is not None
+    assert rows.segments is not None
+    grad = torch.is_grad_enabled()
+    return _linear_preference(
+        PreferenceInputs(
+            **vars(HeadInputs.of(rows, weight, bias, logit, kernel)),
+            cu_seqlens=rows.cu_seqlens,
+            segments=rows.segments,
+            counts=sequences.counts,
+            is_chosen=sequences.is_chosen,
+            ref_logps=sequences.ref_logps,
+            sequence_weights=sequences.weights,
+            num_pairs=sequences.num_pairs,
+            objective=objective.name,
+            options=objective.to_flat(),
+            wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],
+        )
+    )

@@ -1,4 +1,4 @@
-"""Layouts: padded batches and packed rows, both brought to rows [N], labels [N] and segment bounds `cu_seqlens` [S+1].
+"""Layouts: padded batches and packed rows, both brought to rows [N], labels [N] and the sequence of each row.
 
 padded   hidden [S, T, H], labels [S, T]; the first half of the sequences is chosen, the second rejected, in the
          same order (the convention of TRL and Liger), or `is_chosen` says it
@@ -16,7 +16,7 @@ from infopo_kernels.options import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch in either layout as rows."""
+    """A batch in either layout as rows. Which sequence a row belongs to is derived once, here, and travels along."""
 
     hidden: torch.Tensor
     """[N, H]."""
@@ -24,6 +24,8 @@ class Rows:
     """[N] int64, IGNORE_INDEX where a row is not scored."""
     cu_seqlens: torch.Tensor | None
     """[S + 1], first row of each sequence and N; None for a packed batch that named none."""
+    segments: torch.Tensor | None
+    """[N] int64, the sequence of each row; None where `cu_seqlens` is."""
 
 
 def row_segments(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -38,37 +40,47 @@ def sequence_sums(values: torch.Tensor, segments: torch.Tensor, num_sequences: i
     return torch.zeros(num_sequences, dtype=total, device=values.device).index_add(0, segments, values.to(total))
 
 
-def to_rows(
+def padded_rows(hidden: torch.Tensor, labels: torch.Tensor, *, shift: bool, ignore_index: int) -> Rows:
+    """A padded batch as rows. With `shift`, row t is scored on the label of t + 1.
+
+    Hidden states are viewed, not copied, wherever their strides allow it: the shift moves labels only.
+    """
+    S, T = labels.shape
+    y = _own_ignore_index(labels, ignore_index)
+    if shift:
+        y = torch.nn.functional.pad(y[:, 1:], (0, 1), value=IGNORE_INDEX)
+    sequence = torch.arange(S, device=labels.device)
+    cu_seqlens = torch.arange(S + 1, device=labels.device) * T
+    segments = sequence[:, None].expand(S, T).reshape(-1)
+    return Rows(hidden.reshape(-1, hidden.shape[-1]), y.reshape(-1).contiguous(), cu_seqlens, segments)
+
+
+def packed_rows(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    segments: torch.Tensor | None,
     *,
     shift: bool,
     ignore_index: int,
 ) -> Rows:
-    """Either layout as rows; shapes were checked by `checks.layout`. With `shift`, row t is scored on the label of t+1.
+    """Packed rows, of which `row_segments` says the sequences; shifted as `padded_rows` says, inside each sequence."""
+    y = _own_ignore_index(labels, ignore_index).reshape(-1)
+    if shift:
+        y = torch.nn.functional.pad(y[1:], (0, 1), value=IGNORE_INDEX)
+        if segments is not None:  # the last row of a sequence does not predict the first token of the next
+            follows = torch.nn.functional.pad(segments[1:] == segments[:-1], (0, 1), value=False)
+            y = torch.where(follows, y, IGNORE_INDEX)
+    return Rows(hidden.reshape(-1, hidden.shape[-1]), y.contiguous(), cu_seqlens, segments)
 
-    Hidden states are viewed, not copied, wherever their strides allow it: the shift moves labels only.
-    """
+
+def _own_ignore_index(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Labels as int64, with IGNORE_INDEX in the place of the caller's `ignore_index`."""
     y = labels.to(torch.int64)
     if ignore_index != IGNORE_INDEX:
         y = torch.where(y == IGNORE_INDEX, -1, y)  # a stray -100 is a wrong label here, not an unscored one
         y = torch.where(y == ignore_index, IGNORE_INDEX, y)
-    if cu_seqlens is None and labels.ndim == 2:
-        S, T = labels.shape
-        cu_seqlens = torch.arange(0, S * T + 1, max(T, 1), device=labels.device)
-        if shift:
-            y = torch.nn.functional.pad(y[:, 1:], (0, 1), value=IGNORE_INDEX)
-        y = y.reshape(-1)
-    else:
-        y = y.reshape(-1)
-        if shift:
-            y = torch.nn.functional.pad(y[1:], (0, 1), value=IGNORE_INDEX)
-            if cu_seqlens is not None:  # the last row of a sequence does not predict the first token of the next
-                segments = row_segments(cu_seqlens, len(y))
-                follows = torch.nn.functional.pad(segments[1:] == segments[:-1], (0, 1), value=False)
-                y = torch.where(follows, y, IGNORE_INDEX)
-    return Rows(hidden.reshape(-1, hidden.shape[-1]), y.contiguous(), cu_seqlens)
+    return y
 
 
 def default_is_chosen(num_sequences: int, device: torch.device) -> torch.Tensor:

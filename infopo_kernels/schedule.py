@@ -1,22 +1,31 @@
-"""Which rows take which primitive: from a batch in rows to the InfoPO loss and its gradients.
+"""Which rows take which primitive: from a batch in rows to an objective's loss and its gradients.
 
-Products of size N V H, by what is trained (C chosen, R rejected rows; `live` rejected rows still have a weight; K rows
-whose logits the memory of the weight gradient keeps until it is written, rejected ones first where it is known which):
+Products of size N V H, by what is trained and what the objective knows beforehand (`Objective.known`). Of the rows, D
+are decided: their weight is known before any log-probability, and is not 0; U are undecided, of which `live` turn out
+to have a weight; Z are decided with weight 0. K rows' logits the memory of the weight gradient keeps until it is
+written, undecided ones first. InfoPO: D chosen, U rejected. SFT: D chosen, Z rejected. DPO, IPO, SimPO: U all.
 
-    nothing                       logprob on all                                              C + R
+    nothing                       logprob on all                                              D + U + Z
+
+    every weight known            logprob_and_grad on decided rows, logprob on the others     3 D + Z
+      hidden only                                                                             2 D + Z
+
+    else
     hidden only (frozen head)     logprob_and_grad on all with unit weights; each
-                                  sequence's dX is scaled when its sum is known               2 (C + R)
-    head, float32 accumulator     logprob on rejected rows and what else is kept, then
+                                  sequence's dX is scaled when its sum is known               2 (D + U + Z)
+    head, float32 accumulator     logprob on undecided rows and what else is kept, then
                                   backward on live ones; logprob_and_grad on the other
-                                  chosen rows, whose weight is known                          3 C + R + 3 live - K
-    head, 16-bit gradient         logprob on all, then one backward on chosen and live
-                                  rows, so that each dW entry is rounded once                 4 C + R + 3 live - K
+                                  decided rows                                                3 D + U + 3 live + Z - K
+    head, 16-bit gradient         logprob on all, then one backward on decided and live
+                                  rows, so that each dW entry is rounded once                 4 D + U + 3 live + Z - K
       with a dX whose float32     logprob_and_grad with unit weights for dX, then backward
-      accumulator is too large    for dW only                                                 4 C + 2 R + 2 live
+      accumulator is too large    for dW only                                                 4 D + 2 U + 2 live + 2 Z
       and where no row is kept
 
 K counts kept rows that are live and would else need their logits twice. A 16-bit dW takes the float32 way where a
-float32 copy of it fits half of the workspace.
+float32 copy of it fits half of the workspace. With every weight known a 16-bit dW may cost a fourth product
+(`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen head, where `linear_logps` and
+a loss by hand take 4 and 3.
 """
 
 from __future__ import annotations
@@ -27,23 +36,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from infopo_kernels.backends.base import Backend, Gradients, Head
-from infopo_kernels.objective import Objective, known_row_weights, objective
-from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions
-from infopo_kernels.packing import row_segments, sequence_sums
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Labels and sequences of a batch in rows."""
-
-    labels: torch.Tensor
-    """[N] int64."""
-    cu_seqlens: torch.Tensor
-    """[S + 1]."""
-    is_chosen: torch.Tensor
-    """[S] bool."""
-    ref_logps: torch.Tensor
-    """[S] float64."""
+from infopo_kernels.objectives import Evaluation, Objective, Sequences
+from infopo_kernels.objectives import evaluate as evaluate_in_pytorch
+from infopo_kernels.objectives.base import weighted
+from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.packing import Rows
 
 
 @dataclass(frozen=True)
@@ -72,70 +69,104 @@ def hidden_gradient_apart(head: Head, kept_rows: int) -> bool:
     return kept_rows == 0 and dx_bytes > head.workspace_bytes // 4
 
 
-def infopo(
-    backend: Backend, head: Head, batch: Batch, options: InfoPOOptions, num_pairs: float, wanted: Wanted
-) -> tuple[Objective, Gradients]:
-    """The objective of `batch` and the gradients of its loss."""
+def preference(
+    backend: Backend, head: Head, rows: Rows, sequences: Sequences, objective: Objective, wanted: Wanted
+) -> tuple[Evaluation, Gradients]:
+    """The objective of a batch and the gradients of its loss."""
+    if objective.pairwise:
+        sequences = sequences.paired()
+
+    def evaluate(logp: torch.Tensor) -> Evaluation:
+        result = backend.objective(objective, logp, rows, sequences)
+        return evaluate_in_pytorch(objective, logp, rows, sequences) if result is None else result
+
+    if not (wanted.hidden or wanted.weight or wanted.bias):
+        return evaluate(backend.logprob(head, rows.labels)[0]), Gradients(None, None, None)
+
+    if objective.known != "all" and not (wanted.weight or wanted.bias):
+        gradients = zero_gradients(head, wanted)
+        assert gradients.hidden is not None
+        return _unit_hidden_gradient(backend, head, rows.labels, gradients.hidden, evaluate)[0], gradients
+
     gradients = zero_gradients(head, replace(wanted, weight=False))
     if wanted.weight:  # may hold logits first: cleared where it does not
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
-
-    def evaluate(logp: torch.Tensor) -> Objective:
-        own = getattr(backend, "objective", objective)  # a backend may bring it as one launch
-        result: Objective = own(
-            logp, batch.labels, batch.cu_seqlens, batch.is_chosen, batch.ref_logps, options, num_pairs
-        )
-        return result
-
-    if not (wanted.hidden or wanted.weight or wanted.bias):
-        return evaluate(backend.logprob(head, batch.labels)[0]), gradients
-
-    if gradients.hidden is not None and not (wanted.weight or wanted.bias):
-        return _unit_hidden_gradient(backend, head, batch.labels, gradients.hidden, evaluate)[0], gradients
-
-    accumulator, head = _float32_weight_gradient(head, gradients)
-    if accumulator is None:
-        assert gradients.weight is not None
-        slots = _kept_rows(backend, head, gradients.weight)
-        if gradients.hidden is not None and hidden_gradient_apart(head, slots):
-            result, lse = _unit_hidden_gradient(backend, head, batch.labels, gradients.hidden, evaluate)
-            gradients.weight.zero_()
-            backend.backward(head, batch.labels, lse, result.row_weight, replace(gradients, hidden=None))
-        else:
-            kept = _first_rows(slots, batch.labels)
-            logp, lse = _logprob_keeping(backend, head, batch.labels, kept, gradients.weight)
-            result = evaluate(logp)
-            backend.backward(head, batch.labels, lse, result.row_weight, gradients, kept)
-        return result, gradients
-
-    into = replace(gradients, weight=accumulator if wanted.weight else None)
-    segments = row_segments(batch.cu_seqlens, len(batch.labels))
-    row_is_chosen = batch.is_chosen[segments]
-    rejected = torch.where(row_is_chosen, IGNORE_INDEX, batch.labels)
-    chosen = torch.where(row_is_chosen, batch.labels, IGNORE_INDEX)
-    kept = _first_rows(_kept_rows(backend, head, into.weight), rejected, chosen)
-    first = rejected if kept is None else torch.where(kept != IGNORE_INDEX, kept, rejected)
-    logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
-    # Weights of rejected sequences do not depend on chosen ones, whose log-probabilities may not be there yet.
-    backend.backward(head, first, lse, evaluate(logp).row_weight, into, kept)
-    others = torch.where(first != IGNORE_INDEX, IGNORE_INDEX, chosen)
-    counts = sequence_sums(batch.labels != IGNORE_INDEX, segments, len(batch.is_chosen))
-    known = known_row_weights(counts, batch.is_chosen, options, num_pairs)[segments].to(head.accumulator_dtype)
-    result = evaluate(logp.add_(backend.logprob_and_grad(head, others, known, into)[0]))
-    if gradients.weight is not None and gradients.weight is not accumulator:
-        gradients.weight.copy_(accumulator)
+    into, head = _accumulators(head, gradients)
+    if objective.known == "all":
+        known = _known_row_weights(head, rows, sequences, objective)
+        result = _every_weight_known(backend, head, rows.labels, known, into, evaluate)
+    elif objective.known == "some" and _adds_up(head, into):
+        known = _known_row_weights(head, rows, sequences, objective)
+        result = _some_weights_known(backend, head, rows.labels, known, into, evaluate)
+    else:
+        result = _no_weight_known(backend, head, rows.labels, into, evaluate)
+    if gradients.weight is not None and into.weight is not None and into.weight is not gradients.weight:
+        gradients.weight.copy_(into.weight)
     return result, gradients
+
+
+Evaluate = Callable[[torch.Tensor], Evaluation]
+"""The objective from token log-probabilities [N]."""
+
+
+def _every_weight_known(
+    backend: Backend, head: Head, labels: torch.Tensor, known: torch.Tensor, into: Gradients, evaluate: Evaluate
+) -> Evaluation:
+    decided = known != 0  # NaN is not 0
+    if into.weight is not None:
+        into.weight.zero_()
+    logp, _ = backend.logprob_and_grad(head, torch.where(decided, labels, IGNORE_INDEX), known, into)
+    return evaluate(logp.add_(backend.logprob(head, torch.where(decided, IGNORE_INDEX, labels))[0]))
+
+
+def _some_weights_known(
+    backend: Backend, head: Head, labels: torch.Tensor, known: torch.Tensor, into: Gradients, evaluate: Evaluate
+) -> Evaluation:
+    decided = known.abs() > 0  # neither 0 nor NaN
+    later = torch.where(decided, labels, IGNORE_INDEX)
+    slots = _kept_rows(backend, head, into.weight)
+    kept = _first_rows(slots, torch.where(known.isnan(), labels, IGNORE_INDEX), later) if slots else None
+    first = torch.where(decided, IGNORE_INDEX, labels)
+    if kept is not None:
+        first = torch.where(kept != IGNORE_INDEX, kept, first)
+        later = torch.where(kept != IGNORE_INDEX, IGNORE_INDEX, later)
+    logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
+    # Weights of undecided rows do not depend on decided ones, whose log-probabilities may not be there yet.
+    backend.backward(head, first, lse, evaluate(logp).row_weight, into, kept)
+    return evaluate(logp.add_(backend.logprob_and_grad(head, later, known, into)[0]))
+
+
+def _no_weight_known(
+    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate
+) -> Evaluation:
+    slots = _kept_rows(backend, head, into.weight)
+    if into.hidden is not None and not _adds_up(head, into) and hidden_gradient_apart(head, slots):
+        assert into.weight is not None
+        result, lse = _unit_hidden_gradient(backend, head, labels, into.hidden, evaluate)
+        into.weight.zero_()
+        backend.backward(head, labels, lse, result.row_weight, replace(into, hidden=None))
+        return result
+    kept = _first_rows(slots, labels) if slots else None
+    logp, lse = _logprob_keeping(backend, head, labels, kept, into.weight)
+    result = evaluate(logp)
+    backend.backward(head, labels, lse, result.row_weight, into, kept)
+    return result
+
+
+def _known_row_weights(head: Head, rows: Rows, sequences: Sequences, objective: Objective) -> torch.Tensor:
+    """d loss / d l_t [N] in the accumulator type as far as it is known beforehand; NaN elsewhere."""
+    assert rows.segments is not None
+    slopes = weighted(objective.known_slopes(sequences), sequences.weights) / sequences.num_pairs
+    return slopes.to(head.accumulator_dtype)[rows.segments]
 
 
 def _kept_rows(backend: Backend, head: Head, weight_gradient: torch.Tensor | None) -> int:
     return 0 if weight_gradient is None else backend.kept_rows(head, weight_gradient)
 
 
-def _first_rows(most: int, *groups: torch.Tensor) -> torch.Tensor | None:
-    """Labels [N] of the first `most` scored rows, those of the first group before those of the next; None for none."""
-    if most == 0:
-        return None
+def _first_rows(most: int, *groups: torch.Tensor) -> torch.Tensor:
+    """Labels [N] of the first `most` scored rows, those of the first group before those of the next."""
     kept = torch.full_like(groups[0], IGNORE_INDEX)
     before: torch.Tensor | int = 0
     for labels in groups:
@@ -166,8 +197,8 @@ def _unit_hidden_gradient(
     head: Head,
     labels: torch.Tensor,
     hidden_gradient: torch.Tensor,
-    evaluate: Callable[[torch.Tensor], Objective],
-) -> tuple[Objective, torch.Tensor]:
+    evaluate: Evaluate,
+) -> tuple[Evaluation, torch.Tensor]:
     """dX for unit row weights beside the log-probabilities, scaled once the objective knows the weights; and lse."""
     ones = torch.ones(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
     logp, lse = backend.logprob_and_grad(head, labels, ones, Gradients(hidden_gradient, None, None))
@@ -183,12 +214,22 @@ def scale_rows_(rows: torch.Tensor, scale: torch.Tensor) -> None:
         part.mul_(factor[:, None])
 
 
-def _float32_weight_gradient(head: Head, gradients: Gradients) -> tuple[torch.Tensor | None, Head]:
-    """A buffer in which dW may be added up over calls, and the head with the workspace that is left; or None."""
-    if gradients.weight is None or gradients.weight.dtype == head.accumulator_dtype:
-        return gradients.weight if gradients.weight is not None else head.weight.new_empty(0), head
-    size = gradients.weight.numel() * head.accumulator_dtype.itemsize
+def _accumulators(head: Head, gradients: Gradients) -> tuple[Gradients, Head]:
+    """Buffers in which gradients add up over calls, and the head with the workspace that is left.
+
+    A 16-bit dW has a float32 buffer in its place where that fits half of the workspace; where it does not, each entry
+    has to be rounded once, by a single call.
+    """
+    weight = gradients.weight
+    if weight is None or weight.dtype == head.accumulator_dtype:
+        return gradients, head
+    size = weight.numel() * head.accumulator_dtype.itemsize
     if size > head.workspace_bytes // 2:
-        return None, head
-    accumulator = torch.empty_like(gradients.weight, dtype=head.accumulator_dtype)
-    return accumulator, replace(head, workspace_bytes=head.workspace_bytes - size)
+        return gradients, head
+    accumulator = torch.empty_like(weight, dtype=head.accumulator_dtype)
+    return replace(gradients, weight=accumulator), replace(head, workspace_bytes=head.workspace_bytes - size)
+
+
+def _adds_up(head: Head, into: Gradients) -> bool:
+    """Whether calls may add to the weight gradient one after the other."""
+    return into.weight is None or into.weight.dtype == head.accumulator_dtype

@@ -176,9 +176,9 @@ def fused(inputs: Inputs, device: str = "cpu", **kernel: Any) -> Result:
 def plain(inputs: Inputs, dtype: torch.dtype) -> Result:
     """The naive loss of a case in `dtype`, differentiated by autograd."""
     case, leaves = inputs.case, inputs.fresh(dtype)
-    loss = naive.linear_infopo_loss(
+    loss = naive.linear_preference_loss(
         **leaves, labels=inputs.labels, **inputs.layout, ref_logps=inputs.ref_logps, shift=case.shift,
-        ignore_index=case.ignore_index, options=case.objective, logit=case.logit,
+        ignore_index=case.ignore_index, objective=case.objective, logit=case.logit,
     )  # fmt: skip
     result = Result.of(loss, leaves, case.loss_factor)
     reduction = "mean" if case.objective.average else "sum"

@@ -22,7 +22,7 @@ from infopo_kernels.bench.contenders import CONTENDERS, FLOOR, OURS, Contender, 
 from infopo_kernels.bench.plan import DTYPES, MAIN_SHAPE, SpeedPoint, default_plan
 from infopo_kernels.bench.shapes import SHAPES, Shape
 from infopo_kernels.bench.truth import check, run, truth
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels.objectives import InfoPOOptions
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 48, 301)
@@ -45,13 +45,13 @@ def test_the_truth_is_the_reference(case: Case) -> None:
     """What contenders are checked against equals autograd through materialised logits in float64."""
     batch, right = small(case), truth(small(case), torch.float64)
     hidden, weight = (t.detach().double().requires_grad_() for t in (batch.hidden, batch.weight))
-    loss = naive.linear_infopo_loss(
+    loss = naive.linear_preference_loss(
         hidden,
         weight,
         batch.labels,
         cu_seqlens=batch.cu_seqlens if case.packed else None,
         is_chosen=batch.is_chosen,
-        options=InfoPOOptions(beta=batch.beta, average=True),
+        objective=InfoPOOptions(beta=batch.beta, average=True),
     )
     loss.backward()
     torch.testing.assert_close(right.loss, loss.detach(), rtol=1e-12, atol=1e-12)

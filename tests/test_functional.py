@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infopo_kernels import (
+    DPO,
+    InfoPO,
     InfoPOLoss,
     InfoPOOptions,
     KernelOptions,
@@ -24,6 +26,7 @@ from infopo_kernels import (
     ops,
 )
 from infopo_kernels.backends import dispatch
+from infopo_kernels.packing import Rows
 from tests import support
 from tests.support import Case
 
@@ -242,8 +245,8 @@ def test_gradcheck_of_the_naive_loss(trained: tuple[str, ...]) -> None:
 
     def loss(*values: Tensor) -> Tensor:
         tensors = {**leaves, **dict(zip(trained, values, strict=True))}
-        return naive.linear_infopo_loss(
-            **tensors, labels=inputs.labels, ref_logps=inputs.ref_logps, options=case.objective, logit=case.logit
+        return naive.linear_preference_loss(
+            **tensors, labels=inputs.labels, ref_logps=inputs.ref_logps, objective=case.objective, logit=case.logit
         )
 
     assert torch.autograd.gradcheck(loss, [leaves[name] for name in trained])
@@ -435,21 +438,31 @@ def _op_arguments(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     cu, chosen = torch.arange(0, 2 * B * T + 1, T), torch.arange(2 * B) < B
     lse = torch.full((2 * B * T,), 4.0)
     ref = torch.full((2 * B,), -20.0, dtype=torch.float64)
+    segments = torch.arange(2 * B).repeat_interleave(T)
+    counts = (x["labels"] != -100).sum(1)
+    rows, kernel = Rows(hidden, labels, cu, segments), KernelOptions(backend)
+    plain = Rows(hidden.detach(), labels, cu, segments)
+    head = vars(ops.HeadInputs.of(rows, weight, bias, LogitOptions(), kernel))
+    frozen = vars(ops.HeadInputs.of(plain, weight.detach(), None, LogitOptions(), KernelOptions(backend, 4)))
+    given = {"cu_seqlens": cu, "segments": segments, "counts": counts, "is_chosen": chosen, "ref_logps": ref}
+    loss = {
+        name: ops.PreferenceInputs(
+            **head, **given, sequence_weights=weights, num_pairs=2.0, objective=objective.name,
+            options=objective.to_flat(), wanted=[True] * 3,
+        )
+        for name, objective, weights in (("infopo", InfoPO(), None), ("dpo", DPO(), torch.rand(2 * B).double()))
+    }  # fmt: skip
+    softcapped = ops.HeadInputs.of(rows, weight, bias, LogitOptions(5.0), kernel)
+    backward = ops.LogprobBackwardInputs(
+        **frozen, lse=lse, row_weight=torch.ones(2 * B * T), wanted=[True, True, False]
+    )
     return {
         "row_segments": (ops.row_segments, (cu, 2 * B * T)),
-        "scored_tokens": (ops.scored_tokens, (labels, torch.arange(2 * B).repeat_interleave(T), 2 * B)),
-        "logprob": (ops.logprob, (hidden, weight, bias, labels, 5.0, 1.0, backend, None)),
-        "logprob_backward": (
-            ops.logprob_backward,
-            (torch.ones(2 * B * T), hidden.detach(), weight.detach(), None, labels, lse, None, 1.0,
-             [True, True, False], backend, 4),
-        ),
-        "linear_infopo": (
-            ops.linear_infopo,
-            (hidden, weight, bias, labels, cu, chosen, ref, None, 1.0, 0.1, 1.0, None, None, 0.0, False, 2.0,
-             [True] * 3, backend, None),
-        ),
-    }  # fmt: skip
+        "scored_tokens": (ops.scored_tokens, (labels, segments, 2 * B)),
+        "logprob": (ops._logprob.raw, ops._logprob.flat(softcapped)),
+        "logprob_backward": (ops._logprob_backward.raw, ops._logprob_backward.flat(backward)),
+        **{name: (ops._linear_preference.raw, ops._linear_preference.flat(inputs)) for name, inputs in loss.items()},
+    }
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])

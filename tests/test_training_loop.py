@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels.objectives import InfoPOOptions
 from infopo_kernels.training.batches import collate, split_held_out, visiting_order
 from infopo_kernels.training.errors import UserError
 from infopo_kernels.training.loop import History, run

@@ -31,7 +31,7 @@ from infopo_kernels.backends.triton.kernels import (
     weight_product,
 )
 from infopo_kernels.backends.triton.launch import prepare
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels.objectives import InfoPOOptions
 from tests.triton_support import Problem, interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,6 +1,7 @@
 """What a backend is: three primitives over rows, and the reason why it cannot run, if it cannot.
 
-A backend knows rows, not losses. With X [N, H], W [V, H], b [V], labels y [N] and row weights c [N]:
+A backend knows rows, not losses; one that can evaluate an objective in a single launch says it with `objective`. With
+X [N, H], W [V, H], b [V], labels y [N] and row weights c [N]:
 
     a_tv  = X_t . W_v + b_v
     z_tv  = scale * softcap * tanh(a_tv / softcap)          (scale * a_tv without a softcap)
@@ -35,6 +36,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
+
+from infopo_kernels.objectives import Evaluation, Objective, Sequences
+from infopo_kernels.packing import Rows
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ class Gradients:
 
 
 class Backend(Protocol):
-    """The three primitives. `labels` is [N] int64, `lse` and `row_weight` [N] in the accumulator type; contiguous.
+    """The three primitives, and `objective`, which may decline.
 
-    A backend may also bring `objective` with the signature of `infopo_kernels.objective.objective`, as one launch.
+    `labels` is [N] int64, `lse` and `row_weight` [N] in the accumulator type; contiguous.
     """
 
     name: ClassVar[str]
@@ -124,5 +128,14 @@ class Backend(Protocol):
 
         `kept` [N] are the labels of the call of `logprob` that kept logits in `gradients.weight`: its scored rows are
         scored in `labels` too and cost one product less. `gradients.weight` is assigned then, not added to.
+        """
+        ...
+
+    def objective(
+        self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
+    ) -> Evaluation | None:
+        """Optional: what `infopo_kernels.objectives.evaluate` returns, in one launch; None to leave it to that.
+
+        For a backend whose device takes longer to start the objective's some 20 small operations than to run them.
         """
         ...

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.objectives import Evaluation, Objective, Sequences
+from infopo_kernels.packing import Rows
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OPS: Any = torch.ops.infopo_kernels_cpp
@@ -75,6 +77,12 @@ class CppBackend:
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         rows: int = _OPS.kept_rows(head.hidden, weight_gradient, head.workspace_bytes)
         return rows
+
+    def objective(
+        self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
+    ) -> Evaluation | None:
+        del objective, logp, rows, sequences
+        return None
 
     def logprob(
         self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None

@@ -17,7 +17,9 @@ from typing import ClassVar
 import torch
 
 from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.packing import Rows
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MIN_STORED_ROWS = 64
@@ -87,6 +89,12 @@ class TorchBackend:
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         del head, weight_gradient
         return 0
+
+    def objective(
+        self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
+    ) -> Evaluation | None:
+        del objective, logp, rows, sequences
+        return None
 
     def logprob(
         self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infopo_kernels.functional import InfoPOOutput
-from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions
+from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.output import InfoPOOutput
 
 LAYOUT_KEYS = ("labels", "cu_seqlens", "rows")
 """What a batch tells the head about the layout; both policy and reference take it."""

@@ -16,7 +16,8 @@ from infopo_kernels.integrations.preference_step import (
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
-from infopo_kernels.options import InfoPOOptions, KernelOptions
+from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.options import KernelOptions
 
 try:
     from transformers import Trainer

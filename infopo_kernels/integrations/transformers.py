@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infopo_kernels.functional import InfoPOOutput, Reduction, linear_infopo_loss
+from infopo_kernels.functional import Reduction, linear_infopo_loss
 from infopo_kernels.functional import linear_logps as _linear_logps  # an argument of the forward has its name
 from infopo_kernels.integrations.logit_transform import known_logits, logit_options, observed_transform
-from infopo_kernels.options import InfoPOOptions, KernelOptions, LogitOptions
+from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.options import KernelOptions, LogitOptions
+from infopo_kernels.output import InfoPOOutput
 
 try:
     from transformers.utils import ModelOutput

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infopo_kernels.functional import infopo_loss
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels.objectives import InfoPOOptions
 
 LossName = Literal["infopo", "dpo"]
 LOSSES: Final[tuple[LossName, ...]] = ("infopo", "dpo")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from infopo_kernels.options import BACKENDS, InfoPOOptions, KernelOptions
+from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.options import BACKENDS, KernelOptions
 from infopo_kernels.training.errors import UserError
 from infopo_kernels.training.policy import Loading
 from infopo_kernels.training.trainer import SCHEDULES, TrainOptions

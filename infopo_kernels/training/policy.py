@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infopo_kernels.functional import InfoPOOutput
 from infopo_kernels.integrations.transformers import attach_linear_logps
-from infopo_kernels.options import InfoPOOptions, KernelOptions
+from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.options import KernelOptions
+from infopo_kernels.output import InfoPOOutput
 from infopo_kernels.training.batches import Batch, collate
 from infopo_kernels.training.errors import UserError
 from infopo_kernels.training.smollm2 import SMOLLM2, smollm2_directory

@@ -11,7 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions
+from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.training.batches import Batch, collate
 from infopo_kernels.training.errors import UserError
 from infopo_kernels.training.memory import peak_mib, reset_peak

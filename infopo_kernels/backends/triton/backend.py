@@ -8,8 +8,8 @@ import torch
 
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton.support import unsupported_reason
-from infopo_kernels.objective import Objective
-from infopo_kernels.options import InfoPOOptions
+from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
+from infopo_kernels.packing import Rows
 
 
 class TritonBackend:
@@ -114,21 +114,16 @@ class TritonBackend:
         _backward(head, labels, lse, row_weight, gradients, skip_zero=True)
 
     def objective(
-        self,
-        logp: torch.Tensor,
-        labels: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        is_chosen: torch.Tensor,
-        ref_logps: torch.Tensor,
-        options: InfoPOOptions,
-        num_pairs: float,
-    ) -> Objective:
-        """`infopo_kernels.objective.objective` in one launch."""
+        self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
+    ) -> Evaluation | None:
+        """InfoPO in one launch; nothing else."""
+        if not isinstance(objective, InfoPO):
+            return None
         from infopo_kernels.backends.triton.kernels.objective import launch_objective
         from infopo_kernels.backends.triton.launch import on_device
 
-        with on_device(labels.device):
-            return launch_objective(logp, labels, cu_seqlens, is_chosen, ref_logps, options, num_pairs)
+        with on_device(logp.device):
+            return launch_objective(objective, logp, rows, sequences)
 
 
 def _outputs(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,9 @@ from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import launch
 from infopo_kernels.backends.triton.backend import TritonBackend
 from infopo_kernels.backends.triton.tiles import Target
-from infopo_kernels.options import WORKSPACE_MIB_GPU, InfoPOOptions
+from infopo_kernels.objectives import InfoPO, Sequences
+from infopo_kernels.options import WORKSPACE_MIB_GPU
+from infopo_kernels.packing import Rows
 
 HIDDEN_SIZES = (576, 2048, 4096, 5120, 8192)
 VOCABULARIES = (32000, 49152, 128256, 151936, 262144)
@@ -108,11 +110,11 @@ def run(shape: Shape) -> None:
         if gradients.weight is not None and backend.kept_rows(head, gradients.weight):
             backend.logprob(head, labels, gradients.weight)
             backend.backward(head, labels, lse, c, gradients, labels)
-    sequences = empty(8, dtype=torch.float64)
-    chosen = empty(8, dtype=torch.bool)
-    for average in (False, True):
-        options = InfoPOOptions(average=average)
-        backend.objective(c, labels, empty(9, dtype=torch.int32), chosen, sequences, options, 4.0)
+    rows = Rows(head.hidden, labels, empty(9, dtype=torch.int32), None)
+    for average, weights in itertools.product((False, True), (None, empty(8, dtype=torch.float64))):
+        counts, chosen = empty(8, dtype=torch.int64), empty(8, dtype=torch.bool)
+        sequences = Sequences(counts, chosen, empty(8, dtype=torch.float64), 4.0, weights)
+        backend.objective(InfoPO(average=average), c, rows, sequences)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""The InfoPO objective of `infopo_kernels.objective`, equations (1) to (8), in one launch.
+"""InfoPO (`infopo_kernels.objectives.infopo`, equations (1) to (8)) in one launch.
 
-For sequence s, rows cu[s] .. cu[s + 1], n_s of them scored, everything in float64:
+For sequence s, rows cu[s] .. cu[s + 1], n_s of them scored, u_s its weight (1 if none is given), all in float64:
 
     L_s      = sum_t l_t  (or L_s / n_s)                Delta_s = L_s - ref_s           a_s = beta Delta_s - offset
     term_s   = -beta Delta_s                            chosen
              = exp(min(a_s, m)) (1 + max(a_s - m, 0))   rejected, m = max_log_weight (inf without a cap)
     weight_s = beta                                     chosen
              = beta exp(min(a_s, m))                    rejected; 0 where a_s < min_log_weight
-    dl_t     = -(weight_s k_s + sft / n_s) / P          chosen, k_s = 1 (or 1 / n_s)
-             = weight_s k_s / P                         rejected
-    loss     = (sum_s term_s - sft sum_{chosen} L_s / n_s) / P          bound = -sum_s term_s / P
+    dl_t     = -u_s (weight_s k_s + sft / n_s) / P      chosen, k_s = 1 (or 1 / n_s)
+             = u_s weight_s k_s / P                     rejected
+    loss     = (sum_s u_s term_s - sft sum_{chosen} u_s sum_t l_t / n_s) / P          bound = -sum_s u_s term_s / P
 
 One program walks all sequences: 8 bytes a row, while a product of the same rows moves thousands. So the sums have one
 order, and no other program has to be waited for.
@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.launch import FUSED
-from infopo_kernels.objective import Objective
-from infopo_kernels.options import IGNORE_INDEX, InfoPOOptions
+from infopo_kernels.objectives import Evaluation, InfoPO, Sequences
+from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.packing import Rows
 
 BLOCK = 4096
 """Rows a step: 8 warps with 16 loads in flight each."""
@@ -39,12 +40,12 @@ def objective_kernel(
     cu_ptr,
     chosen_ptr,
     ref_ptr,
+    u_ptr,
     loss_ptr,
     bound_ptr,
     logps_ptr,
     rewards_ptr,
     weights_ptr,
-    scored_ptr,
     dl_ptr,
     N,
     S,
@@ -55,10 +56,11 @@ def objective_kernel(
     sft_weight: tl.float64,
     num_pairs: tl.float64,
     AVERAGE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     IGNORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """loss, bound; logps[s] = L_s, rewards[s] = beta Delta_s, weights[s], scored[s] = n_s; dl[t] = d loss / d l_t."""
+    """loss, bound; logps[s] = L_s, rewards[s] = beta Delta_s, weights[s] = u_s weight_s; dl[t] = d loss / d l_t."""
     offs = tl.arange(0, BLOCK)
     terms = tl.full((), 0.0, tl.float64)
     sft_terms = tl.full((), 0.0, tl.float64)
@@ -88,16 +90,20 @@ def objective_kernel(
         growth = tl.exp(tl.where(over, max_log_weight, log_weight))
         term = tl.where(chosen, -reward, growth * (1.0 + tl.where(over, log_weight - max_log_weight, 0.0)))
         weight = beta * tl.where(chosen, 1.0, tl.where(log_weight < min_log_weight, 0.0, growth))
-        sft = tl.where(chosen, sft_weight, 0.0)
+        sft_term = tl.where(chosen, -sft_weight * mean, 0.0)
+        if WEIGHTED:
+            u = tl.load(u_ptr + s)
+            term, weight, sft_term, sft = u * term, u * weight, u * sft_term, u * sft_weight
+        else:
+            sft = sft_weight
         per_row = weight / length if AVERAGE else weight
         per_row = tl.where(chosen, -per_row - sft / length, per_row) / num_pairs
         terms += term
-        sft_terms += tl.where(chosen, -sft_weight * mean, 0.0)
+        sft_terms += sft_term
 
         tl.store(logps_ptr + s, level)
         tl.store(rewards_ptr + s, reward)
         tl.store(weights_ptr + s, weight)
-        tl.store(scored_ptr + s, count.to(tl.int64))
         for start in range(begin, end, BLOCK):
             offs_n = start + offs
             inside = offs_n < end
@@ -107,46 +113,39 @@ def objective_kernel(
     tl.store(bound_ptr, -terms / num_pairs)
 
 
-def launch_objective(
-    logp: torch.Tensor,  # [N] float32
-    labels: torch.Tensor,  # [N] int64
-    cu_seqlens: torch.Tensor,  # [S + 1] int32 or int64
-    is_chosen: torch.Tensor,  # [S] bool
-    ref_logps: torch.Tensor,  # [S] float64
-    options: InfoPOOptions,
-    num_pairs: float,
-) -> Objective:
-    """The objective of a call, from its token log-probabilities."""
-    n, s = labels.numel(), is_chosen.numel()
-    loss, bound = (torch.empty((), dtype=torch.float64, device=labels.device) for _ in range(2))
-    logps, rewards, weights = (torch.empty(s, dtype=torch.float64, device=labels.device) for _ in range(3))
-    scored = torch.empty(s, dtype=torch.int64, device=labels.device)
-    row_weight = torch.empty(n, dtype=logp.dtype, device=labels.device)
+def launch_objective(objective: InfoPO, logp: torch.Tensor, rows: Rows, sequences: Sequences) -> Evaluation:
+    """InfoPO of a call, from its token log-probabilities [N] float32."""
+    assert rows.cu_seqlens is not None
+    n, s, device = logp.numel(), sequences.is_chosen.numel(), logp.device
+    loss, bound = (torch.empty((), dtype=torch.float64, device=device) for _ in range(2))
+    logps, rewards, weights = (torch.empty(s, dtype=torch.float64, device=device) for _ in range(3))
+    row_weight = torch.empty(n, dtype=logp.dtype, device=device)
     objective_kernel[(1,)](
         logp,
-        labels,
-        cu_seqlens.contiguous(),
-        is_chosen.contiguous(),
-        ref_logps.contiguous(),
+        rows.labels,
+        rows.cu_seqlens.contiguous(),
+        sequences.is_chosen.contiguous(),
+        sequences.ref_logps.contiguous(),
+        None if sequences.weights is None else sequences.weights.contiguous(),
         loss,
         bound,
         logps,
         rewards,
         weights,
-        scored,
         row_weight,
         n,
         s,
-        float(options.beta),
-        float(options.offset),
-        math.inf if options.max_log_weight is None else float(options.max_log_weight),
-        -math.inf if options.min_log_weight is None else float(options.min_log_weight),
-        float(options.sft_weight),
-        float(num_pairs),
-        AVERAGE=options.average,
+        float(objective.beta),
+        float(objective.offset),
+        math.inf if objective.max_log_weight is None else float(objective.max_log_weight),
+        -math.inf if objective.min_log_weight is None else float(objective.min_log_weight),
+        float(objective.sft_weight),
+        float(sequences.num_pairs),
+        AVERAGE=objective.average,
+        WEIGHTED=sequences.weights is not None,
         IGNORE=IGNORE_INDEX,
         BLOCK=BLOCK,
         num_warps=8,
         **FUSED,
     )
-    return Objective(loss, bound, logps, rewards, weights, scored, row_weight)
+    return Evaluation(loss, bound, logps, rewards, weights, row_weight)

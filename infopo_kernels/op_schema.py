@@ -1,0 +1,94 @@
+"""Ops whose arguments and results are objects: the flat schema of `torch.library` is made and read here, nowhere else.
+
+    @define("infopo_kernels::double", DoubleInputs, DoubleResults)
+    def double(inputs): ...
+    double.register_fake(...)                  # of the inputs' object too
+    double(DoubleInputs(...)).doubled
+
+Inputs are a dataclass of tensors, numbers, strings and lists of them, in the order of the schema; results a NamedTuple
+of tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    int: "SymInt",
+    int | None: "int?",
+    str: "str",
+    list[float]: "float[]",
+    list[bool]: "bool[]",
+}
+
+Inputs = TypeVar("Inputs")
+Results = TypeVar("Results", bound=tuple[Tensor, ...])
+
+
+class Op(Generic[Inputs, Results]):
+    """A custom op that is called with its inputs' object and returns its results' object."""
+
+    def __init__(
+        self, name: str, inputs: type[Inputs], results: type[Results], run: Callable[[Inputs], Results]
+    ) -> None:
+        self._inputs, self._results = inputs, results
+        self._length = len(dataclasses.fields(inputs))  # type: ignore[arg-type]
+        self.raw = torch.library.custom_op(
+            name, lambda *flat: tuple(run(inputs(*flat))), mutates_args=(), schema=_schema(inputs, results)
+        )
+
+    def __call__(self, inputs: Inputs) -> Results:
+        return self._results(*self.raw(*self.flat(inputs)))
+
+    @staticmethod
+    def flat(inputs: Inputs) -> tuple[Any, ...]:
+        """The op's arguments."""
+        return tuple(vars(inputs).values())
+
+    def register_fake(self, fake: Callable[[Inputs], Results]) -> None:
+        """What `torch.compile` sees: results of the right shapes and types."""
+        self.raw.register_fake(lambda *flat: tuple(fake(self._inputs(*flat))))
+
+    def register_autograd(
+        self, save: Callable[[Any, Inputs, Results], None], backward: Callable[..., tuple[Tensor | None, ...]]
+    ) -> None:
+        """`save(ctx, inputs, results)` keeps what `backward(ctx, *gradients of the results)` needs.
+
+        `backward` returns the gradients of the first inputs; the others have none.
+        """
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            save(ctx, self._inputs(*inputs), self._results(*output))
+
+        def padded(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            first = backward(ctx, *grads)
+            return *first, *(None,) * (self._length - len(first))
+
+        self.raw.register_autograd(padded, setup_context=setup_context)
+
+
+def _schema(inputs: type, results: type) -> str:
+    arguments = (f"{_TYPES[kind]} {name}" for name, kind in _fields(inputs).items())
+    return f"({', '.join(arguments)}) -> ({', '.join('Tensor' for _ in _fields(results))})"
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    """Names and types in order, those of a base class first."""
+    return typing.get_type_hints(cls)
+
+
+def define(
+    name: str, inputs: type[Inputs], results: type[Results]
+) -> Callable[[Callable[[Inputs], Results]], Op[Inputs, Results]]:
+    """Make an op called `name` of a function of its inputs' object."""
+    return lambda run: Op(name, inputs, results, run)
