@@ -138,7 +138,7 @@ def test_a_dropped_vocabulary_mask_is_caught_by_value() -> None:
 
     inputs = ts.make(Problem("tail", v=75), torch.float32)
     truth = ts.plain(inputs)
-    with mutated(logits, "to_logits", 'float("-inf")', "0.0"):
+    with mutated(logits, "inside", 'float("-inf")', "0.0"):
         logp, lse = ts.backend().logprob(inputs.head, inputs.labels)
     with pytest.raises(AssertionError, match="times the budget"):
         ts.assert_logp(inputs, truth, logp, lse)
@@ -269,7 +269,9 @@ def test_kept_logits_beyond_two_to_the_31() -> None:
     logp, lse, g = torch.empty(n), torch.empty(n), torch.full((n, 320), float("nan"), dtype=torch.float16)
     with ts.checked_addresses():
         live = rows.find_live_rows(labels, None, skip_zero=False, gain=False, cleared=(logp, lse))
-        softmax_tile.launch_softmax_tile(launch, labels, live, q, part_max, torch.empty(20, n), store.target, 0)
+        part_sum = torch.empty(20, n)
+        softmax_tile.launch_softmax_tile(launch, live, q, part_max, part_sum, 0)
+        logprob.launch_merge(launch, labels, live, part_max, part_sum, logp, lse, 0, store.target)
         _, expected = ts.backend().logprob(inputs.head, labels)
         live, found = kept.find_kept_rows(launch, store, labels, labels, expected, inputs.c)
         kept.launch_kept_gradient(launch, labels, expected, inputs.c, live, found, g, torch.empty(0), 0, 320)

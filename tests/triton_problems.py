@@ -125,6 +125,10 @@ class Plain:
     """|G| |W|: rounding each element of G by a relative u moves dX by at most u times this."""
     weight_terms: torch.Tensor
     bias_terms: torch.Tensor
+    hidden_softmax: torch.Tensor
+    """|c| p |W|: an error of a logit, or of lse, by some d moves p by d p, however little of G a label leaves."""
+    weight_softmax: torch.Tensor
+    bias_softmax: torch.Tensor
 
 
 def plain(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Plain:
@@ -151,6 +155,7 @@ def plain(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Plain:
     def grad(of: torch.Tensor) -> torch.Tensor:
         return of.grad if of.grad is not None else torch.zeros_like(of)
 
+    p = (z - lse[:, None]).exp().detach() * (inputs.c.to(dtype)[scored] * head.scale).abs()[:, None]
     return Plain(
         rows(logp),
         rows(lse),
@@ -160,6 +165,9 @@ def plain(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Plain:
         rows(g.abs() @ w_abs),
         g.abs().T @ x.detach().abs(),
         g.abs().sum(0),
+        rows(p @ w_abs),
+        p.T @ x.detach().abs(),
+        p.sum(0),
     )
 
 
@@ -228,25 +236,29 @@ def assert_gradients(
     g_error = roundings * u if u > UNIT[torch.float32] else 0.0
     written = inputs.scored if zero_rows else inputs.live
 
-    def allowed(exact: torch.Tensor, terms: torch.Tensor, own: torch.Tensor, result: torch.dtype) -> torch.Tensor:
+    def allowed(
+        exact: torch.Tensor, terms: torch.Tensor, softmax: torch.Tensor, own: torch.Tensor, result: torch.dtype
+    ) -> torch.Tensor:
         # Below float16's range a result has absolute, not relative, precision.
         tiny = 2.0**-25 if result == torch.float16 else 0.0
         own_error = (own.double() - exact).abs().max()
         # exp of a float32 logit is as wrong as the logit, which grows with its size: |z| 2^-24.
         logit_error = 8 * UNIT[torch.float32] * (2 + truth.lse.abs().max())
-        return exact.abs() * UNIT[result] * 1.01 + terms * (g_error + logit_error) + 4 * own_error + tiny
+        return exact.abs() * UNIT[result] * 1.01 + terms * g_error + softmax * logit_error + 4 * own_error + tiny
 
     if got.hidden is not None:
-        budget = allowed(truth.hidden, truth.hidden_terms, single.hidden, got.hidden.dtype)
+        budget = allowed(truth.hidden, truth.hidden_terms, truth.hidden_softmax, single.hidden, got.hidden.dtype)
         assert_within("dX", got.hidden[written], truth.hidden[written], budget[written])
         assert got.hidden[~written].isnan().all(), "rows that are not scored are not touched"
     if got.weight is not None and before.weight is not None:
         total = before.weight.double() + truth.weight
-        budget = allowed(total, truth.weight_terms, before.weight.float() + single.weight, got.weight.dtype)
+        budget = allowed(
+            total, truth.weight_terms, truth.weight_softmax, before.weight.float() + single.weight, got.weight.dtype
+        )
         assert_within("dW", got.weight, total, budget + UNIT[torch.float32] * total.abs())
     if got.bias is not None and before.bias is not None:
         total = before.bias.double() + truth.bias
-        budget = allowed(total, truth.bias_terms, before.bias + single.bias, torch.float32)
+        budget = allowed(total, truth.bias_terms, truth.bias_softmax, before.bias + single.bias, torch.float32)
         assert_within("db", got.bias, total, budget)
 
 

@@ -49,16 +49,16 @@ def gradients_from_tiles(
     """
     v = launch.vocabulary
     layouts = tile_layouts(launch, plan.rows, plan.slices, gradients)
-    g, target, bias_part, stats, part, gathered = carve(
-        launch.head.workspace_bytes, labels.device, layouts[:3], shared=layouts[3:]
+    g, bias_part, stats, part, gathered = carve(
+        launch.head.workspace_bytes, labels.device, layouts[:2], shared=layouts[2:]
     )
     q = g.view(plan.rows, -1, launch.tiles.logits.part).transpose(0, 1)
     products = products_of(launch, live)
     for row0 in range(0, launch.rows, plan.rows):
         if products.done(row0):
             break
-        launch_softmax_tile(launch, labels, live, q, stats[0], stats[1], target, row0)
-        launch_merge(launch, labels, live, stats[0], stats[1], target, logp, lse, row0)
+        launch_softmax_tile(launch, live, q, stats[0], stats[1], row0)
+        launch_merge(launch, labels, live, stats[0], stats[1], logp, lse, row0)
         launch_normalise(launch, labels, live, g, stats[0], logp, lse, row_weight, bias_part, row0)
         if gradients.hidden is not None:
             products.hidden(g, part, row0, 0, v, add=False)
@@ -96,8 +96,8 @@ def logprob_keeping(
         chunk = slice(row0, min(row0 + c, rows))
         part_sum = sums[: parts * (chunk.stop - row0)].view(parts, -1)
         q, part_max, target = store.q[:, chunk], store.part_max[:, chunk], store.target[chunk]
-        launch_softmax_tile(launch, labels, live, q, part_max, part_sum, target, row0)
-        launch_merge(launch, labels, live, part_max, part_sum, target, logp, lse, row0)
+        launch_softmax_tile(launch, live, q, part_max, part_sum, row0)
+        launch_merge(launch, labels, live, part_max, part_sum, logp, lse, row0, target)
 
 
 def gradients_from_kept(

@@ -64,6 +64,7 @@ class Launch:
             "scale": head.scale,
             "HAS_BIAS": head.bias is not None,
             "HAS_SOFTCAP": head.softcap is not None,
+            "NEGATIVE": head.scale < 0,
             "BLOCK_N": tile.rows,
             "BLOCK_V": tile.columns,
             "BLOCK_H": tile.depth,

@@ -95,12 +95,11 @@ def _largest(n: int, most: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def tile_layouts(launch: Launch, rows: int, slices: int, gradients: Gradients) -> tuple[Layout | None, ...]:
-    """What one chunk of rows takes: G, target logits, column sums, and three that are never needed at a time."""
+    """What one chunk of rows takes: G, column sums, and three that are never needed at a time."""
     h, dtype, tile = launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits
     ld = ceil_div(launch.vocabulary, tile.columns) * tile.columns
     return (
         ((rows, ld), dtype),
-        ((rows,), torch.float32),
         ((ceil_div(rows, NORMALISE_ROWS), ld), torch.float32) if gradients.bias is not None else None,
         ((2, ld // tile.part, rows), torch.float32),
         ((slices, rows, h), torch.float32) if gradients.hidden is not None else None,
