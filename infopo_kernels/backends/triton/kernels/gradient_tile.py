@@ -192,7 +192,7 @@ def launch_gradient_tile(
         ld,
         HAS_GAIN=g.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
-        **launch.logit_arguments,
+        **arguments,
         rows=c,
         present=lambda: live.present(row0, c, kept=False),
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
