@@ -116,7 +116,7 @@ class TritonBackend:
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
     ) -> Evaluation | None:
-        """InfoPO in one launch; nothing else."""
+        """InfoPO in two launches; nothing else."""
         if not isinstance(objective, InfoPO):
             return None
         from infopo_kernels.backends.triton.kernels.objective import launch_objective
