@@ -203,15 +203,8 @@ def _unit_hidden_gradient(
     ones = torch.ones(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
     logp, lse = backend.logprob_and_grad(head, labels, ones, Gradients(hidden_gradient, None, None))
     result = evaluate(logp)
-    scale_rows_(hidden_gradient, result.row_weight)
+    backend.scale_(hidden_gradient, result.row_weight)
     return result, lse
-
-
-def scale_rows_(rows: torch.Tensor, scale: torch.Tensor) -> None:
-    """rows[t] *= scale[t] in place, in float32, a bounded part at a time (a mixed product copies its operands)."""
-    step = max(1, (1 << 18) // rows.shape[1])
-    for part, factor in zip(torch.split(rows, step), torch.split(scale, step), strict=True):
-        part.mul_(factor[:, None])
 
 
 def _accumulators(head: Head, gradients: Gradients) -> tuple[Gradients, Head]:

@@ -113,6 +113,14 @@ class TritonBackend:
             return
         _backward(head, labels, lse, row_weight, gradients, skip_zero=True)
 
+    def scale_(self, values: torch.Tensor, factor: torch.Tensor) -> None:
+        """values *= factor in one launch; where the factor is 1 nothing is touched."""
+        from infopo_kernels.backends.triton.kernels.scale import launch_scale
+        from infopo_kernels.backends.triton.launch import on_device
+
+        with on_device(values.device):
+            launch_scale(values, factor)
+
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
     ) -> Evaluation | None:

@@ -191,6 +191,11 @@ def target_for(backend: str, arch: int | str) -> Target:
     return max(older, key=lambda t: int(t.arch))
 
 
+def programs_at_once(device: torch.device) -> int:
+    """Programs of 4 warps that keep a device's memory busy."""
+    return 8 * _multiprocessors(device, target_of(device))
+
+
 def _multiprocessors(device: torch.device, target: Target) -> int:
     if device.type != "cuda":
         return target.multiprocessors

@@ -69,7 +69,7 @@ def online_softmax(
     for p in tl.static_range(1, len(parts)):
         offs_p = offs + p * PART
         u = inside(capped(parts[p], b_ptr, offs_p, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs_p, V, EDGE, NEGATIVE)
-        us = us + (u,)  # noqa: RUF005 (Triton knows no starred elements)
+        us = us + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred elements)
         top = tl.minimum(top, u) if NEGATIVE else tl.maximum(top, u)
     tile_max, _ = row_maximum(top, unit, NEGATIVE)
     new_max = tl.maximum(running_max, tile_max)
