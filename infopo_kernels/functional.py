@@ -453,7 +453,7 @@ def _linear_preference(
     is_chosen = default_is_chosen(S, hidden.device) if layout.is_chosen is None else layout.is_chosen
     weights = shares.sequence_weights
     sequences = Sequences(
-        counts=ops.scored_tokens(rows.labels, rows.segments, S),
+        counts=sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S),
         is_chosen=is_chosen,
         ref_logps=torch.zeros(S, dtype=torch.float64, device=hidden.device),
         num_pairs=S / 2 if shares.num_pairs is None else float(shares.num_pairs),

@@ -62,9 +62,11 @@ def _(labels: Tensor, segments: Tensor, num_sequences: int) -> Tensor:
 
 
 # --- what every op over a head takes ----------------------------------------------------------------------------------
+#
+# These classes are made three times a call and are not frozen, which costs a tenth: 18 fields in 0.3 us, not 3.
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeadInputs:
     """Rows and head, as `functional` has checked them, and how logits are formed; options field by field."""
 
@@ -152,7 +154,7 @@ def _(inputs: HeadInputs) -> LogprobResults:
     return LogprobResults(logp, torch.empty_like(logp))
 
 
-@dataclass(frozen=True)
+@dataclass
 class LogprobBackwardInputs(HeadInputs):
     lse: Tensor
     row_weight: Tensor
@@ -206,7 +208,7 @@ def logprob(rows: Rows, weight: Tensor, bias: Tensor | None, logit: LogitOptions
 # --- linear_preference ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreferenceInputs(HeadInputs):
     cu_seqlens: Tensor
     segments: Tensor
@@ -248,6 +250,7 @@ class PreferenceResults(NamedTuple):
 def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     runner, objective, hidden = inputs.runner(), from_flat(inputs.objective, inputs.options), inputs.hidden
     if hidden.device.type == "cpu":
+        checks.scored_sequences(inputs.counts)
         checks.reference_values(inputs.ref_logps)
         if inputs.sequence_weights is not None:
             checks.sequence_weight_values(inputs.sequence_weights)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infopo_kernels import InfoPOOptions, LogitOptions, linear_infopo_loss, linear_logps, naive
+from infopo_kernels import InfoPO, LogitOptions, linear_infopo_loss, linear_logps, linear_preference_loss, naive
+from infopo_kernels.objectives import Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.packing import Rows, row_segments, sequence_sums
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class Case:
     packed: bool = False
     bias: bool = False
     logit: LogitOptions = field(default_factory=LogitOptions)
-    objective: InfoPOOptions = field(default_factory=InfoPOOptions)
+    objective: Objective = field(default_factory=InfoPO)
     reference: bool = True
+    weighted: bool = False  # each sequence with a weight of its own
     ignore_index: int = IGNORE_INDEX
     prompt: int = 3
     shift: bool = False
@@ -53,14 +56,14 @@ CASES = [
         shift=True,
         bias=True,
         logit=LogitOptions(5.0, 1.5, 0.9),
-        objective=InfoPOOptions(0.3, 0.0, 1.0, None, 0.5, True),
+        objective=InfoPO(0.3, 0.0, 1.0, None, 0.5, True),
         ignore_index=7,
         loss_factor=1024.0,
     ),
-    Case("average", objective=InfoPOOptions(beta=2.0, average=True)),
-    Case("sft", objective=InfoPOOptions(sft_weight=1.0)),
-    Case("capped", objective=InfoPOOptions(beta=1.0, offset=0.0, max_log_weight=-2.0), scale=2.0),
-    Case("underflown", objective=InfoPOOptions(beta=10.0), reference=False),
+    Case("average", objective=InfoPO(beta=2.0, average=True)),
+    Case("sft", objective=InfoPO(sft_weight=1.0)),
+    Case("capped", objective=InfoPO(beta=1.0, offset=0.0, max_log_weight=-2.0), scale=2.0),
+    Case("underflown", objective=InfoPO(beta=10.0), reference=False),
     Case("reference-free", reference=False),
     Case("frozen-head", trained=("hidden",)),
     Case("frozen-head-softcap", trained=("hidden",), logit=LogitOptions(softcap=3.0), bias=True),
@@ -92,6 +95,8 @@ class Inputs:
     labels: Tensor
     layout: dict[str, Tensor]
     ref_logps: Tensor | None
+    shares: dict[str, Any] = field(default_factory=dict)
+    """`sequence_weights` and `num_pairs`, where they are given."""
 
     def fresh(self, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor | None]:
         """Leaves with the same values, in another type or on another device if asked."""
@@ -106,7 +111,9 @@ class Inputs:
             return None if x is None else x.to(device)
 
         layout = {key: value.to(device) for key, value in self.layout.items()}
-        return Inputs(self.case, self.dtype, self.tensors, self.labels.to(device), layout, move(self.ref_logps))
+        shares = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.shares.items()}
+        labels, ref_logps = self.labels.to(device), move(self.ref_logps)
+        return Inputs(self.case, self.dtype, self.tensors, labels, layout, ref_logps, shares)
 
 
 def make(case: Case, dtype: torch.dtype) -> Inputs:
@@ -131,7 +138,9 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
     tensors = {"hidden": hidden, "weight": weight, "bias": bias}
     rounded = {key: None if value is None else value.to(dtype) for key, value in tensors.items()}
     inputs = Inputs(case, dtype, rounded, labels, layout, None)
-    if case.reference:
+    if case.weighted:
+        inputs.shares = {"sequence_weights": torch.rand(S, generator=g).double() + 0.5, "num_pairs": 1.5}
+    if case.reference and case.objective.reference != "none":
         truth = logps_truth(inputs, "mean" if case.objective.average else "sum")
         inputs.ref_logps = truth + torch.randn(S, generator=g, dtype=torch.float64)
     return inputs
@@ -163,13 +172,17 @@ class Result:
 
 
 def fused(inputs: Inputs, device: str = "cpu", **kernel: Any) -> Result:
-    """`linear_infopo_loss` of a case."""
+    """`linear_infopo_loss` of a case, or `linear_preference_loss` where its objective is another."""
     case, there = inputs.case, inputs.moved(device)
     leaves = inputs.fresh(device=device)
-    out = linear_infopo_loss(
-        **leaves, labels=there.labels, **there.layout, ref_logps=there.ref_logps, shift=case.shift,
-        ignore_index=case.ignore_index, **vars(case.objective), **vars(case.logit), **kernel,
+    arguments = dict(
+        **leaves, labels=there.labels, **there.layout, **there.shares, ref_logps=there.ref_logps, shift=case.shift,
+        ignore_index=case.ignore_index, **vars(case.logit), **kernel,
     )  # fmt: skip
+    if isinstance(case.objective, InfoPO):
+        out = linear_infopo_loss(**arguments, **vars(case.objective))
+    else:
+        out = linear_preference_loss(**arguments, objective=case.objective)
     return Result.of(out.loss, leaves, case.loss_factor)
 
 
@@ -177,12 +190,12 @@ def plain(inputs: Inputs, dtype: torch.dtype) -> Result:
     """The naive loss of a case in `dtype`, differentiated by autograd."""
     case, leaves = inputs.case, inputs.fresh(dtype)
     loss = naive.linear_preference_loss(
-        **leaves, labels=inputs.labels, **inputs.layout, ref_logps=inputs.ref_logps, shift=case.shift,
-        ignore_index=case.ignore_index, objective=case.objective, logit=case.logit,
+        **leaves, labels=inputs.labels, **inputs.layout, **inputs.shares, ref_logps=inputs.ref_logps,
+        shift=case.shift, ignore_index=case.ignore_index, objective=case.objective, logit=case.logit,
     )  # fmt: skip
     result = Result.of(loss, leaves, case.loss_factor)
     reduction = "mean" if case.objective.average else "sum"
-    result.summands = case.objective.beta * float(logps_truth(inputs, reduction, dtype).abs().max())
+    result.summands = getattr(case.objective, "beta", 1.0) * float(logps_truth(inputs, reduction, dtype).abs().max())
     return result
 
 
@@ -246,3 +259,19 @@ def assert_result(got: Result, truth: Result, float32: Result) -> None:
         single = float32.gradients[name]
         assert single is not None
         assert_close(f"gradient of {name}", other, gradient, single)
+
+
+def objective_arguments(
+    labels: Tensor,
+    cu_seqlens: Tensor,
+    is_chosen: Tensor,
+    ref_logps: Tensor,
+    num_pairs: float,
+    weights: Tensor | None = None,
+) -> tuple[Rows, Sequences]:
+    """What an objective is evaluated on beside log-probabilities; hidden states are of no width."""
+    segments = row_segments(cu_seqlens, len(labels))
+    # Out of order where the bounds are: nobody has checked them.
+    counts = sequence_sums(labels != IGNORE_INDEX, segments.clamp(max=len(is_chosen) - 1), len(is_chosen))
+    rows = Rows(torch.empty(len(labels), 0), labels, cu_seqlens, segments)
+    return rows, Sequences(counts, is_chosen, ref_logps, num_pairs, weights)

@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from infopo_kernels import InfoPOOptions, KernelOptions, LogitOptions, infopo_loss, linear_infopo_loss, linear_logps
+from infopo_kernels import (
+    DPO,
+    IPO,
+    SFT,
+    InfoPOOptions,
+    KernelOptions,
+    LinearPreferenceLoss,
+    LogitOptions,
+    SimPO,
+    infopo_loss,
+    linear_infopo_loss,
+    linear_logps,
+    linear_preference_loss,
+)
 
 B, T, H, V = 2, 5, 8, 13
 NAN, INF = float("nan"), float("inf")
@@ -140,15 +153,53 @@ INFOPO_ONLY: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
+u = torch.ones(2 * B, dtype=torch.float64)
+three_chosen = torch.tensor([True, True, True, False])
+WEIGHTS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("weights of integers", padded(sequence_weights=u.long(), num_pairs=2), TypeError, r"`sequence_weights`.*int64"),
+    ("weights of wrong length", padded(sequence_weights=u[:3], num_pairs=2), ValueError,
+     r"`sequence_weights`.*\[4\].*\[3\]"),
+    ("weights of a list", padded(sequence_weights=[1.0], num_pairs=2), TypeError, r"`sequence_weights`.*list"),
+    ("weights elsewhere", padded(sequence_weights=u.to("meta"), num_pairs=2), ValueError, r"`sequence_weights`.*meta"),
+    ("negative weight", padded(sequence_weights=-u, num_pairs=2), ValueError,
+     r"`sequence_weights`.*not negative.*-1.0 for sequence 0"),
+    ("weight of NaN", padded(sequence_weights=u * NAN, num_pairs=2), ValueError, r"`sequence_weights`.*finite.*nan"),
+    ("infinite weight", padded(sequence_weights=u * INF, num_pairs=2), ValueError, r"`sequence_weights`.*finite.*inf"),
+    ("weights without pairs", padded(sequence_weights=u), ValueError, r"`num_pairs` is missing.*`sequence_weights`"),
+]  # fmt: skip
+OBJECTIVE: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("a name", padded(objective="dpo"), TypeError, r"`objective`.*DPO\(beta=0.1\).*str 'dpo'"),
+    ("a class", padded(objective=DPO), TypeError, r"`objective`.*an object.*the class DPO"),
+    ("three chosen to one", padded(objective=DPO(), is_chosen=three_chosen), ValueError,
+     r"`is_chosen`.*as many chosen as rejected.*DPO pairs.*got 3 and 1"),
+    ("an odd number", packed(objective=IPO()), ValueError, r"`is_chosen`.*IPO pairs.*odd number of sequences, 3"),
+    ("unequal weights need pairs too", padded(objective=SimPO(), is_chosen=~three_chosen), ValueError,
+     r"SimPO pairs.*got 1 and 3"),
+    ("a reference for SimPO", padded(objective=SimPO(), ref_logps=ref), ValueError,
+     r"`ref_logps`.*SimPO has no reference; leave it out"),
+    ("a reference for SFT", padded(objective=SFT(), ref_hidden=torch.zeros(4, T, H), ref_weight=torch.zeros(V, H)),
+     ValueError, r"`ref_hidden`.*SFT has no reference"),
+    ("chosen reference skipped in DPO", padded(objective=DPO(), ref_logps=ref, skip_chosen_reference=True), ValueError,
+     r"`skip_chosen_reference=True`.*InfoPO.*got DPO"),
+]  # fmt: skip
+
+
 def _rows(rows: list[tuple[str, dict[str, Any], type[Exception], str]]) -> list[Any]:
     return [pytest.param(*row[1:], id=row[0]) for row in rows]
 
 
-@pytest.mark.parametrize(("arguments", "error", "match"), _rows(LINEAR + INFOPO_ONLY))
+@pytest.mark.parametrize(("arguments", "error", "match"), _rows(LINEAR + INFOPO_ONLY + WEIGHTS))
 def test_linear_infopo_loss(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
     arguments = {"backend": "torch", **arguments}
     with pytest.raises(error, match=match):
         linear_infopo_loss(**arguments)
+
+
+@pytest.mark.parametrize(("arguments", "error", "match"), _rows(LINEAR + WEIGHTS + OBJECTIVE))
+def test_linear_preference_loss(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+    arguments = {"backend": "torch", "objective": DPO(), **arguments}
+    with pytest.raises(error, match=match):
+        linear_preference_loss(**arguments)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -193,7 +244,13 @@ P = torch.zeros(3)
         (lambda: infopo_loss(P, P, num_pairs=-1), ValueError, r"`num_pairs`.*-1"),
         (lambda: infopo_loss(P[:0], P[:0]), ValueError, r"both empty"),
         (lambda: infopo_loss(P, P.to("meta")), ValueError, r"`rejected_logps`.*cpu.*meta"),
+        (lambda: infopo_loss(P, P, num_pairs="3"), TypeError, r"`num_pairs`.*str"),  # type: ignore[arg-type]
         (lambda: InfoPOOptions(beta=True), TypeError, r"`beta`.*bool"),
+        (lambda: DPO(beta=0), ValueError, r"`beta`.*positive.*0"),
+        (lambda: IPO(average=1), TypeError, r"`average`.*True or False"),  # type: ignore[arg-type]
+        (lambda: SimPO(gamma=NAN), ValueError, r"`gamma`.*finite.*nan"),
+        (lambda: SFT(average=None), TypeError, r"`average`.*NoneType"),  # type: ignore[arg-type]
+        (lambda: LinearPreferenceLoss("dpo"), TypeError, r"`objective`.*str"),  # type: ignore[arg-type]
         (lambda: KernelOptions(backend="gpu"), ValueError, r"`backend`.*'gpu'"),
         (lambda: LogitOptions(softcap=-1), ValueError, r"`softcap`.*-1"),
     ],

@@ -107,6 +107,31 @@ def test_is_chosen_overrides_chosen_first() -> None:
     assert torch.equal(mixed.rejected_logps, expected.rejected_logps.flip(0)[torch.tensor([1, 0])])
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trainable", "frozen"])
+def test_the_sequence_of_each_row_is_derived_once(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a shift, a reference to form, and a backward pass; a padded batch needs no search at all."""
+    searches, search = [], torch.bucketize
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        searches.append(args)
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "bucketize", counted)
+    x, r = batch(), batch(seed=1)
+    x["weight"].requires_grad_(trained)
+    cu, chosen = torch.arange(0, 2 * B * T + 1, T), torch.arange(2 * B) < B
+    packed = {"hidden": x["hidden"].reshape(-1, H), "weight": x["weight"], "labels": x["labels"].reshape(-1)}
+    linear_infopo_loss(
+        **packed, cu_seqlens=cu, is_chosen=chosen, shift=True, skip_chosen_reference=True,
+        ref_hidden=r["hidden"].reshape(-1, H), ref_weight=r["weight"],
+    ).loss.backward()  # fmt: skip
+    assert len(searches) == 1
+    linear_logps(**packed, cu_seqlens=cu, shift=True, reduction="mean").sum().backward()
+    assert len(searches) == 2
+    linear_infopo_loss(**x, shift=True).loss.backward()
+    assert len(searches) == 2
+
+
 # --- references -----------------------------------------------------------------------------------------------------
 
 

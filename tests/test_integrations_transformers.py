@@ -18,7 +18,8 @@ from infopo_kernels.integrations.transformers import (  # noqa: E402
     detach_linear_logps,
     is_attached,
 )
-from infopo_kernels.objective import objective  # noqa: E402
+from infopo_kernels.objectives import evaluate  # noqa: E402
+from tests import support  # noqa: E402
 
 V = 97
 _TINY = {
@@ -133,10 +134,11 @@ def test_infopo_loss_and_gradients(kind: str) -> None:
     tokens, aux = own_logps(model, inputs)
     S, T = tokens.shape
     with torch.no_grad():
-        each = objective(
-            tokens.double().reshape(-1), inputs["labels"][:, 1:].reshape(-1), torch.arange(0, S * T + 1, T),
-            torch.tensor([True, True, False, False]), ref_logps, options, 2.0,
+        rows, sequences = support.objective_arguments(
+            inputs["labels"][:, 1:].reshape(-1), torch.arange(0, S * T + 1, T),
+            torch.tensor([True, True, False, False]), ref_logps, 2.0,
         )  # fmt: skip
+        each = evaluate(options, tokens.double().reshape(-1), rows, sequences)
     surrogate = (tokens.double().reshape(-1) * each.row_weight).sum()  # its gradient is that of the loss
     (surrogate + (0 if aux is None else 0.5 * aux)).backward()
     truth = gradients(model)

@@ -15,9 +15,10 @@ from infopo_kernels.backends import dispatch
 
 CHILD = """
 import json, sys, threading, torch
-from infopo_kernels import linear_infopo_loss, linear_logps
+from infopo_kernels import linear_preference_loss, objectives
 torch.set_num_threads(2)
-backend, dtype, tokens, hidden, vocab, trained = json.loads(sys.argv[1])
+objective, backend, dtype, tokens, hidden, vocab, trained = json.loads(sys.argv[1])
+objective = getattr(objectives, objective)()
 dtype = getattr(torch, dtype)
 
 def resident(key):
@@ -31,7 +32,7 @@ def inputs(S, T, H, V):
     return x, w, torch.randint(0, V, (S, T), generator=g)
 
 def run(x, w, y):
-    linear_infopo_loss(x, w, y, backend=backend).loss.backward()
+    linear_preference_loss(x, w, y, objective=objective, backend=backend).loss.backward()
 
 run(*inputs(4, 8, 64, 512))  # code, thread pools and the allocator's own arenas are there before counting
 x, w, y = inputs(4, tokens // 4, hidden, vocab)
@@ -46,9 +47,9 @@ print(json.dumps(resident("VmHWM") - before - gradients))
 """
 
 
-def beyond(backend: str, dtype: str, tokens: int, hidden: int, vocab: int, trained: bool) -> float:
+def beyond(objective: str, backend: str, dtype: str, tokens: int, hidden: int, vocab: int, trained: bool) -> float:
     """MiB at the peak beyond inputs and gradients."""
-    arguments = json.dumps([backend, dtype, tokens, hidden, vocab, trained])
+    arguments = json.dumps([objective, backend, dtype, tokens, hidden, vocab, trained])
     done = subprocess.run(
         [sys.executable, "-c", CHILD, arguments],
         capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False,
@@ -64,15 +65,15 @@ def beyond(backend: str, dtype: str, tokens: int, hidden: int, vocab: int, train
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("trained", [True, False], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
-def test_workspace_does_not_grow(backend: str, dtype: str, trained: bool) -> None:
+@pytest.mark.parametrize(("objective", "backend"), [("InfoPO", "cpp"), ("DPO", "cpp"), ("InfoPO", "torch")])
+def test_workspace_does_not_grow(objective: str, backend: str, dtype: str, trained: bool) -> None:
     """The default of 32 MiB holds (with 4 MiB for vectors and the allocator), where logits alone are 192 MiB.
 
     Plain PyTorch keeps its tiles within it; what its products pack comes on top.
     """
     if reason := dispatch.unavailable_reason(backend, torch.device("cpu"), torch.float32):
         pytest.skip(reason)
-    peak = beyond(backend, dtype, tokens=1536, hidden=128, vocab=32768, trained=trained)
+    peak = beyond(objective, backend, dtype, tokens=1536, hidden=128, vocab=32768, trained=trained)
     logits = 1536 * 32768 * 4 / 2**20
     limit = 32 + (4 if backend == "cpp" else 16)
     assert peak <= limit < logits, f"{peak:.0f} MiB beyond inputs and gradients"

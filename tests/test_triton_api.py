@@ -17,7 +17,7 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above.
 
-from infopo_kernels import InfoPOOptions, linear_infopo_loss, objective
+from infopo_kernels import DPO, linear_infopo_loss
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Head
 from infopo_kernels.backends.triton import TritonBackend, launch
@@ -95,48 +95,10 @@ def test_logps_and_gradients(name: str, reduction: str) -> None:
     support.assert_result(got, truth, single)
 
 
-OPTIONS = [
-    InfoPOOptions(),
-    InfoPOOptions(beta=0.3, offset=0.0, max_log_weight=-1.0, min_log_weight=-3.0, sft_weight=0.5, average=True),
-    InfoPOOptions(beta=2.0, max_log_weight=1.0),
-    InfoPOOptions(beta=5.0, min_log_weight=-4.0, sft_weight=1.0),
-    InfoPOOptions(average=True, sft_weight=0.1),
-]
-
-
-@pytest.mark.parametrize("int_type", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
-def test_objective_in_one_launch(options: InfoPOOptions, int_type: torch.dtype) -> None:
-    """Unequal lengths, kinds in any order, a sequence without a scored token (its own NaN and no other's)."""
-    g = torch.Generator().manual_seed(1)
-    lengths = [5, 1, 4300, 17, 3]
-    n = sum(lengths)
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)]).to(int_type)
-    labels = torch.randint(0, 50, (n,), generator=g)
-    labels[torch.rand(n, generator=g) < 0.4] = -100
-    labels[5] = labels[-1] = 3
-    labels[4306:4323] = -100
-    logp = torch.where(labels == -100, 0.0, -torch.rand(n, generator=g))
-    chosen = torch.tensor([True, False, True, False, False])
-    ref = -torch.rand(5, generator=g).double() * torch.tensor([2, 0.5, 1300, 9, 1])
-    arguments = logp, labels, cu, chosen, ref, options, 2.5
-    got, truth = ts.backend().objective(*arguments), objective.objective(*arguments)
-    for name, value, exact in zip(truth._fields, got, truth, strict=True):
-        assert value.dtype == exact.dtype, name
-        torch.testing.assert_close(value, exact, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
-    assert got.loss.isnan(), "a sequence without a scored token has no log-probability"
-    assert not got.row_weight[:5].isnan().any()
-
-
-def test_objective_keeps_nan_and_infinity() -> None:
-    logp, labels = torch.tensor([-1.0, float("nan"), -2.0, -3.0]), torch.arange(4)
-    cu, chosen = torch.tensor([0, 2, 4]), torch.tensor([False, False])
-    options = InfoPOOptions(max_log_weight=0.0, min_log_weight=-1.0)
-    got = ts.backend().objective(logp, labels, cu, chosen, torch.tensor([0.0, -1e9]).double(), options, 1.0)
-    assert got.loss.isnan()
-    assert got.weights[0].isnan()
-    assert got.row_weight[:2].isnan().all()
-    assert got.weights[1] == pytest.approx(0.1)
+def test_other_objectives_are_left_to_plain_pytorch() -> None:
+    labels, ref = torch.arange(4), torch.zeros(2).double()
+    arguments = support.objective_arguments(labels, torch.tensor([0, 2, 4]), torch.tensor([True, False]), ref, 1.0)
+    assert ts.backend().objective(DPO(), -torch.rand(4), *arguments) is None
 
 
 def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,18 @@ def test_as_in_plain_pytorch(objective: InfoPO, int_type: torch.dtype, weights: 
         torch.testing.assert_close(value, exact, rtol=1e-12, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_sequence_without_a_scored_token_is_nan_and_no_other() -> None:
+    logp, rows, sequences = batch()
+    rows.labels[4306:4323] = -100
+    sequences.counts[3] = 0
+    got, truth = run(InfoPO(), logp, rows, sequences), evaluate(InfoPO(), logp, rows, sequences)
+    for value, exact in zip(got, truth, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-12, atol=0, equal_nan=True)
+    assert got.loss.isnan()
+    assert got.logps.isnan().tolist() == [False, False, False, True, False]
+    assert not got.row_weight.isnan().any()
+
+
 def test_more_sequences_than_a_step_of_the_last_program() -> None:
     s = 600
     cu, labels = torch.arange(s + 1) * 2, torch.ones(2 * s, dtype=torch.int64)

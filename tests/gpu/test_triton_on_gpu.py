@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infopo_kernels import InfoPOOptions, linear_infopo_loss, linear_logps, objective
+from infopo_kernels import InfoPOOptions, linear_infopo_loss, linear_logps
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import TritonBackend
+from infopo_kernels.objectives import evaluate
 from tests import support
 from tests import triton_problems as tp
 from tests.support import CASES, Case
@@ -165,9 +166,11 @@ def test_objective() -> None:
     logp = torch.where(labels == -100, 0.0, -torch.rand(20_007, generator=g))
     chosen, ref = torch.tensor([True, False, False, True]), torch.tensor([-2.0, -290.0, -6400.0, -3.0]).double()
     for options in (InfoPOOptions(), InfoPOOptions(0.3, 0.0, -1.0, -3.0, 0.5, True)):
-        arguments = logp, labels, cu, chosen, ref
-        truth = objective.objective(*arguments, options, 2.5)
-        got = TritonBackend().objective(*(x.to(DEVICE) for x in arguments), options, 2.5)
+        arguments = labels, cu, chosen, ref
+        truth = evaluate(options, logp, *support.objective_arguments(*arguments, 2.5))
+        there = support.objective_arguments(*(x.to(DEVICE) for x in arguments), 2.5)
+        got = TritonBackend().objective(options, logp.to(DEVICE), *there)
+        assert got is not None
         for name, value, exact in zip(truth._fields, got, truth, strict=True):
             torch.testing.assert_close(value.cpu(), exact, rtol=1e-11, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from infopo_kernels.backends.triton.kernels.logits import (
     capped,
     column_parts,
+    factor_of,
     grouped_tile,
     head_product,
     inside,
@@ -36,7 +37,7 @@ def store_gradient_part(
     v0,
     row_ok,
     label,
-    lse2,
+    level,
     c,
     gain,
     b_ptr,
@@ -55,7 +56,9 @@ def store_gradient_part(
     """Columns `offs_k` of a block of G, and their sums; SPECIAL where a label or the end of the vocabulary is there."""
     offs_v = v0 + offs_k
     u = inside(capped(acc, b_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs_v, V, SPECIAL, NEGATIVE)
-    p = tl.exp2(u * unit - lse2[:, None])
+    # Differences first: where p is near 1 they are exact, and a float32 G has digits to lose.
+    precise: tl.constexpr = g_ptr.dtype.element_ty == tl.float32
+    p = tl.exp2((u - level[:, None]) * unit) if precise else tl.exp2(u * unit - level[:, None])
     g = c[:, None] * (tl.where(offs_v[None, :] == label[:, None], 1.0 - p, -p) if SPECIAL else -p)
     if HAS_SOFTCAP:
         slope = 1.0 - u * u
@@ -127,7 +130,11 @@ def gradient_tile_kernel(
     )  # fmt: skip
     label = load_labels(labels_ptr, row, row_ok, V)
     lse = tl.load(lse_ptr + row)
-    lse2 = (lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))).to(tl.float32)
+    # lse in units of u for float32, in base 2 else (`store_gradient_part`).
+    if g_ptr.dtype.element_ty == tl.float32:
+        level = lse / factor_of(softcap, scale, HAS_SOFTCAP)
+    else:
+        level = (lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))).to(tl.float32)
     c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
     c = tl.where(label >= 0, c, float("nan"))
     gain = tl.load(gain_ptr) if HAS_GAIN else 1.0
@@ -141,13 +148,13 @@ def gradient_tile_kernel(
     if (labels_here > 0) | (first + BLOCK_V > V):
         for p in tl.static_range(BLOCK_V // PART):
             store_gradient_part(
-                parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, lse2, c, gain,
+                parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, level, c, gain,
                 b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, True, BIAS_GRAD,
             )  # fmt: skip
     else:
         for p in tl.static_range(BLOCK_V // PART):
             store_gradient_part(
-                parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, lse2, c, gain,
+                parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, level, c, gain,
                 b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, False, BIAS_GRAD,
             )  # fmt: skip
 

@@ -154,9 +154,9 @@ def softmax_tile_kernel(
 @triton.jit
 def normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP: tl.constexpr):
     """G / gain from Q."""
-    lse2 = (lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))).to(tl.float32)
+    lse2 = lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))
     # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well.
-    other_columns = -c * tl.exp2(part_max - lse2) + (logp - logp)
+    other_columns = -c * tl.exp2((part_max.to(tl.float64) - lse2).to(tl.float32)) + (logp - logp)
     at_label = c * (1.0 - exp(logp))
     if HAS_SOFTCAP:
         t = (logp + lse) / (scale * softcap)
