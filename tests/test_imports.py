@@ -30,7 +30,6 @@ LEVELS = {
     "modules": 9,
     "integrations": 10,
     "training": 10,
-    "bench": 11,
     "cli": 12,
 }
 

@@ -1,4 +1,4 @@
-"""Kernels compile for every target and pass the gates of `infopo_kernels.kernel_report`; nothing is read back."""
+"""Kernels compile for every target and pass the gates of `benchmarks.gpu.kernel_report`; nothing is read back."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from tests import triton_support as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infopo_kernels import kernel_report
+from benchmarks.gpu import kernel_report, offline
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.backends.triton import offline
 from infopo_kernels.backends.triton.kernels.logprob import slices_of
 from infopo_kernels.backends.triton.launch import Launch, prepare, target_for
 from infopo_kernels.backends.triton.tiles import TARGETS
@@ -35,7 +34,7 @@ from infopo_kernels.backends.triton.workspace import (
     tile_layouts,
 )
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 
 def test_sample_of_kernels_passes_the_gates() -> None:
@@ -46,14 +45,15 @@ def test_sample_of_kernels_passes_the_gates() -> None:
     assert all(row.wide for row in rows if row.kernel == "kept_gradient_kernel"), "kept logits move 16 bytes at a time"
     assigned = [row for row in rows if row.kernel == "weight_product_kernel" and row.constants["ADD"] is False]
     assert {row.target for row in assigned} == set(kernel_report.SAMPLE_TARGETS)
-    failures = [f"{row.name()}: {row.failures()}" for row in rows if row.failures()]
+    failures = [str(row) for row in rows if row.failures()]
     assert not failures, "\n".join(failures)
     assert "| logprob | bfloat16 |" in kernel_report.markdown(rows)
 
 
 def test_gates_can_fail() -> None:
     good = kernel_report.Row(
-        "sm_90", "logprob_kernel", "bfloat16", False, 1, 64, 1, {}, 8, 3, 200, 0, 0, 1000, 1, "HGMMA 4", 30
+        registers=200, stack=0, spills=0, shared=1000, occupancy=1, tensor="HGMMA 4", wide=30, target="sm_90",
+        kernel="logprob_kernel", shape=offline.Shape(1, 64, 1, torch.bfloat16, False), constants={}, warps=8, stages=3,
     )  # fmt: skip
     assert good.failures() == []
     for change, said in (
@@ -69,7 +69,7 @@ def test_gates_can_fail() -> None:
 def test_backend_never_needs_a_value_on_the_host() -> None:
     """Tensors on the meta device have none: the whole host side runs on them, so nothing is synchronised on the way."""
     code = (
-        "from infopo_kernels.backends.triton import offline\n"
+        "from benchmarks.gpu import offline\n"
         "from infopo_kernels.backends.triton.tiles import TARGETS\n"
         "import torch\n"
         "with offline.recorded(TARGETS['sm_90']) as launches:\n"
@@ -86,7 +86,7 @@ def test_backend_never_needs_a_value_on_the_host() -> None:
 def test_grids_are_within_limits(shape: str) -> None:
     """CUDA takes 2^31 - 1 programs along x and 65535 along y."""
     code = (
-        "from infopo_kernels.backends.triton import offline\n"
+        "from benchmarks.gpu import offline\n"
         "from infopo_kernels.backends.triton.tiles import TARGETS\n"
         "import torch\n"
         "with offline.recorded(TARGETS['sm_90']) as launches:\n"
@@ -102,7 +102,7 @@ def test_grids_are_within_limits(shape: str) -> None:
 
 
 def _without_interpreter() -> dict[str, str]:
-    path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
 
 
@@ -234,7 +234,7 @@ def test_kept_rows_fit_any_shape(
 def test_the_model_counts_the_products_that_are_promised() -> None:
     """Operations from the launches' own arguments: 2 N V H a product, no more; and the target on the peer's shape."""
     code = (
-        "import json, roofline as r\n"
+        "import json, benchmarks.gpu.roofline as r\n"
         "h100 = r.DEVICES[1]; shape = (8192, 4096, 151936); out = {}\n"
         "for work in r.WORK:\n"
         "    p = r.predict(h100, r.calls(work, h100, *shape), 1.0)\n"
@@ -248,7 +248,6 @@ def test_the_model_counts_the_products_that_are_promised() -> None:
         capture_output=True,
         text=True,
         env=_without_interpreter(),
-        cwd=BENCHMARKS,
     )
     products = {name: row[0] for name, row in json.loads(done.stdout).items()}
     assert products == pytest.approx(

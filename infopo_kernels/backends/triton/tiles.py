@@ -1,7 +1,7 @@
 """Launch parameters: one table per target, each row with its reason. Imports neither Triton nor a GPU.
 
 None of these figures was found on a device: they follow from the sizes of register file and shared memory, from what
-Triton's compiler reports for each target (`python -m infopo_kernels kernels`), and from counting (docs/gpu.md).
+Triton's compiler reports for each target (`make kernels`), and from counting (docs/gpu.md).
 Correct them by measurement with INFOPO_KERNELS_AUTOTUNE=1 and `make bench-gpu`.
 """
 

@@ -1,0 +1,1 @@
+"""The one way to measure: turns in time, peak memory, fresh processes, and what was measured on."""
