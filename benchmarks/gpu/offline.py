@@ -7,6 +7,7 @@ call; Triton's launcher compiles each kernel for the target and is kept from sta
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import launch
 from infopo_kernels.backends.triton.backend import TritonBackend
+from infopo_kernels.backends.triton.products import LibraryProducts
 from infopo_kernels.backends.triton.tiles import Target
 from infopo_kernels.objectives import InfoPO, Sequences
 from infopo_kernels.options import WORKSPACE_MIB_GPU
@@ -128,19 +130,37 @@ class Launched:
 
 @contextmanager
 def recorded(target: Target) -> Iterator[list[Launched]]:
-    """Collect the launches of what runs inside, on meta tensors, as they would be made on `target`; compile nothing."""
+    """Collect the launches of what runs inside, on meta tensors, as they would be made on `target`; compile nothing.
+
+    Products of the library are among them, as "library_hidden" and "library_weight". Tensors without storage have no
+    number of live rows: every product is recorded as if all were live.
+    """
     launches: list[Launched] = []
     start, find = JITFunction.run, launch.target_of
+    own = LibraryProducts.hidden, LibraryProducts.weight
+
+    def hidden(self: LibraryProducts, g: Any, part: Any, row0: int, v0: int, columns: int, *, add: bool) -> None:
+        arguments = {"g_ptr": g, "part_ptr": part, "row0": row0, "C": part.shape[1], "columns": columns, "ADD": add}
+        launches.append(Launched("library_hidden", (), {**arguments, "H": part.shape[2]}))
+        own[0](self, g, part, row0, v0, columns, add=add)
+
+    def weight(self: LibraryProducts, g: Any, gathered: Any, weight_grad: Any, row0: int, *, add: bool) -> None:
+        columns, h = weight_grad.shape
+        arguments = {"g_ptr": g, "dw_ptr": weight_grad, "row0": row0, "C": len(gathered), "columns": columns, "H": h}
+        launches.append(Launched("library_weight", (), {**arguments, "ADD": add}))
+        own[1](self, g, gathered, weight_grad, row0, add=add)
 
     def collect(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         launches.append(Launched(self.__name__, grid, arguments))
 
-    JITFunction.run, launch.target_of = collect, lambda device: target
+    JITFunction.run, launch.target_of = collect, lambda device: target  # type: ignore[method-assign]
+    LibraryProducts.hidden, LibraryProducts.weight = hidden, weight  # type: ignore[method-assign]
     try:
         yield launches
     finally:
         JITFunction.run, launch.target_of = start, find
+        LibraryProducts.hidden, LibraryProducts.weight = own  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -183,7 +203,23 @@ def compiled(target: Target, which: list[Shape]) -> list[Kernel]:
             precision = torch.backends.cuda.matmul.fp32_precision
             torch.backends.cuda.matmul.fp32_precision = "tf32" if shape.tf32 else "ieee"
             try:
-                run(shape)
+                with products("triton"):  # they serve every target while a graph is captured
+                    run(shape)
             finally:
                 torch.backends.cuda.matmul.fp32_precision = precision
     return list(found.values())
+
+
+@contextmanager
+def products(which: str) -> Iterator[None]:
+    """dX and dW by "triton" or "library", whatever the table says."""
+    name = "INFOPO_KERNELS_GPU_PRODUCTS"
+    before = os.environ.get(name)
+    os.environ[name] = which
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
