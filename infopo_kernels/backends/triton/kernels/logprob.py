@@ -46,7 +46,22 @@ MERGE_DEPTH = 128
 
 
 @triton.jit
-def online_softmax(
+def online_softmax(us, unit, running_max, running_sum, NEGATIVE: tl.constexpr):
+    """Maximum and sum of exponentials with the parts `us` of a tile taken in, one reduction over all for each."""
+    top = us[0]
+    for p in tl.static_range(1, len(us)):
+        top = tl.minimum(top, us[p]) if NEGATIVE else tl.maximum(top, us[p])
+    tile_max, _ = row_maximum(top, unit, NEGATIVE)
+    new_max = tl.maximum(running_max, tile_max)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    total = tl.exp2(us[0] * unit - shift[:, None])
+    for p in tl.static_range(1, len(us)):
+        total += tl.exp2(us[p] * unit - shift[:, None])
+    return new_max, running_sum * tl.exp2(running_max - shift) + tl.sum(total, axis=1)
+
+
+@triton.jit
+def take_in(
     parts,
     start,
     running_max,
@@ -61,23 +76,19 @@ def online_softmax(
     EDGE: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Maximum and sum of exponentials with the tile that begins at `start` taken in, one reduction over it for each."""
-    offs = start + tl.arange(0, PART)
-    first = inside(capped(parts[0], b_ptr, offs, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs, V, EDGE, NEGATIVE)
-    us = (first,)
-    top = first
-    for p in tl.static_range(1, len(parts)):
-        offs_p = offs + p * PART
-        u = inside(capped(parts[p], b_ptr, offs_p, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs_p, V, EDGE, NEGATIVE)
-        us = us + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred elements)
-        top = tl.minimum(top, u) if NEGATIVE else tl.maximum(top, u)
-    tile_max, _ = row_maximum(top, unit, NEGATIVE)
-    new_max = tl.maximum(running_max, tile_max)
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    total = tl.exp2(us[0] * unit - shift[:, None])
-    for p in tl.static_range(1, len(parts)):
-        total += tl.exp2(us[p] * unit - shift[:, None])
-    return new_max, running_sum * tl.exp2(running_max - shift) + tl.sum(total, axis=1)
+    """`online_softmax` of the tile of sums that begins at the word `start`."""
+    us = ()
+    for p in tl.static_range(len(parts)):
+        offs = start + p * PART + tl.arange(0, PART)
+        u = inside(capped(parts[p], b_ptr, offs, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs, V, EDGE, NEGATIVE)
+        if HAS_SOFTCAP:
+            # One part after the other: tanh of all of them beside the sums is more than registers hold.
+            running_max, running_sum = online_softmax((u,), unit, running_max, running_sum, NEGATIVE)
+        else:
+            us = us + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred elements)
+    if not HAS_SOFTCAP:
+        running_max, running_sum = online_softmax(us, unit, running_max, running_sum, NEGATIVE)
+    return running_max, running_sum
 
 
 @triton.jit(do_not_specialize=["N", "slice_tiles"])
@@ -133,12 +144,12 @@ def logprob_kernel(
         )  # fmt: skip
         parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
         if start + BLOCK_V > V:
-            running_max, running_sum = online_softmax(
+            running_max, running_sum = take_in(
                 parts, start, running_max, running_sum, b_ptr, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
                 True, PART,
             )  # fmt: skip
         else:
-            running_max, running_sum = online_softmax(
+            running_max, running_sum = take_in(
                 parts, start, running_max, running_sum, b_ptr, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
                 False, PART,
             )  # fmt: skip
@@ -277,8 +288,8 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     n, head = launch.rows, launch.head
     slices, slice_tiles = slices_of(launch)
     arguments = launch.logit_arguments
-    if head.softcap is not None and head.hidden.dtype != torch.float32:
-        # tanh beside running sums of 128 x 256 logits spilled on sm_90.
+    if head.softcap is not None:
+        # tanh beside running sums of 128 x 256 logits spilled on sm_90, of float32 on sm_80 with Triton 3.9.
         arguments["PART"] = min(arguments["PART"], 32)
     partial = torch.empty(2, slices, n, dtype=torch.float32, device=labels.device)
     start_product(
