@@ -22,7 +22,8 @@ written, undecided ones first. InfoPO: D chosen, U rejected. SFT: D chosen, Z re
       accumulator is too large    for dW only                                                 4 D + 2 U + 2 live + 2 Z
       and where no row is kept
 
-K counts kept rows that are live and would else need their logits twice. A 16-bit dW takes the float32 way where a
+K counts kept rows that are live and would else need their logits twice; where all rows can be kept, they are, and
+everything costs 3 products at most. A 16-bit dW takes the float32 way where a
 float32 copy of it fits half of the workspace. With every weight known a 16-bit dW may cost a fourth product
 (`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen head, where `linear_logps` and
 a loss by hand take 4 and 3.
@@ -92,6 +93,8 @@ def preference(
     if wanted.weight:  # may hold logits first: cleared where it does not
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
+        if objective.known != "all" and backend.kept_rows(head, empty) >= len(rows.labels):
+            return _every_row_kept(backend, head, rows.labels, gradients, evaluate), gradients
     into, head = _accumulators(head, gradients)
     if objective.known == "all":
         known = _known_row_weights(head, rows, sequences, objective)
@@ -118,6 +121,17 @@ def _every_weight_known(
         into.weight.zero_()
     logp, _ = backend.logprob_and_grad(head, torch.where(decided, labels, IGNORE_INDEX), known, into)
     return evaluate(logp.add_(backend.logprob(head, torch.where(decided, IGNORE_INDEX, labels))[0]))
+
+
+def _every_row_kept(
+    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate
+) -> Evaluation:
+    """Two calls and no list of which row goes where: half of the launches of a small batch, which they take longer to
+    start than to run."""
+    logp, lse = backend.logprob(head, labels, into.weight)
+    result = evaluate(logp)
+    backend.backward(head, labels, lse, result.row_weight, into, labels)
+    return result
 
 
 def _some_weights_known(

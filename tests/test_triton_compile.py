@@ -260,3 +260,13 @@ def test_the_model_counts_the_products_that_are_promised() -> None:
             "workspace_mib=5120: a float32 dW lies in it": 3,
         }
     )
+
+
+def test_the_docs_show_what_the_model_says() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "roofline"],
+        check=True, capture_output=True, text=True, env=_without_interpreter(),
+    )  # fmt: skip
+    shown = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    missing = [line for line in done.stdout.splitlines() if line.startswith("|") and line not in shown]
+    assert not missing, "run `python -m benchmarks roofline` and put its tables into docs/gpu.md"

@@ -260,6 +260,8 @@ class Assumed:
     epilogue: Mapping[str, float] = field(default_factory=lambda: EPILOGUE)
     triton: float = 1.0
     """Times `Device.triton`."""
+    logit_bytes: int = 0
+    """An element of the logits, by a pass of its own, if the library forms them too."""
 
 
 def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: Assumed | None = None) -> Prediction:
@@ -273,7 +275,8 @@ def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: A
             cost = MODELS[name](launched.arguments, live)
             waves = ceil(cost.programs / slots)
             filled = cost.programs / (waves * slots) if cost.programs else 1.0
-            rate = bare_rate if name.startswith("library") else bare_rate * device.triton * assumed.triton
+            by_library = name.startswith("library") or (assumed.logit_bytes > 0 and name in LOGITS)
+            rate = bare_rate if by_library else bare_rate * device.triton * assumed.triton
             compute = cost.operations / (rate * filled)
             again = cost.again * max(0, cost.passes - 1) if cost.again > device.l2_mib * 2**20 / 2 else 0.0
             memory = (cost.bytes + again) / (device.terabytes * 1e12)
@@ -282,6 +285,9 @@ def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: A
                 # 8 warps on 4 schedulers: 2 cycles an instruction.
                 cycles = 2 * assumed.epilogue[name] * cost.elements / (128 * 256)
                 tail = waves * (cycles / (device.gigahertz * 1e9) + FILL_SECONDS)
+            if assumed.logit_bytes and name in LOGITS:
+                logits = cost.operations / (2 * launched.arguments["H"])
+                compute, tail = cost.operations / rate, logits * assumed.logit_bytes / (device.terabytes * 1e12)
             seconds = max(compute, memory) + tail + LAUNCH_SECONDS
             result.seconds += seconds
             result.launches += 1
@@ -431,12 +437,17 @@ def overview(shape: tuple[int, int, int]) -> report.Table:
     return report.Table("roofline", title, ["work", "bare products", *(device.name for device in DEVICES)], rows)
 
 
+LOGITS: Final = ("logprob", "softmax_tile", "gradient_tile")
+"""Kernels that form logits."""
+
 LEVERS: Final = (
     ("Triton's products, masks and comparisons at every element", "triton", Assumed(EPILOGUE_BEFORE)),
     ("lean epilogues", "triton", Assumed()),
     ("dX and dW by the library: as it is", "library", Assumed()),
     ("not built: logits from descriptors, 13 % faster (pull request 5461 of triton-lang/triton)", "library",
      Assumed(triton=1.13)),
+    ("not built: logits by the library too, in float32 through a tile of memory (4 bytes out, 4 in, 2 for G or Q)",
+     "library", Assumed(logit_bytes=10)),
 )  # fmt: skip
 
 
