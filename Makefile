@@ -8,7 +8,9 @@
 #   make first-contact     on a GPU: what is right and where the time goes, in ten minutes (ARGS=--dry-run: without one)
 #   make test-gpu    the tests that need a GPU; test-gpu-heavy those that take long or much memory
 #   make bench-gpu   benchmarks on a GPU
-#   make check       formatting, lint, types
+#   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
+#   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make check       formatting of Python and C++, lint, types
 
 # The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
 # where that is: make demo TORCH_PIP_ARGS="--index-url ..."
@@ -40,7 +42,8 @@ extras = $(PY) -c 'import sys, tomllib; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels kernels-versions first-contact test-gpu test-gpu-heavy bench-gpu check setup clean
+.PHONY: demo test bench kernels kernels-versions first-contact test-gpu test-gpu-heavy bench-gpu check fuzz sanitize setup \
+	clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -76,7 +79,15 @@ bench-gpu:
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(PY) -m mypy
+
+fuzz: $(PACKAGE) $(TEST)
+	$(PY) -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CASES),--cases $(CASES)) $(ARGS)
+
+sanitize: $(PACKAGE) $(TEST)
+	INFOPO_KERNELS_SANITIZE=1 $(PY) setup.py build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
+	$(PY) tests/fuzz/sanitize.py $$(ls build/sanitize/infopo_kernels/_C*.so)
 
 setup: $(PACKAGE) $(TEST)
 
@@ -110,7 +121,7 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
-	$(call extras,test bench triton trl)
+	$(call extras,test bench triton)
 	touch $@
 
 $(STAMPS)/triton-%: $(TEST)

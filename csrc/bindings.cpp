@@ -23,10 +23,14 @@ using MaybeTensor = std::optional<Tensor>;
 
 Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat32;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kFloat16;
-    default: TORCH_CHECK_TYPE(false, "`", name, "` must be float32, bfloat16 or float16, got ", x.scalar_type(), ".");
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "`", name, "` must be float32, bfloat16 or float16, got ", x.scalar_type(), ".");
   }
 }
 
@@ -40,7 +44,7 @@ Matrix check_matrix(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.dim() == 2, "`", name, "` must have 2 dimensions, got ", x.sizes(), ".");
   TORCH_CHECK_VALUE(x.stride(1) == 1 || x.size(1) == 1, "`", name, "` must have stride 1 in its last dimension, got ",
                     x.strides(), "; call contiguous().");
-  return {x.const_data_ptr(), x.stride(0), dtype_of(x, name)};
+  return {.data = x.const_data_ptr(), .stride = x.stride(0), .dtype = dtype_of(x, name)};
 }
 
 Head check_head(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels,
@@ -52,15 +56,21 @@ Head check_head(const Tensor& hidden, const Tensor& weight, const MaybeTensor& b
   TORCH_CHECK_VALUE(weight.size(1) == H && H > 0 && V > 0, "`weight` must be [V, ", H, "], got ", weight.sizes(), ".");
   if (bias) check_vector(*bias, "bias", V, hidden.scalar_type());
   check_vector(labels, "labels", N, at::kLong);
-  return {x, w, N, V, H,
-          {bias ? bias->const_data_ptr() : nullptr, x.dtype, static_cast<float>(softcap.value_or(0)),
-           static_cast<float>(scale)},
-          workspace_bytes};
+  return {.hidden = x,
+          .weight = w,
+          .N = N,
+          .V = V,
+          .H = H,
+          .map = {.bias = bias ? bias->const_data_ptr() : nullptr,
+                  .bias_dtype = x.dtype,
+                  .softcap = static_cast<float>(softcap.value_or(0)),
+                  .scale = static_cast<float>(scale)},
+          .workspace_bytes = workspace_bytes};
 }
 
 Gradients check_gradients(const Head& head, const Tensor& hidden, const MaybeTensor& grad_hidden,
                           const MaybeTensor& grad_weight, const MaybeTensor& grad_bias) {
-  Gradients to{nullptr, nullptr, head.weight.dtype, nullptr};
+  Gradients to{.weight_dtype = head.weight.dtype};
   if (grad_hidden) {
     TORCH_CHECK_VALUE(grad_hidden->sizes() == hidden.sizes() && grad_hidden->is_contiguous() &&
                           grad_hidden->scalar_type() == hidden.scalar_type(),
@@ -143,7 +153,7 @@ void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& 
     check_store(to, head, *kept);
   }
   backward(head, labels.const_data_ptr<int64_t>(), lse.const_data_ptr<float>(), row_weight.const_data_ptr<float>(), to,
-           kept ? kept->const_data_ptr<int64_t>() : nullptr);
+           {.any = kept.has_value(), .labels = kept ? kept->const_data_ptr<int64_t>() : nullptr});
 }
 
 std::string isa(at::ScalarType dtype) {

@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "logit_store.h"
 #include "tile_kernels.h"
 
 namespace infopo {
@@ -26,21 +27,12 @@ struct Head {
 };
 
 struct Gradients {
-  void* hidden;        // [N, H] contiguous, type of Head::hidden; rows are assigned
-  void* weight;        // [V, H] contiguous, weight_dtype; added to
-  Dtype weight_dtype;
-  float* bias;         // [V]; added to
-};
+  void* hidden = nullptr;  // [N, H] contiguous, type of Head::hidden; rows are assigned
+  void* weight = nullptr;  // [V, H] contiguous, weight_dtype; added to
+  Dtype weight_dtype = Dtype::kFloat32;
+  float* bias = nullptr;  // [V]; added to
 
-// The memory of a weight gradient that nothing has been added to: until that is written it keeps logits, float z[v][slot]
-// in the bytes of its row v, a slot for each row that was scored when they were kept.
-struct LogitStore {
-  void* data;         // [V, H] contiguous; null for none
-  int64_t row_bytes;
-  int64_t slots;
-
-  static LogitStore in(void* weight_gradient, Dtype dtype, int64_t H);
-  float* row(int64_t v) const { return reinterpret_cast<float*>(static_cast<char*>(data) + v * row_bytes); }
+  Gradients without_hidden() const { return {.weight = weight, .weight_dtype = weight_dtype, .bias = bias}; }
 };
 
 // Rows whose logits the memory of a weight gradient of that type can hold; 0 where keeping them does not pay.
@@ -52,9 +44,14 @@ void logprob(const Head&, const int64_t* labels, const LogitStore& keep, float* 
 void logprob_and_grad(const Head&, const int64_t* labels, const float* row_weight, const Gradients&, float* l,
                       float* lse);
 
-// kept: the labels with which `logprob` kept logits in the memory of the weight gradient, which is assigned then, not
-// added to; or null.
+// The labels with which `logprob` kept logits in the memory of the weight gradient, which is assigned then, not added
+// to. Said apart from the pointer: that of no rows may be null.
+struct Kept {
+  bool any = false;
+  const int64_t* labels = nullptr;  // [N]
+};
+
 void backward(const Head&, const int64_t* labels, const float* lse, const float* row_weight, const Gradients&,
-              const int64_t* kept);
+              const Kept&);
 
 }  // namespace infopo

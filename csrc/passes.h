@@ -21,8 +21,9 @@ void finish_columns(const LogitMap& map, const Tile& t, int64_t c, float* max, d
     for (int j = 0; j < kVectors; ++j) {
       Vec z = load(at + j * kLanes);
       if (!identity) {
-        z = (z + bias) * inner;
-        if (kSoftcap) z = tanh(z) * outer;
+        const Vec a = z + bias;
+        z = a * inner;
+        if (kSoftcap) z = tanh(z) * outer + (a - a);  // an infinite a becomes NaN, not a plausible softcap
         store(at + j * kLanes, z);
       }
       most[j] = z > most[j] ? z : most[j];
@@ -115,7 +116,7 @@ void gradient_as(const LogitMap& map, const Tile& t, int64_t live, const int64_t
   for (int64_t c = 0; c < live; ++c) {
     const int64_t v = labels[c] - t.v0;
     if (v < 0 || v >= t.rows) continue;
-    const float tanh_a = t.z[v * t.ld + c] * inverse;
+    const float tanh_a = kSoftcap ? t.z[v * t.ld + c] * inverse : 0.f;  // z may be -inf without a softcap
     scratch[c] = coefficient[c] * (1.f - tanh_a) * (1.f + tanh_a);
   }
   for (int64_t v = 0; v < t.rows; ++v) {
@@ -123,7 +124,9 @@ void gradient_as(const LogitMap& map, const Tile& t, int64_t live, const int64_t
     float* row = t.z + v * t.ld;
     for (int64_t c = 0; c < t.C; c += kLanes) {
       const Vec z = load(row + c);
-      Vec g = load(coefficient + c) * exp(z - load(lse + c));
+      Vec log_p = z - load(lse + c);
+      log_p = log_p > Vec{} ? Vec{} : log_p;  // lse is rounded: where |z| > 1e7, p would be e or infinite
+      Vec g = load(coefficient + c) * exp(log_p);
       if (kSoftcap) g = g * slope<kSoftcap>(z, inverse_range);
       store(row + c, g);
       total += g;

@@ -61,21 +61,31 @@ using RegisterTile = void (*)(int64_t, const uint16_t* const*, int64_t, const ui
 template <int MR>
 RegisterTile register_tile_of_width(int vectors) {
   switch (vectors) {
-    case 1: return register_tile<MR, 1>;
-    case 2: return register_tile<MR, 2>;
-    case 3: return register_tile<MR, 3>;
-    default: return register_tile<MR, 4>;
+    case 1:
+      return register_tile<MR, 1>;
+    case 2:
+      return register_tile<MR, 2>;
+    case 3:
+      return register_tile<MR, 3>;
+    default:
+      return register_tile<MR, 4>;
   }
 }
 
 RegisterTile register_tile_for(int rows, int vectors) {
   switch (rows) {
-    case 1: return register_tile_of_width<1>(vectors);
-    case 2: return register_tile_of_width<2>(vectors);
-    case 3: return register_tile_of_width<3>(vectors);
-    case 4: return register_tile_of_width<4>(vectors);
-    case 5: return register_tile_of_width<5>(vectors);
-    default: return register_tile_of_width<6>(vectors);
+    case 1:
+      return register_tile_of_width<1>(vectors);
+    case 2:
+      return register_tile_of_width<2>(vectors);
+    case 3:
+      return register_tile_of_width<3>(vectors);
+    case 4:
+      return register_tile_of_width<4>(vectors);
+    case 5:
+      return register_tile_of_width<5>(vectors);
+    default:
+      return register_tile_of_width<6>(vectors);
   }
 }
 
@@ -93,8 +103,8 @@ INFOPO_INLINE void multiply_rows(const Product& p, int64_t step, const RowAt& ro
       const int rows = static_cast<int>(least(kGroup, p.M - m0)), vectors = static_cast<int>(width / kLanes);
       const uint16_t* row[kGroup];
       for (int i = 0; i < rows; ++i) row[i] = row_at(m0 + i) + k0 * step;
-      const uint16_t* b = reinterpret_cast<const uint16_t*>(p.b) + n0 * round_up(p.b_rows, 2) +
-                          (p.b_row0 / 2 + k0) * 2 * width;
+      const uint16_t* b =
+          reinterpret_cast<const uint16_t*>(p.b) + n0 * round_up(p.b_rows, 2) + (p.b_row0 / 2 + k0) * 2 * width;
       const RegisterTile tile = register_tile_for(rows, vectors);
       if (columns == width) {
         tile(pairs, row, step, b, p.out + m0, n0, accumulate);
@@ -147,7 +157,7 @@ void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile&
   for (int64_t v = 0; v < tile.rows; ++v) out[v] = tile.z + v * tile.ld;
   const int64_t tasks = ceil_div(tile.C, kPanel) * ceil_div(tile.rows, kGroup);
   const uint16_t* rows = static_cast<const uint16_t*>(W.data) + tile.v0 * W.stride;
-  Product p{tile.rows, tile.C, H, nullptr, 0, false, packed_columns, 0, H, 0, out, false, 0, tasks};
+  Product p{.M = tile.rows, .N = tile.C, .K = H, .b = packed_columns, .b_rows = H, .out = out, .task_end = tasks};
   if (H % 2 == 0) return multiply_rows(p, 2, [=](int64_t m) { return rows + m * W.stride; });
   uint16_t* staged = reinterpret_cast<uint16_t*>(stage);  // the pair of the last number must be a zero
   for (int64_t k0 = 0; k0 < H; k0 += kDepth) {

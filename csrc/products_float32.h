@@ -81,12 +81,18 @@ RegisterTile register_tile_of_width(int vectors) {
 template <bool kByColumn>
 RegisterTile register_tile_for(int rows, int vectors) {
   switch (rows) {
-    case 1: return register_tile_of_width<1, kByColumn>(vectors);
-    case 2: return register_tile_of_width<2, kByColumn>(vectors);
-    case 3: return register_tile_of_width<3, kByColumn>(vectors);
-    case 4: return register_tile_of_width<4, kByColumn>(vectors);
-    case 5: return register_tile_of_width<5, kByColumn>(vectors);
-    default: return register_tile_of_width<6, kByColumn>(vectors);
+    case 1:
+      return register_tile_of_width<1, kByColumn>(vectors);
+    case 2:
+      return register_tile_of_width<2, kByColumn>(vectors);
+    case 3:
+      return register_tile_of_width<3, kByColumn>(vectors);
+    case 4:
+      return register_tile_of_width<4, kByColumn>(vectors);
+    case 5:
+      return register_tile_of_width<5, kByColumn>(vectors);
+    default:
+      return register_tile_of_width<6, kByColumn>(vectors);
   }
 }
 
@@ -177,7 +183,14 @@ void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile&
   float* out[kMostRows];
   for (int64_t v = 0; v < tile.rows; ++v) out[v] = tile.z + v * tile.ld;
   const int64_t tasks = ceil_div(tile.C, kPanel) * ceil_div(tile.rows, kGroup);
-  Product p{tile.rows, tile.C, H, nullptr, W.stride, false, packed_columns, 0, H, 0, out, false, 0, tasks};
+  Product p{.M = tile.rows,
+            .N = tile.C,
+            .K = H,
+            .lda = W.stride,
+            .b = packed_columns,
+            .b_rows = H,
+            .out = out,
+            .task_end = tasks};
   if (W.dtype == Dtype::kFloat32) {
     p.a = static_cast<const float*>(W.data) + tile.v0 * W.stride;
     return multiply(p);

@@ -24,6 +24,13 @@ namespace infopo {
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Row `row` of a contiguous [., H].
+inline void* result_row(void* data, Dtype dtype, int64_t row, int64_t H) {
+  return static_cast<char*>(data) + row * H * element_size(dtype);
+}
+
 // Rows of H elements of `dtype`, `stride` elements apart.
 struct Matrix {
   const void* data;
@@ -41,16 +48,16 @@ struct LogitMap {
 
 struct Product {
   int64_t M, N, K;
-  const float* a;
-  int64_t lda;
-  bool a_by_column;   // A[i][k] stands at a[k * lda + i], else at a[i * lda + k]
-  const float* b;     // panels of a matrix [b_rows, N]; or, with ldb, that matrix itself, its rows ldb apart
-  int64_t ldb;
-  int64_t b_rows;
-  int64_t b_row0;     // the product takes its rows b_row0 ... b_row0 + K - 1
-  float* const* out;  // M rows of N numbers
-  bool accumulate;
-  int64_t task_begin, task_end;  // of product_tasks(M, N): panel-major pairs (panel, group of rows)
+  const float* a = nullptr;
+  int64_t lda = 0;
+  bool a_by_column = false;  // A[i][k] stands at a[k * lda + i], else at a[i * lda + k]
+  const float* b = nullptr;  // panels of a matrix [b_rows, N]; or, with ldb, that matrix itself, its rows ldb apart
+  int64_t ldb = 0;
+  int64_t b_rows = 0;
+  int64_t b_row0 = 0;                    // the product takes its rows b_row0 ... b_row0 + K - 1
+  float* const* out = nullptr;           // M rows of N numbers
+  bool accumulate = false;               // else assign
+  int64_t task_begin = 0, task_end = 0;  // of product_tasks(M, N): panel-major pairs (panel, group of rows)
 };
 
 // A tile [rows, C] of Z^T, rows `ld` apart: the logits of vocabulary entries v0 ... v0 + rows - 1.
@@ -81,8 +88,7 @@ struct TileKernels {
   // a -> z in place. With `max` [C]: max = max(max, z), and sum [C], if given, follows: sum *= exp(old max - new max).
   void (*finish)(const LogitMap&, const Tile&, float* max, double* sum);
   // sum[c] += sum_v exp(z - ref[c]); with `keep`, z becomes exp(z - ref) * dz/da / scale.
-  void (*exponentials)(const LogitMap&, const Tile&, const float* ref, double* sum, bool keep,
-                       float* scratch);
+  void (*exponentials)(const LogitMap&, const Tile&, const float* ref, double* sum, bool keep, float* scratch);
   // z becomes G^T, coefficient[c] * (exp(z - lse[c]) - 1[v = label]) * dz/da / scale; coefficient = -scale * row weight.
   // grad_bias[v] += sum_c G if given. scratch here and above: 2 C floats.
   void (*gradient)(const LogitMap&, const Tile&, int64_t live, const int64_t* labels, const float* lse,
@@ -97,10 +103,21 @@ struct TileKernels {
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float x);
 
-const TileKernels* portable_kernels();
-const TileKernels* avx2_kernels();    // nullptr where not built for x86-64
-const TileKernels* avx512_kernels();  // likewise
-const TileKernels* avx512_bf16_kernels();  // likewise; for bfloat16 inputs only
+// One for each instruction set that this build has (tile_kernels.cpp, by foreach_target.h).
+namespace portable {
+extern const TileKernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const TileKernels kKernels;
+}
+namespace avx512 {
+extern const TileKernels kKernels;
+}
+namespace avx512_bf16 {
+extern const TileKernels kKernels;
+}
+#endif
 
 // The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names; throws
 // c10::ValueError if the machine lacks them.

@@ -8,7 +8,6 @@ Without --data and --model: SmolLM2-135M-Instruct on arithmetic word problems.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from infopo_kernels import InfoPOOptions
-from infopo_kernels.integrations.collators import PreferenceCollator, preference_features
+from infopo_kernels.commands.demo.word_problems import word_problems
+from infopo_kernels.commands.smollm2 import smollm2_directory
+from infopo_kernels.integrations.collators import PreferenceCollator
+from infopo_kernels.integrations.preferences import preference_features, read_preferences
 from infopo_kernels.integrations.trainer import compute_infopo_loss
 from infopo_kernels.integrations.transformers import attach_linear_logps
-from infopo_kernels.training.smollm2 import smollm2_directory
-from infopo_kernels.training.word_problems import word_problems
 
 
 class InfoPOOnTrainer(Trainer):
@@ -51,11 +51,7 @@ def main() -> None:
     model, reference = (
         attach_linear_logps(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)) for _ in range(2)
     )
-    rows = (
-        [json.loads(line) for line in args.data.read_text().splitlines() if line.strip()]
-        if args.data
-        else [pair.row() for pair in word_problems(2 * args.steps, seed=0)]
-    )
+    rows = read_preferences(args.data) if args.data else [pair.row() for pair in word_problems(2 * args.steps, seed=0)]
     tokenizer = AutoTokenizer.from_pretrained(source)
     features = preference_features(tokenizer, rows, max_length=512)
     arguments = TrainingArguments(

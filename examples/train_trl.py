@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
+from infopo_kernels.commands.demo.word_problems import word_problems
+from infopo_kernels.commands.smollm2 import smollm2_directory
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer
-from infopo_kernels.training.smollm2 import smollm2_directory
-from infopo_kernels.training.word_problems import word_problems
 
 
 def main() -> None:

@@ -2,6 +2,6 @@
 
 import sys
 
-from infopo_kernels.cli import main
+from infopo_kernels.commands.cli import main
 
 sys.exit(main())

@@ -20,7 +20,7 @@ from torch import Tensor
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Backend, Gradients, Head
-from infopo_kernels.objectives import Objective, Sequences, from_flat
+from infopo_kernels.objectives import InfoPO, Objective, Sequences, from_flat
 from infopo_kernels.op_schema import define
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
 from infopo_kernels.packing import Rows
@@ -299,20 +299,21 @@ def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
 def _save_preference(ctx: Any, inputs: PreferenceInputs, results: PreferenceResults) -> None:
     ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient)
     ctx.wanted, ctx.backend = inputs.wanted, inputs.backend
+    ctx.name = "linear_infopo_loss" if inputs.objective == InfoPO.name else "linear_preference_loss"
     ctx.mark_non_differentiable(*(result for result in results if result is not results.loss))
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError(f"linear_infopo_loss: {_DOUBLE_BACKWARD}")
+        raise RuntimeError(f"{ctx.name}: {_DOUBLE_BACKWARD}")
     try:
         saved = ctx.saved_tensors
     except RuntimeError as error:
         raise RuntimeError(
-            "linear_infopo_loss: backward() ran a second time through the same loss. Its gradients were formed in the "
+            f"{ctx.name}: backward() ran a second time through the same loss. Its gradients were formed in the "
             "forward pass and handed over by the first backward(), which retain_graph=True does not keep; call the "
-            "loss again, or build it from linear_logps and infopo_loss, which recompute."
+            "loss again, or form it of linear_logps (InfoPO with infopo_loss), which recomputes."
         ) from error
     if grad is None:
         return ()

@@ -1,18 +1,52 @@
-"""The shared table of cases, the inputs that they describe, and the error budgets against float64."""
+"""The shared table of cases, the inputs that they describe, and the comparison with float64."""
 
 from __future__ import annotations
 
+import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 from infopo_kernels import InfoPO, LogitOptions, linear_infopo_loss, linear_logps, linear_preference_loss, naive
+from infopo_kernels.backends import cpp, dispatch
+from infopo_kernels.backends.base import Head
 from infopo_kernels.objectives import Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows, row_segments, sequence_sums
+from tests.budget import HALF_STEP, SMALLEST, assert_within, error_budget, operand_rounding
+
+CPU_BACKENDS = ["torch", "cpp-portable", "cpp-avx2", "cpp-avx512", "cpp-avx512_bf16"]
+"""Backends that serve a CPU, and their instruction sets: whichever is the default, tests run all that a machine has."""
+
+
+def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let one of CPU_BACKENDS serve, or skip the test where it cannot; the name of the backend."""
+    if (reason := missing(name)) is not None:
+        pytest.skip(reason)
+    backend, _, instructions = name.partition("-")
+    if instructions:
+        monkeypatch.setenv("INFOPO_KERNELS_CPU_ISA", instructions)
+    return backend
+
+
+def missing(name: str) -> str | None:
+    """Why one of CPU_BACKENDS cannot serve here, if it cannot."""
+    backend, _, instructions = name.partition("-")
+    reason = dispatch.unavailable_reason(backend, torch.device("cpu"), torch.float32)
+    if reason is not None or not instructions:
+        return reason
+    with mock.patch.dict(os.environ, INFOPO_KERNELS_CPU_ISA=instructions):
+        try:
+            cpp.isa(torch.bfloat16)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 @dataclass(frozen=True)
@@ -146,24 +180,25 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
     return inputs
 
 
-def logps_truth(inputs: Inputs, reduction: str, dtype: torch.dtype = torch.float64) -> Tensor:
+def logps_truth(inputs: Inputs, reduction: str) -> Tensor:
     """Log-probabilities with materialised logits."""
     case = inputs.case
     bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
     with torch.no_grad():
         return naive.linear_logps(
-            **inputs.fresh(dtype), labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
+            **inputs.fresh(torch.float64), labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
             ignore_index=case.ignore_index, logit=case.logit,
         )  # fmt: skip
 
 
 @dataclass
 class Result:
-    """A loss and gradients by name (None where none came)."""
+    """A loss (or log-probabilities) and gradients by name (None where none came)."""
 
     loss: Tensor
     gradients: dict[str, Tensor | None]
-    summands: float = 0.0
+    operand: float = 0.0
+    """What products rounded G by, relative (`budget.operand_rounding`)."""
 
     @classmethod
     def of(cls, loss: Tensor, leaves: dict[str, Tensor | None], factor: float) -> Result:
@@ -171,94 +206,154 @@ class Result:
         return cls(loss.detach(), {k: None if v is None else v.grad for k, v in leaves.items()})
 
 
-def fused(inputs: Inputs, device: str = "cpu", **kernel: Any) -> Result:
+def fused(inputs: Inputs, backend: str, device: str = "cpu", **kernel: Any) -> Result:
     """`linear_infopo_loss` of a case, or `linear_preference_loss` where its objective is another."""
     case, there = inputs.case, inputs.moved(device)
     leaves = inputs.fresh(device=device)
     arguments = dict(
         **leaves, labels=there.labels, **there.layout, **there.shares, ref_logps=there.ref_logps, shift=case.shift,
-        ignore_index=case.ignore_index, **vars(case.logit), **kernel,
+        ignore_index=case.ignore_index, **vars(case.logit), backend=backend, **kernel,
     )  # fmt: skip
     if isinstance(case.objective, InfoPO):
         out = linear_infopo_loss(**arguments, **vars(case.objective))
     else:
         out = linear_preference_loss(**arguments, objective=case.objective)
-    return Result.of(out.loss, leaves, case.loss_factor)
+    gradients = Result.of(out.loss, leaves, case.loss_factor).gradients
+    return Result(out.loss.detach(), gradients, operand_rounding(backend, inputs.dtype))
 
 
-def plain(inputs: Inputs, dtype: torch.dtype) -> Result:
-    """The naive loss of a case in `dtype`, differentiated by autograd."""
-    case, leaves = inputs.case, inputs.fresh(dtype)
-    loss = naive.linear_preference_loss(
-        **leaves, labels=inputs.labels, **inputs.layout, **inputs.shares, ref_logps=inputs.ref_logps,
-        shift=case.shift, ignore_index=case.ignore_index, objective=case.objective, logit=case.logit,
-    )  # fmt: skip
-    result = Result.of(loss, leaves, case.loss_factor)
-    reduction = "mean" if case.objective.average else "sum"
-    result.summands = getattr(case.objective, "beta", 1.0) * float(logps_truth(inputs, reduction, dtype).abs().max())
-    return result
-
-
-def fused_logps(inputs: Inputs, reduction: str, device: str = "cpu", **kernel: Any) -> Result:
+def fused_logps(inputs: Inputs, reduction: str, backend: str, device: str = "cpu", **kernel: Any) -> Result:
     """`linear_logps` of a case, weighted so that every entry has a gradient of its own."""
     case, there, leaves = inputs.case, inputs.moved(device), inputs.fresh(device=device)
     bounds = {"cu_seqlens": there.layout["cu_seqlens"]} if there.layout else {}
     logps = linear_logps(
         **leaves, labels=there.labels, **bounds, shift=case.shift, reduction=reduction,
-        ignore_index=case.ignore_index, **vars(case.logit), **kernel,
+        ignore_index=case.ignore_index, **vars(case.logit), backend=backend, **kernel,
     )  # fmt: skip
-    return Result(logps.detach(), Result.of((logps * ramp(logps)).sum(), leaves, 1.0).gradients)
+    gradients = Result.of((logps * ramp(logps)).sum(), leaves, 1.0).gradients
+    return Result(logps.detach(), gradients, operand_rounding(backend, inputs.dtype))
 
 
-def plain_logps(inputs: Inputs, reduction: str, dtype: torch.dtype) -> Result:
-    """Naive log-probabilities with the same weights."""
-    case, leaves = inputs.case, inputs.fresh(dtype)
+@dataclass
+class Truth(Result):
+    """What plain PyTorch makes of a case in float64, and what its error budget is made of."""
+
+    dtype: torch.dtype = torch.float32
+    """Of the inputs."""
+    factor: float = 1.0
+    """What the gradients are multiplied by."""
+    value_error: Tensor | float = 0.0
+    """Allowed error of the loss or the log-probabilities."""
+    rows: tuple[Head, Tensor, Tensor, Tensor] | None = None
+    """The problem in rows: head, labels, row weights and their own error."""
+
+    @property
+    def largest_factor(self) -> float:
+        """Of those that a gradient is multiplied by after it has been rounded."""
+        assert self.rows is not None
+        c = self.rows[2]
+        return max(abs(self.factor), float(c.abs().max()) if len(c) else 0.0)
+
+    def budgets(self, operand: float) -> dict[str, Tensor]:
+        """Allowed errors of the gradients."""
+        assert self.rows is not None
+        head, labels, c, c_error = self.rows
+        allowed = error_budget(head, labels, c, c_error, operand)
+        return {name: getattr(allowed, name) for name in ("hidden", "weight", "bias")}
+
+
+def plain(inputs: Inputs) -> Truth:
+    """The naive loss of a case, differentiated by autograd."""
+    case = inputs.case
+
+    def loss(leaves: dict[str, Tensor | None]) -> Tensor:
+        return naive.linear_preference_loss(
+            **leaves, labels=inputs.labels, **inputs.layout, **inputs.shares, ref_logps=inputs.ref_logps,
+            shift=case.shift, ignore_index=case.ignore_index, objective=case.objective, logit=case.logit,
+        )  # fmt: skip
+
+    return differentiated(inputs, loss, lambda value: value * case.loss_factor, case.loss_factor)
+
+
+def plain_logps(inputs: Inputs, reduction: str) -> Truth:
+    """Naive log-probabilities, with the weights of `fused_logps`."""
+    case = inputs.case
     bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
-    logps = naive.linear_logps(
-        **leaves, labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
-        ignore_index=case.ignore_index, logit=case.logit,
-    )  # fmt: skip
-    return Result(logps.detach(), Result.of((logps * ramp(logps)).sum(), leaves, 1.0).gradients)
+
+    def logps(leaves: dict[str, Tensor | None]) -> Tensor:
+        return naive.linear_logps(
+            **leaves, labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
+            ignore_index=case.ignore_index, logit=case.logit,
+        )  # fmt: skip
+
+    return differentiated(inputs, logps, lambda value: (value * ramp(value)).sum(), 1.0)
+
+
+def differentiated(
+    inputs: Inputs,
+    compute: Callable[[dict[str, Tensor | None]], Tensor],
+    scalar: Callable[[Tensor], Tensor],
+    factor: float,
+) -> Truth:
+    """`compute` in float64, its gradients, and the weight and the allowed error of each token's log-probability."""
+
+    def run(shift: Tensor | float) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        leaves, seen = inputs.fresh(torch.float64), []
+
+        def token_logps(z: Tensor, labels: Tensor) -> Tensor:
+            seen.append(own(z, labels) + shift)
+            seen[-1].retain_grad()
+            return seen[-1]
+
+        with mock.patch.object(naive, "token_logps", token_logps):
+            value = compute(leaves)
+        scalar(value).backward()
+        c = seen[0].grad
+        return value.detach(), torch.zeros_like(seen[0]) if c is None else c, leaves
+
+    own, case = naive.token_logps, inputs.case
+    value, c, leaves = run(0.0)
+    hidden = cast(Tensor, inputs.tensors["hidden"])
+    rows = naive._rows(hidden, inputs.labels, inputs.layout.get("cu_seqlens"), case.shift, case.ignore_index)
+    weight, bias = cast(Tensor, inputs.tensors["weight"]), inputs.tensors["bias"]
+    head = Head(rows.hidden, weight, bias, case.logit.softcap, case.logit.scale, 0)
+    dl = error_budget(head, rows.labels, c).l
+    # All in one direction move the sums furthest, chosen against rejected ones the margins between them.
+    moved = [run(direction * dl) for direction in (torch.ones_like(c), -torch.ones_like(c), c.sign(), -c.sign())]
+    c_error = torch.stack([(other[1] - c).abs() for other in moved]).amax(0)
+    c_error += 2 * HALF_STEP[head.accumulator_dtype] * c.abs() + SMALLEST[torch.float32] * abs(factor)
+    # A loss falls with some log-probabilities and grows with others; a log-probability only grows.
+    spread = torch.stack([(other[0] - value).abs() for other in moved]).amax(0)
+    value_error = spread if value.ndim else ((c.abs() + c_error) * dl).sum() / abs(factor)
+    gradients = {k: None if v is None else v.grad for k, v in leaves.items()}
+    return Truth(value, gradients, 0.0, inputs.dtype, factor, value_error, (head, rows.labels, c, c_error))
 
 
 def ramp(like: Tensor) -> Tensor:
-    return torch.linspace(-1, 2, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape)
+    """The same numbers, exactly, in float32 and in float64."""
+    values = torch.linspace(-1, 2, like.numel(), dtype=torch.float32, device=like.device)
+    return values.to(like.dtype).reshape(like.shape)
 
 
-ROUNDING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Relative error of two roundings to the type: once to store a gradient, once to scale it."""
+def assert_value(got: Result, truth: Truth) -> None:
+    """The loss, or the log-probabilities, within budget."""
+    assert_within("loss", got.loss, truth.loss, truth.value_error)
 
 
-def assert_close(
-    name: str, got: Tensor, truth: Tensor, float32: Tensor, factor: float = 4.0, size: float = 0.0
-) -> None:
-    """`got` lies within its own rounding plus a small multiple of the error that float32 PyTorch makes.
-
-    `size` is that of the summands where they cancel (float32 PyTorch may be right by luck there).
-    """
-    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} instead of {tuple(truth.shape)}"
-    got, truth = got.detach().cpu(), truth.detach().cpu()
-    own = (float32.detach().cpu().double() - truth).abs().max() if truth.numel() else torch.tensor(0.0)
-    size = max(size, float(truth.abs().max()) if truth.numel() else 0.0) or 1.0  # all 0: what is summed is about 1
-    tiny = 2.0**-24 if got.dtype == torch.float16 else 0.0  # float16 is subnormal below
-    allowed = truth.abs() * ROUNDING[got.dtype] + factor * own + 4 * 2.0**-24 * size + tiny
-    error = (got.double() - truth).abs()
-    worst = (error / allowed.clamp(min=torch.finfo(torch.float64).tiny)).max() if truth.numel() else 0.0
-    assert (error <= allowed).all(), f"{name}: error {float(error.max()):.3g}, {float(worst):.2f} times the budget"
-
-
-def assert_result(got: Result, truth: Result, float32: Result) -> None:
-    """Loss and every gradient within budget, and gradients only where they were asked for."""
-    assert_close("loss", got.loss, truth.loss, float32.loss, size=truth.summands)
+def assert_result(got: Result, truth: Truth) -> None:
+    """The value and every gradient within budget, and gradients only where they were asked for."""
+    assert_value(got, truth)
+    allowed, largest = truth.budgets(got.operand), truth.largest_factor
     for name, gradient in truth.gradients.items():
         other = got.gradients[name]
         if gradient is None:
             assert other is None, f"gradient of {name} was not asked for"
             continue
         assert other is not None, f"gradient of {name} is missing"
-        single = float32.gradients[name]
-        assert single is not None
-        assert_close(f"gradient of {name}", other, gradient, single)
+        # Stored once, dX of a frozen head (formed for weights of 1) scaled row by row, all scaled by the factor.
+        roundings = 1 + (name == "hidden") + (truth.factor != 1)
+        limit = allowed[name].reshape(gradient.shape)
+        assert_within(f"gradient of {name}", other, gradient, limit, roundings, largest)
 
 
 def objective_arguments(

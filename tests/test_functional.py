@@ -22,6 +22,7 @@ from infopo_kernels import (
     infopo_loss,
     linear_infopo_loss,
     linear_logps,
+    linear_preference_loss,
     naive,
     ops,
 )
@@ -216,10 +217,14 @@ def test_linear_logps_allows_a_second_backward() -> None:
     assert torch.equal(x["hidden"].grad, 2 * first)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("which", ["linear_infopo_loss", "linear_logps"])
+@pytest.mark.parametrize("which", ["linear_infopo_loss", "linear_preference_loss", "linear_logps"])
 def test_double_backward_is_refused(which: str) -> None:
     x = batch()
-    loss = linear_infopo_loss(**x).loss if which == "linear_infopo_loss" else linear_logps(**x).sum()
+    loss = {
+        "linear_infopo_loss": lambda: linear_infopo_loss(**x).loss,
+        "linear_preference_loss": lambda: linear_preference_loss(**x, objective=DPO()).loss,
+        "linear_logps": lambda: linear_logps(**x).sum(),
+    }[which]()
     with pytest.raises(RuntimeError, match=f"{which}: second derivatives are not available"):
         torch.autograd.grad(loss, x["hidden"], create_graph=True)
 
@@ -276,8 +281,7 @@ def test_gradcheck_of_the_naive_loss(trained: tuple[str, ...]) -> None:
 
     assert torch.autograd.gradcheck(loss, [leaves[name] for name in trained])
     got = support.fused(inputs, backend="torch")
-    truth = support.plain(inputs, torch.float64)
-    support.assert_result(got, truth, truth)
+    support.assert_result(got, support.plain(inputs))
 
 
 # --- precision and types --------------------------------------------------------------------------------------------
@@ -502,6 +506,9 @@ def test_opcheck(name: str, backend: str) -> None:
 # --- any shape, any pattern of labels -------------------------------------------------------------------------------
 
 
+HERE = [name for name in support.CPU_BACKENDS if support.missing(name) is None]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
@@ -513,9 +520,7 @@ def test_any_packed_batch(lengths: list[int], hidden: int, vocab: int, data: st.
     N, S = sum(lengths), len(lengths)
     seed = data.draw(st.integers(0, 2**31), label="seed")
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), label="type")
-    backend = data.draw(st.sampled_from(["torch", "cpp"]), label="backend")
-    if dispatch.unavailable_reason(backend, torch.device("cpu"), dtype) is not None:
-        backend = "torch"
+    name = data.draw(st.sampled_from(HERE), label="backend")
     g = torch.Generator().manual_seed(seed)
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     labels = torch.randint(0, vocab, (N,), generator=g)
@@ -537,8 +542,9 @@ def test_any_packed_batch(lengths: list[int], hidden: int, vocab: int, data: st.
         "any", trained=trained, logit=LogitOptions(softcap), objective=InfoPOOptions(0.5, 0.0, 2.0, None, 0.1, average)
     )
     inputs = support.Inputs(case, dtype, tensors, labels, layout, None)
-    got = support.fused(inputs, backend=backend)
-    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        got = support.fused(inputs, backend=support.use_backend(name, patch))
+        support.assert_result(got, support.plain(inputs))
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

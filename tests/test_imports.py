@@ -1,4 +1,4 @@
-"""Imports run one way, and importing the package needs torch only."""
+"""Imports run one way, every module has its level, and importing the package needs torch only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "infopo_kernels"
 
-# Lower may not import higher. A module counts at the level of the longest prefix that names it.
+# Lower may not import higher. A module counts at the level of the longest prefix that names it; none is exempt.
 LEVELS = {
     "options": 0,
     "op_schema": 0,
@@ -28,43 +28,108 @@ LEVELS = {
     "ops": 7,
     "functional": 8,
     "modules": 9,
-    "integrations": 10,
-    "training": 10,
-    "cli": 12,
+    "": 10,  # infopo_kernels/__init__.py, what users import from
+    "integrations": 11,
+    "reference_logps": 12,  # the former place of integrations.references
+    "commands": 13,
+    "__main__": 14,
 }
 
 
-def level(module: str) -> int | None:
-    """Level of `infopo_kernels.<module>`, None for the package itself and what lies outside the order."""
-    names = [name for name in LEVELS if module == name or module.startswith(name + ".")]
-    return LEVELS[max(names, key=len)] if names else None
+def module_name(path: Path) -> str:
+    """`infopo_kernels.<name>` of a file, without the package's name; that of a folder for its `__init__.py`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path) -> list[str]:
-    """Modules of the package that a file imports, without the package's name."""
-    found = []
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def level(module: str) -> int:
+    names = [name for name in LEVELS if module == name or (name and module.startswith(name + "."))]
+    assert names, f"infopo_kernels.{module} has no level; give it one in LEVELS"
+    return LEVELS[max(names, key=len)]
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports at any place, without the package's name."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name.removeprefix("infopo_kernels.") for name in found if name.startswith("infopo_kernels.")]
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {name.removeprefix("infopo_kernels").removeprefix(".") for name in found if is_ours(name)}
+    return {longest_module(name) for name in names}
 
 
-def module_name(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+def is_ours(name: str) -> bool:
+    return name == "infopo_kernels" or name.startswith("infopo_kernels.")
 
 
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if level(module_name(path)) is not None]
+def longest_module(name: str) -> str:
+    """`functional` of `functional.linear_logps`: what is left of a name when attributes are cut off."""
+    while name not in MODULES and not name.startswith("_C") and name:
+        name = name.rpartition(".")[0]
+    return name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_imports_run_one_way(path: Path) -> None:
-    own = level(module_name(path))
-    assert own is not None
-    for module in imported(path):
-        other = level(module)
-        assert other is None or other <= own, f"{path.name} (level {own}) imports {module} (level {other})"
+def folder(module: str) -> str:
+    return module.split(".")[0] if f"{module.split('.')[0]}" in FOLDERS else ""
+
+
+FOLDERS = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES), ids=lambda m: m or "infopo_kernels")
+def test_imports_run_one_way(module: str) -> None:
+    own = level(module)
+    for other in imported(MODULES[module]) - {module}:
+        if other.startswith("_C"):
+            continue
+        assert level(other) <= own, f"{module} (level {own}) imports {other} (level {level(other)})"
+
+
+def test_no_folder_imports_back() -> None:
+    """What a folder imports of another does not, by any way, import that folder."""
+    edges: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        for other in imported(path):
+            if folder(module) != folder(other) and folder(module) and folder(other):
+                edges.setdefault(folder(module), set()).add(folder(other))
+    for start in edges:
+        reached, todo = set(), [*edges[start]]
+        while todo:
+            here = todo.pop()
+            if here not in reached:
+                reached.add(here)
+                todo += edges.get(here, ())
+        assert start not in reached, f"{start} imports {sorted(edges[start])}, which lead back to it"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Levels allow neighbours to import one another; a circle of modules they must not form."""
+    edges = {module: imported(path) - {module} for module, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above[above.index(module) :], module])
+        if module in done or module not in edges:
+            return
+        for other in edges[module]:
+            # A package's own __init__ exports its modules; that is no circle.
+            if not module.startswith(other + ".") and other:
+                visit(other, (*above, module))
+        done.add(module)
+
+    for module in edges:
+        visit(module, ())
+
+
+def test_a_missing_level_is_found() -> None:
+    with pytest.raises(AssertionError, match="has no level"):
+        level("somewhere.new")
 
 
 def test_importing_the_package_needs_torch_only() -> None:
@@ -72,8 +137,13 @@ def test_importing_the_package_needs_torch_only() -> None:
     code = (
         "import sys, infopo_kernels\n"
         "bad = {'triton', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'rich'} & set(sys.modules)\n"
-        "bad |= {m for m in sys.modules if m.startswith(('infopo_kernels.integrations', 'infopo_kernels.training'))}\n"
+        "above = ('infopo_kernels.integrations', 'infopo_kernels.commands', 'infopo_kernels.naive')\n"
+        "bad |= {m for m in sys.modules if m.startswith(above)}\n"
         "sys.exit(f'imported too: {sorted(bad)}' if bad else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()

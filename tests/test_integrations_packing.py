@@ -19,7 +19,8 @@ from infopo_kernels.integrations.collators import (  # noqa: E402
     PreferenceCollator,
     preference_features,
 )
-from infopo_kernels.integrations.preference_step import (  # noqa: E402
+from infopo_kernels.integrations.preferences import PreferenceError  # noqa: E402
+from infopo_kernels.integrations.step import (  # noqa: E402
     metric_sums,
     metrics,
     reference_logps,
@@ -28,13 +29,20 @@ from infopo_kernels.integrations.preference_step import (  # noqa: E402
 )
 from infopo_kernels.integrations.trainer import PreferenceTrainer, compute_infopo_loss  # noqa: E402
 from infopo_kernels.integrations.transformers import attach_linear_logps  # noqa: E402
-from tests.training_fixtures import byte_tokenizer, examples, tiny_model  # noqa: E402
+from tests.training_fixtures import byte_tokenizer, tiny_model  # noqa: E402
 
 LOSS_KEYS = ("is_chosen", "ref_logps")
 
 
 def features(count: int = 3, references: bool = False) -> list[dict[str, Any]]:
-    made = [{"prompt_ids": e.prompt, "chosen_ids": e.chosen, "rejected_ids": e.rejected} for e in examples(count)]
+    """Random tokens of odd lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(3, 259, (length,), generator=generator).tolist()
+
+    made = [{"prompt_ids": ids(1, 9), "chosen_ids": ids(2, 12), "rejected_ids": ids(2, 12)} for _ in range(count)]
     if references:
         for index, feature in enumerate(made):
             feature |= {"ref_chosen_logps": -30.0 - index, "ref_rejected_logps": -40.0 - index}
@@ -115,8 +123,108 @@ def test_shared_prompts_need_an_attention_that_takes_the_mask() -> None:
 
 
 def test_what_the_cut_leaves_without_a_response_is_named() -> None:
-    with pytest.raises(ValueError, match=r"chosen response of pair 0 .* max_length = 1"):
+    with pytest.raises(ValueError, match=r"The chosen response of pair 0 .* max_length = 1"):
         PreferenceCollator(max_length=1)(features())
+    several = {"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [[7], [8]], "rejected_mask": [[1], [0]]}
+    with pytest.raises(ValueError, match="Rejected response 1 of pair 3 of the batch has no token to score; drop"):
+        PackedPreferenceCollator()([*features(), several])
+
+
+def unequal() -> list[dict[str, Any]]:
+    """Pairs with one, two and three rejected responses, weights, masks and references."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, 259, (length,), generator=generator).tolist()
+
+    return [
+        {
+            "prompt_ids": ids(4), "chosen_ids": ids(5), "rejected_ids": [ids(3), ids(6)], "weight": 0.5,
+            "chosen_mask": [1, 0, 0, 1, 1], "rejected_mask": [[0, 1, 1], [1, 1, 1, 0, 0, 1]],
+            "ref_chosen_logps": -20.0, "ref_rejected_logps": [-11.0, -31.0],
+        },
+        {
+            "prompt_ids": [], "chosen_ids": ids(4), "rejected_ids": ids(7),
+            "ref_chosen_logps": None, "ref_rejected_logps": -30.0,
+        },
+        {
+            "prompt_ids": ids(2), "chosen_ids": ids(3), "rejected_ids": [ids(2), ids(2), ids(5)], "weight": 3.0,
+            "ref_chosen_logps": -12.0, "ref_rejected_logps": [-9.0, -8.0, -21.0],
+        },
+    ]  # fmt: skip
+
+
+def plain_logps(model: Any, prompt: list[int], response: list[int], mask: list[int] | None) -> torch.Tensor:
+    """A sequence's log-probability from the model's own logits, in float64."""
+    ids = torch.tensor([prompt + response])
+    logps = model(ids).logits[0, :-1].double().log_softmax(-1)
+    total = torch.zeros((), dtype=torch.float64)
+    for k, token in enumerate(response):
+        row = len(prompt) + k - 1
+        if row >= 0 and (mask is None or mask[k]):
+            total = total + logps[row, token]
+    return total
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared-prompt"])
+def test_several_rejected_weights_and_masks_against_a_plain_loop(layout: str) -> None:
+    made = unequal()
+    collator: Any = (
+        PreferenceCollator() if layout == "padded" else PackedPreferenceCollator(share_prompt=layout != "packed")
+    )
+    batch = collator(made)
+    own = {"is_chosen", "ref_logps", "sequence_weights", "num_pairs"}
+    model = attach_linear_logps(tiny_model(attn_implementation="sdpa"))
+    logps = model(**{key: value for key, value in batch.items() if key not in own}, linear_logps="sum").logps
+
+    # All chosen, then all rejected, prompt by prompt.
+    plain = tiny_model(attn_implementation="sdpa")
+    chosen = [plain_logps(plain, f["prompt_ids"], f["chosen_ids"], f.get("chosen_mask")) for f in made]
+    rejected = []
+    for f in made:
+        several = isinstance(f["rejected_ids"][0], list)
+        masks = f.get("rejected_mask") or [None] * 3
+        responses = f["rejected_ids"] if several else [f["rejected_ids"]]
+        rejected.append([plain_logps(plain, f["prompt_ids"], r, m) for r, m in zip(responses, masks, strict=False)])
+    truth = torch.stack([*chosen, *(each for of_prompt in rejected for each in of_prompt)])
+    torch.testing.assert_close(logps, truth, rtol=1e-5, atol=1e-4)
+    assert batch["is_chosen"].tolist() == [True] * 3 + [False] * 6
+    assert batch["ref_logps"].isnan().tolist() == [False, True] + [False] * 7
+
+    # A prompt counts with its weight, whatever the number of its rejected responses.
+    beta, offset = 0.1, 1.0
+    reference = batch["ref_logps"].nan_to_num(0.0)
+    reward = beta * (logps - reference)
+    terms = torch.where(batch["is_chosen"], -reward, (reward - offset).exp())
+    loss = (batch["sequence_weights"] * terms).sum() / batch["num_pairs"]
+    expected = torch.zeros((), dtype=torch.float64)
+    for index, f in enumerate(made):
+        refs = f["ref_rejected_logps"] if isinstance(f["ref_rejected_logps"], list) else [f["ref_rejected_logps"]]
+        ours = -beta * (chosen[index] - (f["ref_chosen_logps"] or 0.0))
+        others = [(beta * (logp - ref) - offset).exp() for logp, ref in zip(rejected[index], refs, strict=True)]
+        expected = expected + f.get("weight", 1.0) * (ours + torch.stack(others).mean())
+    torch.testing.assert_close(loss, expected / 3, rtol=1e-5, atol=1e-5)
+    assert batch["num_pairs"] == 3.0
+
+    loss.backward()
+    (expected / 3).backward()
+    truths = gradients(plain)
+    for name, gradient in gradients(model).items():
+        assert float((gradient - truths[name]).norm()) <= 1e-3 * float(truths[name].norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_without_weights_hold_what_they_held(packed: bool) -> None:
+    batch = (PackedPreferenceCollator() if packed else PreferenceCollator())(features())
+    layout = {"input_ids", "position_ids", "labels", "cu_seqlens", "is_chosen"}
+    assert batch.keys() == (layout if packed else {"input_ids", "attention_mask", "labels"})
+
+
+def test_a_cut_reaches_every_response_and_mask() -> None:
+    batch = PreferenceCollator(max_length=7)(unequal())
+    assert batch["input_ids"].shape == (9, 7)
+    row = batch["labels"][0]
+    assert (row != -100).tolist() == [False] * 4 + [True, False, False]
 
 
 def test_features_of_rows_and_what_is_wrong_with_them() -> None:
@@ -124,7 +232,7 @@ def test_features_of_rows_and_what_is_wrong_with_them() -> None:
     rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}]
     (feature,) = preference_features(tokenizer, rows)
     assert tokenizer.decode(feature["prompt_ids"] + feature["chosen_ids"]) == "2+2=4<|end|>"
-    with pytest.raises(Exception, match="rejected"):
+    with pytest.raises(PreferenceError, match=r"^row 0, field `rejected`: is missing"):
         preference_features(tokenizer, [{"prompt": "a", "chosen": "b"}])
 
 
@@ -138,7 +246,7 @@ def test_the_rejected_half_alone(packed: bool) -> None:
     half = reference_logps(model, inputs, average=True, skip_chosen=True)
     assert half[:3].isnan().all()
     torch.testing.assert_close(half[3:], whole[3:], rtol=1e-6, atol=1e-5)
-    assert rejected_half(inputs)["labels"].numel() < inputs["labels"].numel()
+    assert rejected_half(inputs, 3)["labels"].numel() < inputs["labels"].numel()
 
 
 def test_a_batch_of_another_collator_is_explained() -> None:

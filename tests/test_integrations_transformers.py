@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -11,15 +14,16 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from infopo_kernels import InfoPOOptions, KernelOptions, LogitOptions  # noqa: E402
+from infopo_kernels import DPO, IPO, SFT, InfoPOOptions, KernelOptions, LogitOptions, SimPO  # noqa: E402
 from infopo_kernels.integrations.logit_transform import logit_options  # noqa: E402
+from infopo_kernels.integrations.sealed import Sealed  # noqa: E402
+from infopo_kernels.integrations.trainer import compute_infopo_loss  # noqa: E402
 from infopo_kernels.integrations.transformers import (  # noqa: E402
     attach_linear_logps,
+    causal_model,
     detach_linear_logps,
     is_attached,
 )
-from infopo_kernels.objectives import evaluate  # noqa: E402
-from tests import support  # noqa: E402
 
 V = 97
 _TINY = {
@@ -132,22 +136,17 @@ def test_infopo_loss_and_gradients(kind: str) -> None:
     options = InfoPOOptions(beta=0.5, sft_weight=0.3)
     ref_logps = torch.tensor([-30.0, -25.0, -29.0, -31.0], dtype=torch.float64)
     tokens, aux = own_logps(model, inputs)
-    S, T = tokens.shape
-    with torch.no_grad():
-        rows, sequences = support.objective_arguments(
-            inputs["labels"][:, 1:].reshape(-1), torch.arange(0, S * T + 1, T),
-            torch.tensor([True, True, False, False]), ref_logps, 2.0,
-        )  # fmt: skip
-        each = evaluate(options, tokens.double().reshape(-1), rows, sequences)
-    surrogate = (tokens.double().reshape(-1) * each.row_weight).sum()  # its gradient is that of the loss
-    (surrogate + (0 if aux is None else 0.5 * aux)).backward()
+    sums, counts = tokens.double().sum(-1), (inputs["labels"][:, 1:] != -100).sum(-1)
+    reward = 0.5 * (sums - ref_logps)
+    loss = (-reward[:2] + torch.exp(reward[2:] - 1)).mean() - 0.3 * (sums / counts)[:2].mean()
+    (loss + (0 if aux is None else 0.5 * aux)).backward()
     truth = gradients(model)
 
     out = attach_linear_logps(model)(**inputs, infopo=options, ref_logps=ref_logps)
     out.loss.backward()
     assert_same_gradients(gradients(model), truth, 5e-5)
-    torch.testing.assert_close(out.infopo.loss.double(), each.loss, rtol=1e-5, atol=1e-5)
-    expected = each.loss + (0 if aux is None else 0.5 * aux.detach())
+    torch.testing.assert_close(out.infopo.loss.double(), loss.detach(), rtol=1e-5, atol=1e-5)
+    expected = loss.detach() + (0 if aux is None else 0.5 * aux.detach())
     torch.testing.assert_close(out.loss.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
@@ -361,3 +360,176 @@ def test_compiled_without_a_graph_break() -> None:
     compiled.backward()
     torch.testing.assert_close(compiled, eager)
     assert_same_gradients(gradients(model), truth)
+
+
+def lost_and_explained(model: Any, inputs: dict[str, Tensor]) -> None:
+    assert not is_attached(model)
+    with pytest.raises(RuntimeError, match=r"attach_linear_logps\(model\) again"):
+        compute_infopo_loss(model, inputs, reference_free=True)
+    attach_linear_logps(model)
+    assert is_attached(model)
+    expected = own_logps(model, inputs)[0].double().sum(-1)
+    torch.testing.assert_close(compute_infopo_loss(model, inputs, reference_free=True).infopo.logps, expected.detach())
+
+
+def test_a_forward_that_was_replaced_is_noticed_and_attached_again() -> None:
+    model, inputs = attach_linear_logps(tiny("llama")), batch()
+    model.forward = functools.partial(type(model).forward, model)  # as Liger's patch of an instance does
+    lost_and_explained(model, inputs)
+    other = attach_linear_logps(tiny("gpt2"))
+    del other.forward  # a copy that left the instance's attributes behind
+    lost_and_explained(other, inputs)
+    with pytest.raises(RuntimeError, match="before the model is wrapped"):
+        compute_infopo_loss(tiny("llama"), inputs, reference_free=True)
+
+
+def test_what_is_returned_is_looked_at_too() -> None:
+    model, inputs = attach_linear_logps(tiny("llama")), batch()
+    ours = model.forward
+
+    @functools.wraps(ours)
+    def deaf(*args: Any, infopo: Any = None, objective: Any = None, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    model.forward = deaf
+    assert is_attached(model)  # it does run
+    with pytest.raises(RuntimeError, match="CausalLMOutputWithPast"):
+        compute_infopo_loss(model, inputs, reference_free=True)
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "accelerate", "compile"])
+def test_copies_and_wrappers_stay_attached(how: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = attach_linear_logps(tiny("qwen3")), batch()
+    truth = own_logps(model, inputs)[0].double().sum(-1).detach()
+    if how == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "deepcopy":
+        model = copy.deepcopy(model)
+    elif how == "compile":
+        model = torch.compile(model, backend="eager")
+    else:
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        model = accelerator.prepare(model)
+        assert is_attached(model)
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert is_attached(model)
+    torch.testing.assert_close(compute_infopo_loss(model, inputs, reference_free=True).infopo.logps, truth)
+    causal = causal_model(model)
+    assert "input_ids" in inspect.signature(causal.forward).parameters
+    if how != "compile":
+        detach_linear_logps(model)
+        assert not is_attached(model)
+        assert torch.equal(model(**inputs).logits, causal(**inputs).logits)
+
+
+def test_a_patched_head_is_refused() -> None:
+    model = attach_linear_logps(tiny("llama"))
+    model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight)
+    with pytest.raises(TypeError, match="forward of another library"):
+        model(**batch(), linear_logps="sum")
+
+
+def test_two_attached_models_share_nothing() -> None:
+    llama, gpt2, again = tiny("llama"), tiny("gpt2"), tiny("llama", seed=1)
+    for model in (llama, gpt2, again):
+        attach_linear_logps(model)
+    assert "encoder_hidden_states" in inspect.signature(gpt2.forward).parameters
+    assert "encoder_hidden_states" not in inspect.signature(llama.forward).parameters
+    llama.generate(batch()["input_ids"][:, :4], max_new_tokens=2, do_sample=False)
+    detach_linear_logps(gpt2)
+    assert is_attached(llama)
+    assert is_attached(again)
+    for model in (llama, again):
+        expected = own_logps(model, batch())[0].sum(-1)
+        torch.testing.assert_close(model(**batch(), linear_logps="sum").logps.float(), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_resized_embeddings_are_served(kind: str) -> None:
+    model, inputs = attach_linear_logps(tiny(kind)), batch()
+    model(**inputs, linear_logps="sum")
+    model.resize_token_embeddings(V + 7)
+    inputs["labels"][0, 5] = inputs["input_ids"][0, 5] = V + 3
+    expected = own_logps(model, inputs)[0].sum(-1)
+    torch.testing.assert_close(model(**inputs, linear_logps="sum").logps.float(), expected)
+    head = nn.Linear(32, V + 7, bias=False)
+    model.set_output_embeddings(head)
+    torch.testing.assert_close(model(**inputs, linear_logps="sum").logps.float(), own_logps(model, inputs)[0].sum(-1))
+
+
+@pytest.mark.parametrize("tokens", [[5, 6], {"lm_head": [7], "embed_tokens": [5, 6]}], ids=["list", "dict"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_trainable_tokens(tokens: Any, tied: bool) -> None:
+    peft = pytest.importorskip("peft")
+    if tied and isinstance(tokens, dict):
+        pytest.skip("one of two tied modules cannot be trained alone")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    model = peft.get_peft_model(tiny("llama", tie_word_embeddings=tied), config)
+    inputs = batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.3)
+    own_logps(model, inputs)[0].sum().backward()
+    truth = gradients(model)
+    attach_linear_logps(model)
+    out = model(**inputs, linear_logps="none").logps.sum()
+    out.backward()
+    assert any("trainable_tokens" in name for name in truth)
+    assert_same_gradients(gradients(model), truth)
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(
+            model(**inputs, linear_logps="sum").logps.float(), own_logps(model, inputs)[0].sum(-1)
+        )
+
+
+def test_merging_an_adapter_leaves_the_base_attached() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    model = attach_linear_logps(peft.get_peft_model(tiny("llama"), config))
+    model(**batch(), linear_logps="sum")
+    merged = model.merge_and_unload()
+    assert is_attached(merged)
+    torch.testing.assert_close(
+        merged(**batch(), linear_logps="sum").logps.float(), own_logps(merged, batch())[0].sum(-1)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_references_of_16_bits_are_refused(dtype: torch.dtype) -> None:
+    model = attach_linear_logps(tiny("llama"))
+    with pytest.raises(TypeError, match=r"expected float64.*Sealed"):
+        model(**batch(), infopo=InfoPOOptions(), ref_logps=torch.full((4,), -30.0, dtype=dtype))
+    out = model(**batch(), infopo=InfoPOOptions(), ref_logps=Sealed(torch.full((4,), -30.0, dtype=torch.float64)))
+    assert out.infopo.ref_logps.tolist() == [-30.0] * 4
+
+
+@pytest.mark.parametrize("objective", [DPO(0.5), IPO(0.5), SimPO(2.0), SFT()])
+def test_other_objectives(objective: Any) -> None:
+    model, inputs = tiny("llama"), batch()
+    ref_logps = None if objective.reference == "none" else torch.tensor([-30.0, -25.0, -29.0, -31.0]).double()
+    tokens, _ = own_logps(model, inputs)
+    sums, counts = tokens.double().sum(-1), (inputs["labels"][:, 1:] != -100).sum(-1)
+    means = sums / counts
+    if isinstance(objective, DPO):
+        margin = 0.5 * (sums - ref_logps)
+        loss = -torch.nn.functional.logsigmoid(margin[:2] - margin[2:]).mean()
+    elif isinstance(objective, IPO):
+        ratio = means - ref_logps
+        loss = (ratio[:2] - ratio[2:] - 1).square().mean()
+    elif isinstance(objective, SimPO):
+        loss = -torch.nn.functional.logsigmoid(2 * (means[:2] - means[2:]) - 1).mean()
+    else:
+        loss = -means[:2].mean()
+    loss.backward()
+    truth = gradients(model)
+    out = attach_linear_logps(model)(**inputs, objective=objective, ref_logps=ref_logps)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.double(), loss.detach(), rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(model), truth, 5e-5)
+    with pytest.raises(TypeError, match="both given"):
+        model(**inputs, objective=objective, infopo=InfoPOOptions())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -15,10 +17,10 @@ peft = pytest.importorskip("peft")
 from datasets import Dataset  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
-from infopo_kernels import reference_logps  # noqa: E402
+from infopo_kernels.commands import cli  # noqa: E402
+from infopo_kernels.commands.demo.word_problems import word_problems  # noqa: E402
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer  # noqa: E402
-from infopo_kernels.training.word_problems import word_problems  # noqa: E402
-from tests.training_fixtures import byte_tokenizer, save_tiny_model, write_pairs  # noqa: E402
+from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
 
 STEPS = 5
 MAX_LENGTH = 256
@@ -39,7 +41,7 @@ def config(output: Path, kind: type = InfoPOConfig, **overrides: Any) -> Any:
         "output_dir": str(output), "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
         "logging_steps": 1, "report_to": [], "bf16": False, "use_cpu": True, "save_strategy": "no",
         "max_length": MAX_LENGTH, "beta": 0.1, "disable_tqdm": True, "model_init_kwargs": {"dtype": "float32"},
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False, **({"strict_checks": True} if kind is InfoPOConfig else {}),
     }  # fmt: skip
     return kind(**{**settings, **overrides})
 
@@ -138,7 +140,7 @@ def test_references_ahead_of_time_change_nothing(start: Path, tmp_path: Path, av
 
     data, output = write_pairs(tmp_path / "pairs.jsonl", 12), tmp_path / "reference.jsonl"
     command = ["--model", str(start), "--data", str(data), "--output", str(output), "--max-length", str(MAX_LENGTH)]
-    assert reference_logps.main([*command, *(["--average"] if average else [])]) == 0
+    assert cli.main(["precompute-reference", *command, *(["--average"] if average else [])]) == 0
     from_file = InfoPOTrainer(str(start), args=config(tmp_path, reference_logps=str(output), **shared), **given)
     assert from_file.ref_model is None
     assert_same_run(train(from_file), truth)
@@ -160,7 +162,7 @@ def test_a_file_without_chosen_references_serves_who_skips_them(start: Path, tmp
     given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}
     data, output = write_pairs(tmp_path / "pairs.jsonl", 12), tmp_path / "reference.jsonl"
     command = ["--model", str(start), "--data", str(data), "--output", str(output), "--max-length", str(MAX_LENGTH)]
-    assert reference_logps.main([*command, "--skip-chosen-reference"]) == 0
+    assert cli.main(["precompute-reference", *command, "--skip-chosen-reference"]) == 0
     options = {"reference_logps": str(output), "padding_free": packed, "max_steps": 2}
     with pytest.raises(ValueError, match="holds no chosen references"):
         InfoPOTrainer(str(start), args=config(tmp_path, **options), **given)
@@ -200,7 +202,12 @@ def test_reference_free(start: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "ipo"}, r"`loss_type=\['ipo'\]` has no meaning for InfoPO.*linear_logps"),
+        ({"loss_type": "hinge"}, r"`loss_type` must be one of infopo, sigmoid.*linear_logps"),
+        ({"loss_type": ["sigmoid", "sft"]}, r"`loss_type` must be one of infopo, sigmoid.*linear_logps"),
+        ({"loss_type": "sigmoid", "max_log_weight": 1.0}, "belongs to InfoPO"),
+        ({"neftune_noise_alpha": 5.0}, "adds noise to the policy's embeddings"),
+        ({"score_turns": "user"}, "score_turns"),
+        ({"reference_logps": "file", "sync_ref_model": True}, "sync_ref_model"),
         ({"loss_weights": [0.5]}, "`loss_weights"),
         ({"label_smoothing": 0.1}, "max_log_weight"),
         ({"f_divergence_type": "js_divergence"}, "KL divergence"),
@@ -228,3 +235,126 @@ def test_wrong_use_is_refused(start: Path, tmp_path: Path) -> None:
     on_head = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
     with pytest.raises((TypeError, ValueError), match="lm_head"):
         InfoPOTrainer(str(start), args=config(tmp_path), peft_config=on_head, **given)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_other_losses_are_those_of_trl(start: Path, tmp_path: Path, loss_type: str) -> None:
+    given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}
+    fused = InfoPOTrainer(str(start), args=config(tmp_path, loss_type=loss_type), **given)
+    run = train(fused)
+    plain = DPOTrainer(str(start), args=config(tmp_path, DPOConfig, loss_type=loss_type), **given)
+    assert_same_run(run, train(plain), 5e-3)
+    ours, theirs = fused.state.log_history[2], plain.state.log_history[2]
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        scale = float(torch.tensor(theirs[name]).abs())
+        if loss_type == "sigmoid" or name.startswith("logps"):  # IPO's rewards are of means here, of sums in TRL
+            assert loss_type == "ipo" or ours[name] == pytest.approx(theirs[name], abs=2e-3 + 1e-3 * scale), name
+    assert ours["num_tokens"] == theirs["num_tokens"]
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "sft"])
+def test_losses_without_a_reference_load_none(start: Path, tmp_path: Path, loss_type: str) -> None:
+    args = config(tmp_path, loss_type=loss_type, beta=2.0, max_steps=1)
+    trainer = InfoPOTrainer(str(start), args=args, train_dataset=dataset(), processing_class=byte_tokenizer())
+    assert trainer.ref_model is None
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    expected = {"simpo": 2.0 * logged["logps/chosen"], "sft": logged["logps/chosen"]}
+    assert logged["rewards/chosen"] == pytest.approx(expected[loss_type])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_nothing_is_refused_that_needs_no_model(start: Path, tmp_path: Path, streamed: bool) -> None:
+    """Streams, and new data after training, without a reference and with one from a file."""
+    data, output = write_pairs(tmp_path / "pairs.jsonl", 12), tmp_path / "reference.jsonl"
+    command = ["precompute-reference", "--model", str(start), "--data", str(data), "--output", str(output)]
+    assert cli.main([*command, "--max-length", str(MAX_LENGTH)]) == 0
+    made = dataset().to_iterable_dataset() if streamed else dataset()
+    given = {"train_dataset": made, "processing_class": byte_tokenizer()}
+
+    args = config(tmp_path, reference_free=True, max_steps=2, average=True)
+    free = InfoPOTrainer(str(start), args=args, **given)
+    free.train()
+    assert free.evaluate(dataset(4, 9))["eval_rewards/chosen"] < 0
+
+    truth = train(
+        InfoPOTrainer(str(start), args=config(tmp_path, max_steps=2), **{**given, "train_dataset": dataset()})
+    )
+    held = InfoPOTrainer(str(start), args=config(tmp_path, reference_logps=str(output), max_steps=2), **given)
+    assert held.ref_model is None
+    assert not held.args.precompute_ref_log_probs
+    run = train(held)
+    if not streamed:  # a stream is read in order
+        assert run[0] == pytest.approx(truth[0], rel=1e-4, abs=2e-4)
+    assert "eval_mi_lower_bound" in held.evaluate(dataset().select(range(4)))
+    with pytest.raises(ValueError, match="not in it"):
+        held.evaluate(dataset(4, 9))
+    columns = held.train_dataset
+    again = InfoPOTrainer(str(start), args=config(tmp_path, max_steps=2), **{**given, "train_dataset": columns})
+    assert again.ref_model is None
+    assert train(again)[0] == pytest.approx(run[0], rel=1e-4, abs=2e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_rejected_responses_and_weights(start: Path, tmp_path: Path, packed: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"{index} + 2 = ", "chosen": f"{index + 2}.", "rejected": ["Nobody knows."], "weight": 0.5 + index}
+        for index in range(4)
+    ]
+    rows[1]["rejected"] += ["7.", "A number."]
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, padding_free=packed, model_init_kwargs={
+        "dtype": "float32", "attn_implementation": "sdpa"})  # fmt: skip
+    trainer = InfoPOTrainer(
+        str(start), args=args, train_dataset=Dataset.from_list(rows), processing_class=byte_tokenizer(),
+        ref_model=tiny_model(seed=3, initializer_range=0.1),
+    )  # fmt: skip
+    policy, reference = tiny_model(initializer_range=0.1), tiny_model(seed=3, initializer_range=0.1)
+
+    def logps(module: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            tokens = module(ids).logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        return tokens[len(prompt) - 1 :].sum()
+
+    loss = 0.0
+    for feature in trainer.train_dataset:
+        rewards = [
+            0.1 * float(logps(policy, feature["prompt_ids"], ids) - logps(reference, feature["prompt_ids"], ids))
+            for ids in [feature["chosen_ids"], *feature["rejected_ids"]]
+        ]
+        pull = sum(math.exp(reward - 1) for reward in rewards[1:]) / (len(rewards) - 1)
+        loss += feature["weight"] * (pull - rewards[0]) / 4
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_metrics_of_several_evaluations(start: Path, tmp_path: Path) -> None:
+    given = {"train_dataset": dataset(4), "processing_class": byte_tokenizer()}
+    sets = {"easy": dataset(4, 1), "hard": dataset(4, 2)}
+    trainer = InfoPOTrainer(
+        str(start),
+        args=config(tmp_path),
+        ref_model=tiny_model(seed=3, initializer_range=0.1),
+        eval_dataset=sets,
+        **given,
+    )
+    both = trainer.evaluate()
+    test = trainer.evaluate(sets["hard"], metric_key_prefix="test")
+    assert both["eval_hard_rewards/margins"] == test["test_rewards/margins"] != both["eval_easy_rewards/margins"]
+    assert not any(name.startswith("eval_rewards") for name in {**both, **test})
+
+
+def test_a_policy_that_was_changed_is_not_its_own_reference(start: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)  # trained before it was handed over; the reference is loaded from disk
+    trainer = InfoPOTrainer(model, args=config(tmp_path), train_dataset=dataset(), processing_class=byte_tokenizer())
+    with pytest.raises(RuntimeError, match="a model that was trained before"):
+        trainer.train()
+
+
+def test_what_the_model_cannot_take_is_refused_before_a_step(tmp_path: Path) -> None:
+    learned = save_tiny_model(tmp_path / "learned", architecture="gpt2", n_positions=64)
+    given = {"train_dataset": dataset(4), "processing_class": byte_tokenizer()}
+    with pytest.raises(ValueError, match=r"pair 0, .* tokens, and the model has learned positions for 64"):
+        InfoPOTrainer(str(learned), args=config(tmp_path), **given)

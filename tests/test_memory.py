@@ -11,15 +11,16 @@ import torch
 from benchmarks.cases import CASES, Batch, Shape, make_batch
 from benchmarks.measure.fresh import in_fresh_process
 from benchmarks.measure.memory import watch
-from infopo_kernels import linear_preference_loss, objectives
+from infopo_kernels import linear_preference_loss
 from infopo_kernels.backends import dispatch
+from infopo_kernels.objectives import DPO, InfoPO, Objective
 
 
 @dataclass(frozen=True)
 class Call:
-    """A forward and backward of an objective on a backend."""
+    """A forward and backward of a backend."""
 
-    objective: str
+    objective: Objective
     backend: str
     dtype: str
     trained: bool
@@ -34,10 +35,8 @@ def beyond(call: Call) -> float:
     cpu, case = torch.device("cpu"), CASES["step" if call.trained else "frozen"]
 
     def run(batch: Batch) -> None:
-        objective = getattr(objectives, call.objective)()
-        linear_preference_loss(
-            batch.hidden, batch.weight, batch.labels, objective=objective, backend=call.backend
-        ).loss.backward()
+        inputs = (batch.hidden, batch.weight, batch.labels)
+        linear_preference_loss(*inputs, objective=call.objective, backend=call.backend).loss.backward()
 
     def batch_of(length: int, shape: Shape) -> Batch:
         return make_batch(case, shape, 2, length, getattr(torch, call.dtype), cpu)
@@ -50,8 +49,12 @@ def beyond(call: Call) -> float:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("trained", [True, False], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("objective", "backend"), [("InfoPO", "cpp"), ("DPO", "cpp"), ("InfoPO", "torch")])
-def test_workspace_does_not_grow(objective: str, backend: str, dtype: str, trained: bool) -> None:
+@pytest.mark.parametrize(
+    ("objective", "backend"),
+    [(InfoPO(), "cpp"), (InfoPO(average=True), "cpp"), (DPO(), "cpp"), (InfoPO(), "torch")],
+    ids=["InfoPO, underflowed", "InfoPO", "DPO", "InfoPO, PyTorch"],
+)
+def test_workspace_does_not_grow(objective: Objective, backend: str, dtype: str, trained: bool) -> None:
     """The default of 32 MiB holds (with 4 MiB for vectors and the allocator), where logits alone are 192 MiB.
 
     Plain PyTorch keeps its tiles within it; what its products pack comes on top.

@@ -118,7 +118,7 @@ def test_pieces_in_the_other_order_are_caught(monkeypatch: pytest.MonkeyPatch) -
     inputs = ts.make(PART, torch.float16, SMALL)
     truth, (got, before) = ts.plain(inputs), ts.fresh_buffers(inputs, "w")
     ts.keep_and_backward(ts.backend(), inputs, got, most_of(inputs, got))
-    with pytest.raises(AssertionError, match="dW: error"):
+    with pytest.raises(AssertionError, match="dW: "):
         ts.assert_gradients(inputs, truth, got, before, roundings=2, zero_rows=False)
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from infopo_kernels.training.word_problems import SLIPS, Pair, word_problems
+from infopo_kernels.commands.demo.word_problems import SLIPS, Pair, word_problems
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (-?\d+)")

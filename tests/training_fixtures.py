@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from infopo_kernels.options import KernelOptions
-from infopo_kernels.training.policy import Loading, Policy
-from infopo_kernels.training.tokens import Example
-from infopo_kernels.training.word_problems import word_problems
+from infopo_kernels.commands.demo.word_problems import word_problems
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -56,21 +53,6 @@ def save_tiny_model(directory: Path, chat_template: str | None = CHAT_TEMPLATE, 
     tiny_model(**config).save_pretrained(directory)
     byte_tokenizer(chat_template).save_pretrained(directory)
     return directory
-
-
-def policy(model: Any, **loading: Any) -> Policy:
-    return Policy(model, byte_tokenizer(), Loading(**loading), KernelOptions())
-
-
-def examples(count: int, seed: int = 0) -> list[Example]:
-    """Random tokens of odd lengths."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low: int, high: int) -> list[int]:
-        length = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(3, 259, (length,), generator=generator).tolist()
-
-    return [Example(ids(1, 9), ids(2, 12), ids(2, 12)) for _ in range(count)]
 
 
 def write_pairs(path: Path, count: int = 6, seed: int = 0) -> Path:

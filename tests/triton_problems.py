@@ -1,4 +1,4 @@
-"""Problems for the Triton kernels, what plain PyTorch makes of them, and error budgets; imports no Triton."""
+"""Problems for the Triton kernels and what plain PyTorch makes of them; imports no Triton."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infopo_kernels.backends.base import Backend, Gradients, Head
 from infopo_kernels.options import IGNORE_INDEX
+from tests import primitives
+from tests.budget import HALF_STEP, accumulated, assert_within, error_budget, operand_rounding
+from tests.primitives import Plain
 
 WORKSPACE = 256 << 20
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-"""Half a step of each type, relative."""
 
 # --- inputs and truth -------------------------------------------------------------------------------------------------
 
@@ -112,63 +113,9 @@ def make(problem: Problem, dtype: torch.dtype, workspace: int = WORKSPACE) -> In
     return Inputs(Head(hidden, weight, bias, problem.softcap, problem.scale, workspace), labels, c)
 
 
-@dataclass
-class Plain:
-    """What plain PyTorch gives in some type, with the sizes that rounding G to 16 bits can reach."""
-
-    logp: torch.Tensor
-    lse: torch.Tensor
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    hidden_terms: torch.Tensor
-    """|G| |W|: rounding each element of G by a relative u moves dX by at most u times this."""
-    weight_terms: torch.Tensor
-    bias_terms: torch.Tensor
-    hidden_softmax: torch.Tensor
-    """|c| p |W|: an error of a logit, or of lse, by some d moves p by d p, however little of G a label leaves."""
-    weight_softmax: torch.Tensor
-    bias_softmax: torch.Tensor
-
-
-def plain(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Plain:
-    """Log-probabilities and gradients of sum_t c_t l_t over the scored rows, by autograd."""
-    head, scored = inputs.head, inputs.scored
-    x = head.hidden.to(dtype)[scored].requires_grad_()
-    w = head.weight.detach().to(dtype).requires_grad_()
-    a = x @ w.T
-    if head.bias is not None:
-        a = a + head.bias.to(dtype)
-    a.retain_grad()
-    z = head.scale * (a if head.softcap is None else head.softcap * torch.tanh(a / head.softcap))
-    lse = z.logsumexp(-1)
-    logp = z.gather(1, inputs.labels[scored][:, None])[:, 0] - lse
-    (logp * inputs.c.to(dtype)[scored]).sum().backward()
-    n = len(inputs.labels)
-    g, w_abs = a.grad if a.grad is not None else torch.zeros_like(a), w.detach().abs()
-
-    def rows(values: torch.Tensor) -> torch.Tensor:
-        full = torch.zeros(n, *values.shape[1:], dtype=dtype)
-        full[scored] = values.detach()
-        return full
-
-    def grad(of: torch.Tensor) -> torch.Tensor:
-        return of.grad if of.grad is not None else torch.zeros_like(of)
-
-    p = (z - lse[:, None]).exp().detach() * (inputs.c.to(dtype)[scored] * head.scale).abs()[:, None]
-    return Plain(
-        rows(logp),
-        rows(lse),
-        rows(grad(x)),
-        grad(w),
-        g.sum(0),
-        rows(g.abs() @ w_abs),
-        g.abs().T @ x.detach().abs(),
-        g.abs().sum(0),
-        rows(p @ w_abs),
-        p.T @ x.detach().abs(),
-        p.sum(0),
-    )
+def plain(inputs: Inputs) -> Plain:
+    """What plain PyTorch gives in float64."""
+    return primitives.plain(inputs.head, inputs.labels, inputs.c)
 
 
 def buffers(inputs: Inputs, wanted: str, weight_dtype: torch.dtype | None = None) -> Gradients:
@@ -212,18 +159,11 @@ def fresh_buffers(inputs: Inputs, wanted: str, weight_dtype: torch.dtype | None 
     return got, before
 
 
-def assert_within(name: str, got: torch.Tensor, truth: torch.Tensor, allowed: torch.Tensor) -> None:
-    error = (got.double() - truth).abs()
-    worst = float((error / allowed.clamp(min=1e-300)).max()) if truth.numel() else 0.0
-    assert (error <= allowed).all(), f"{name}: error {float(error.max()):.3g}, {worst:.2f} times the budget"
-
-
 def assert_logp(inputs: Inputs, truth: Plain, logp: torch.Tensor, lse: torch.Tensor) -> None:
-    """Float32 logits, whatever the input type: within a multiple of the error that PyTorch makes in float32."""
-    single = plain(inputs, torch.float32)
-    for name, got, expected, own in (("l", logp, truth.logp, single.logp), ("lse", lse, truth.lse, single.lse)):
-        allowed = 4 * (own.double() - expected).abs().max() + 16 * UNIT[torch.float32] * (1 + truth.lse.abs().max())
-        assert_within(name, got, expected, allowed.expand_as(expected))
+    """Float32 logits, whatever the input type."""
+    allowed = error_budget(inputs.head, inputs.labels, inputs.c)
+    assert_within("l", logp, truth.l, allowed.l)
+    assert_within("lse", lse, truth.lse, allowed.lse)
     assert (logp[~inputs.scored] == 0).all()
     assert (lse[~inputs.scored] == 0).all()
 
@@ -231,35 +171,18 @@ def assert_logp(inputs: Inputs, truth: Plain, logp: torch.Tensor, lse: torch.Ten
 def assert_gradients(
     inputs: Inputs, truth: Plain, got: Gradients, before: Gradients, roundings: int, zero_rows: bool
 ) -> None:
-    """dX, dW, db within: the rounding of the result, `roundings` of G, and a multiple of PyTorch's float32 error."""
-    single, u = plain(inputs, torch.float32), UNIT[inputs.head.hidden.dtype]
-    g_error = roundings * u if u > UNIT[torch.float32] else 0.0
+    """dX, dW and db; `roundings` of G on its way into products, if they take it in 16 bits."""
+    operand = operand_rounding("triton", inputs.head.hidden.dtype, roundings)
+    allowed = error_budget(inputs.head, inputs.labels, inputs.c, operand=operand)
     written = inputs.scored if zero_rows else inputs.live
-
-    def allowed(
-        exact: torch.Tensor, terms: torch.Tensor, softmax: torch.Tensor, own: torch.Tensor, result: torch.dtype
-    ) -> torch.Tensor:
-        # Below float16's range a result has absolute, not relative, precision.
-        tiny = 2.0**-25 if result == torch.float16 else 0.0
-        own_error = (own.double() - exact).abs().max()
-        # exp of a float32 logit is as wrong as the logit, which grows with its size: |z| 2^-24.
-        logit_error = 8 * UNIT[torch.float32] * (2 + truth.lse.abs().max())
-        return exact.abs() * UNIT[result] * 1.01 + terms * g_error + softmax * logit_error + 4 * own_error + tiny
-
+    added = accumulated(len(inputs.labels), HALF_STEP[torch.float32])  # a chunk of rows after the other
     if got.hidden is not None:
-        budget = allowed(truth.hidden, truth.hidden_terms, truth.hidden_softmax, single.hidden, got.hidden.dtype)
-        assert_within("dX", got.hidden[written], truth.hidden[written], budget[written])
+        assert_within("dX", got.hidden[written], truth.hidden[written], allowed.hidden[written])
         assert got.hidden[~written].isnan().all(), "rows that are not scored are not touched"
-    if got.weight is not None and before.weight is not None:
-        total = before.weight.double() + truth.weight
-        budget = allowed(
-            total, truth.weight_terms, truth.weight_softmax, before.weight.float() + single.weight, got.weight.dtype
-        )
-        assert_within("dW", got.weight, total, budget + UNIT[torch.float32] * total.abs())
-    if got.bias is not None and before.bias is not None:
-        total = before.bias.double() + truth.bias
-        budget = allowed(total, truth.bias_terms, truth.bias_softmax, before.bias + single.bias, torch.float32)
-        assert_within("db", got.bias, total, budget)
+    for letter, name, error in (("W", "weight", allowed.weight), ("b", "bias", allowed.bias)):
+        result, first = getattr(got, name), getattr(before, name)
+        if result is not None and first is not None:
+            assert_within(f"d{letter}", result, first.double() + getattr(truth, name), error + added * first.abs())
 
 
 # --- fresh memory -----------------------------------------------------------------------------------------------------

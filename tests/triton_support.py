@@ -31,7 +31,6 @@ from infopo_kernels.backends.triton import TritonBackend, launch
 from tests.triton_problems import (
     KEPT_PROBLEMS,
     PROBLEMS,
-    UNIT,
     WORKSPACE,
     FreshMemory,
     Inputs,
@@ -55,7 +54,6 @@ if not launch.INTERPRETED:
 __all__ = [
     "KEPT_PROBLEMS",
     "PROBLEMS",
-    "UNIT",
     "WORKSPACE",
     "AddressSpaces",
     "FreshMemory",

@@ -18,10 +18,11 @@ from benchmarks import records, report
 from benchmarks.measure.environment import environment
 from benchmarks.measure.timing import interleave, spread
 from infopo_kernels import InfoPOOptions
-from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator, preference_features
+from infopo_kernels.commands.demo.word_problems import word_problems
+from infopo_kernels.commands.smollm2 import smollm2_directory
+from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
+from infopo_kernels.integrations.preferences import preference_features
 from infopo_kernels.integrations.transformers import attach_linear_logps
-from infopo_kernels.training.smollm2 import smollm2_directory
-from infopo_kernels.training.word_problems import word_problems
 
 RECORD = "packing"
 

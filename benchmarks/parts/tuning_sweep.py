@@ -23,10 +23,11 @@ from torch import Tensor
 from benchmarks import plots, records, report
 from benchmarks.measure.environment import environment
 from infopo_kernels import infopo_loss
-from infopo_kernels.integrations.collators import PreferenceCollator, preference_features
+from infopo_kernels.commands.demo.word_problems import word_problems
+from infopo_kernels.commands.smollm2 import smollm2_directory
+from infopo_kernels.integrations.collators import PreferenceCollator
+from infopo_kernels.integrations.preferences import preference_features
 from infopo_kernels.integrations.transformers import attach_linear_logps
-from infopo_kernels.training.smollm2 import smollm2_directory
-from infopo_kernels.training.word_problems import word_problems
 
 RECORD = "tuning-sweep"
 

@@ -18,6 +18,11 @@ Contract, the same for every backend:
 - In `backward` a row with c = 0 is treated likewise. A NaN in c is not 0.
 - Logits are formed and reduced in float32 (float64 for float64 inputs) whatever the input type, never rounded before
   the softmax. NaN or infinity in a row that is read makes that row's l NaN, never a plausible number.
+- With a softcap an infinite a_tv is NaN: tanh would make a plausible number of it.
+- Without a softcap a logit of -inf (from a bias of -inf) has probability 0, exactly. A label on it has l = -inf and
+  finite gradients. A row whose logits are all -inf, or one of them +inf, has l and lse NaN.
+- In gradients exp(z_tv - lse_t) is as exact as lse, |lse_t| 2^-24 relative, and never exceeds 1: lse is rounded, and z
+  may be formed anew in another order of sums.
 - A label outside [0, V) that is not `IGNORE_INDEX` never reads out of bounds; its l is NaN. (On a CPU the ops
   check labels before a backend sees them.)
 - `gradients.hidden` rows are assigned; `gradients.weight` and `gradients.bias` are added to. Each is accumulated in

@@ -57,7 +57,8 @@ def _logits(head: Head, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     """z [C, T] of one tile."""
     a = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
     if head.softcap is not None:
-        a = a.div_(head.softcap).tanh_().mul_(head.softcap)
+        infinite = a.isinf()  # NaN, not a plausible softcap
+        a = a.div_(head.softcap).tanh_().mul_(head.softcap).masked_fill_(infinite, torch.nan)
     return a.mul_(head.scale) if head.scale != 1 else a
 
 
@@ -68,7 +69,8 @@ def _logit_gradient_(
     local = y - start
     inside = (local >= 0) & (local < z.shape[1])
     chain = (z / (head.softcap * head.scale)).square_().neg_().add_(1) if head.softcap is not None else None
-    g = z.sub_(lse[:, None]).exp_().mul_(-c[:, None])
+    # lse is rounded, and these logits may be, otherwise than those that it came from: p never exceeds 1.
+    g = z.sub_(lse[:, None]).clamp_(max=0).exp_().mul_(-c[:, None])
     g.scatter_add_(1, local.clamp(0, z.shape[1] - 1)[:, None], torch.where(inside, c, 0.0)[:, None])
     if chain is not None:
         g.mul_(chain)
@@ -131,6 +133,8 @@ class TorchBackend:
         accumulates = gradients.weight is None or gradients.weight.dtype == head.accumulator_dtype
         if stored < _MIN_STORED_ROWS or not accumulates:
             logp, lse = self.logprob(head, labels)
+            if gradients.hidden is not None:  # rows with a weight of 0 too, which `backward` leaves alone
+                gradients.hidden.index_fill_(0, (labels != IGNORE_INDEX).nonzero().squeeze(1), 0)
             self.backward(head, labels, lse, row_weight, gradients)
             return logp, lse
         return self._from_stored_logits(head, labels, row_weight, gradients, stored)

@@ -1,8 +1,15 @@
-"""Preference batches, padded and packed, from tokenised pairs.
+"""Preference batches, padded and packed, from the features of `infopo_kernels.integrations.preferences`.
 
-A feature is a pair in the names of TRL: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``, lists of token ids; and, if
-known, ``ref_chosen_logps`` and ``ref_rejected_logps``. In every batch all chosen sequences come before all rejected
-ones, and what it holds goes straight into the forward of a model with `attach_linear_logps`.
+In every batch all chosen sequences come before all rejected ones (those of a prompt beside each other, in their order),
+and what it holds goes straight into the forward of a model with `attach_linear_logps`. Beside the keys of the layout:
+
+    ref_logps           [S] float64, nats, where features hold references; NaN for a chosen one that was skipped
+    is_chosen           [S] bool; always in packs, in padded batches with the two below
+    sequence_weights    [S] float64: w of the pair for its chosen sequence, w / K for each of its K rejected ones
+    num_pairs           float: prompts in the batch
+
+The last two are there if a feature lists several rejected responses or has a weight. Then the loss is the sum over the
+sequences of weight times term, over `num_pairs`.
 """
 
 from __future__ import annotations
@@ -14,33 +21,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infopo_kernels.integrations.preferences import (
+    Feature,
+    cut,
+    lists_rejected,
+    nothing_to_score,
+    preference_features,
+    rejected_responses,
+)
 from infopo_kernels.options import IGNORE_INDEX
-from infopo_kernels.training.data import parse_preference
-from infopo_kernels.training.tokens import tokenize
 
-Feature = dict[str, Any]
-
-
-def preference_features(tokenizer: Any, rows: Iterable[dict[str, Any]], max_length: int | None = None) -> list[Feature]:
-    """Tokenised pairs of rows in TRL's preference format (`prompt`, `chosen`, `rejected`: strings or conversations).
-
-    Tokenised as TRL's `DPOTrainer` does; responses are cut to `max_length` tokens of prompt and response, and pairs of
-    which nothing to compare is left are dropped.
-
-    Raises:
-        infopo_kernels.training.errors.UserError: a row is wrong; names the field.
-    """
-    pairs = [parse_preference(row, f"row {index}") for index, row in enumerate(rows)]
-    return [
-        {"prompt_ids": example.prompt, "chosen_ids": example.chosen, "rejected_ids": example.rejected}
-        for example in tokenize(tokenizer, pairs, max_length).examples
-    ]
+__all__ = ["Feature", "PackedPreferenceCollator", "PreferenceCollator", "preference_features"]
 
 
 @dataclass(frozen=True)
 class _Sequence:
     prompt: list[int]
     response: list[int]
+    mask: list[int]
+    """Of the response: 1 = scored."""
 
     @property
     def tokens(self) -> list[int]:
@@ -48,23 +47,61 @@ class _Sequence:
 
     @property
     def labels(self) -> list[int]:
-        return [IGNORE_INDEX] * len(self.prompt) + self.response
+        return [IGNORE_INDEX] * len(self.prompt) + self.targets
+
+    @property
+    def targets(self) -> list[int]:
+        return [token if scored else IGNORE_INDEX for token, scored in zip(self.response, self.mask, strict=True)]
 
 
-def _cut(prompt: list[int], response: list[int], max_length: int | None) -> _Sequence:
-    """The first `max_length` tokens."""
-    if max_length is None:
-        return _Sequence(prompt, response)
-    return _Sequence(prompt[:max_length], response[: max(0, max_length - len(prompt))])
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt's sequences and what the loss has to know of them."""
+
+    chosen: _Sequence
+    rejected: list[_Sequence]
+    weight: float
+    ref_chosen: float
+    ref_rejected: list[float]
 
 
-def _ref_logps(features: Sequence[Feature]) -> dict[str, Tensor]:
-    """[2B] float64 if the features hold references; NaN for those that are missing (a skipped chosen half)."""
-    names = ("ref_chosen_logps", "ref_rejected_logps")
-    if not any(name in feature for feature in features for name in names):
-        return {}
-    values = [feature.get(name) for name in names for feature in features]
-    return {"ref_logps": torch.tensor([torch.nan if v is None else float(v) for v in values], dtype=torch.float64)}
+def _prompt(feature: Feature) -> _Prompt:
+    prompt = list(feature["prompt_ids"])
+    responses = [list(feature["chosen_ids"]), *map(list, rejected_responses(feature))]
+    K = len(responses) - 1
+    masks: list[Any] = [feature.get("chosen_mask")]
+    masks += [None] * K if feature.get("rejected_mask") is None else rejected_responses(feature, "rejected_mask")
+    missing = [None] * K
+    references = (
+        missing if feature.get("ref_rejected_logps") is None else rejected_responses(feature, "ref_rejected_logps")
+    )
+    chosen, *rejected = [
+        _Sequence(prompt, ids, [1] * len(ids) if mask is None else list(mask))
+        for ids, mask in zip(responses, masks, strict=True)
+    ]
+    weight = feature.get("weight")
+    ref_chosen, *ref_rejected = [torch.nan if value is None else float(value) for value in
+                                 (feature.get("ref_chosen_logps"), *references)]  # fmt: skip
+    return _Prompt(chosen, rejected, 1.0 if weight is None else float(weight), ref_chosen, ref_rejected)
+
+
+def _loss_keys(features: Sequence[Feature], prompts: Sequence[_Prompt], *, packed: bool) -> dict[str, Any]:
+    """What the loss takes beside the layout (see the head of this file)."""
+    keys: dict[str, Any] = {}
+    K = [len(p.rejected) for p in prompts]
+    several = any(feature.get("weight") is not None or lists_rejected(feature) for feature in features)
+    if packed or several:
+        keys["is_chosen"] = torch.arange(len(prompts) + sum(K)) < len(prompts)
+    if several:
+        weights = [p.weight for p in prompts] + [
+            p.weight / k for p, k in zip(prompts, K, strict=True) for _ in range(k)
+        ]
+        keys["sequence_weights"] = torch.tensor(weights, dtype=torch.float64)
+        keys["num_pairs"] = float(len(prompts))
+    if any(name in feature for feature in features for name in ("ref_chosen_logps", "ref_rejected_logps")):
+        values = [p.ref_chosen for p in prompts] + [value for p in prompts for value in p.ref_rejected]
+        keys["ref_logps"] = torch.tensor(values, dtype=torch.float64)
+    return keys
 
 
 def _positions(lengths: Iterable[int]) -> Tensor:
@@ -78,41 +115,42 @@ def _bounds(lengths: Iterable[int]) -> Tensor:
 @dataclass
 class _Collator:
     max_length: int | None = None
-    """Sequences are cut at the end to this many tokens; None never cuts."""
+    """Responses are cut where this many tokens of prompt and response end; None never cuts."""
 
-    def _halves(self, features: Sequence[Feature]) -> tuple[list[_Sequence], list[_Sequence]]:
-        chosen, rejected = (
-            [_cut(list(f["prompt_ids"]), list(f[half]), self.max_length) for f in features]
-            for half in ("chosen_ids", "rejected_ids")
-        )
-        for half, sequences in (("chosen", chosen), ("rejected", rejected)):
-            for index, sequence in enumerate(sequences):
-                if len(sequence.response) < (1 if sequence.prompt else 2):
-                    raise ValueError(
-                        f"The {half} response of pair {index} of the batch has no token to score"
-                        + (f" within max_length = {self.max_length}" if self.max_length is not None else "")
-                        + "; drop the pair or raise the maximum length."
-                    )
-        return chosen, rejected
+    def _prompts(self, features: Sequence[Feature]) -> list[_Prompt]:
+        kept = [cut(feature, self.max_length) for feature in features]
+        for index, feature in enumerate(kept):
+            if (name := nothing_to_score(feature)) is not None:
+                raise ValueError(
+                    f"{name[0].upper()}{name[1:]} of pair {index} of the batch has no token to score"
+                    + (f" within max_length = {self.max_length}" if self.max_length is not None else "")
+                    + "; drop the pair or raise the maximum length."
+                )
+        return [_prompt(feature) for feature in kept]
 
 
 @dataclass
 class PreferenceCollator(_Collator):
-    """Padded batches: `input_ids`, `attention_mask`, `labels` [2B, T], and `ref_logps` [2B] where known.
+    """Padded batches: `input_ids`, `attention_mask`, `labels` [S, T], chosen first; S is 2B for B pairs.
+
+    `labels` are the input ids, `IGNORE_INDEX` where a token is not scored, not shifted. Further keys: see the module.
 
     Args:
-        max_length: sequences are cut at the end to this many tokens.
+        max_length: responses are cut where this many tokens of prompt and response end.
         pad_token_id: what padding is filled with; its value has no influence.
         pad_to_multiple_of: T is rounded up to a multiple of this.
+
+    Raises:
+        ValueError: a response has no token to score.
     """
 
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, features: Sequence[Feature]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """One batch, chosen first."""
-        chosen, rejected = self._halves(features)
-        sequences = chosen + rejected
+        prompts = self._prompts(features)
+        sequences = [p.chosen for p in prompts] + [each for p in prompts for each in p.rejected]
         step = self.pad_to_multiple_of or 1
         T = -(-max(len(s.tokens) for s in sequences) // step) * step
 
@@ -123,7 +161,7 @@ class PreferenceCollator(_Collator):
             "input_ids": padded([s.tokens for s in sequences], self.pad_token_id),
             "attention_mask": padded([[1] * len(s.tokens) for s in sequences], 0),
             "labels": padded([s.labels for s in sequences], IGNORE_INDEX),
-            **_ref_logps(features),
+            **_loss_keys(features, prompts, packed=False),
         }
 
 
@@ -131,17 +169,20 @@ class PreferenceCollator(_Collator):
 class PackedPreferenceCollator(_Collator):
     """Batches without padding: all sequences in one row.
 
-    `input_ids`, `position_ids`, `labels` [1, N]; `cu_seqlens` [2B + 1] int32; `is_chosen` [2B]; `ref_logps` [2B] where
-    known. There is no attention mask: transformers tells the sequences apart by their positions, under
+    `input_ids`, `position_ids`, `labels` [1, N]; `cu_seqlens` [S + 1] int32; `is_chosen` [S]. Further keys: see the
+    module. There is no attention mask: transformers tells the sequences apart by their positions, under
     "flash_attention_2" (which then runs its variable-length kernel), "sdpa", "flex_attention" and "eager" alike. Models
     with state-space or linear-attention layers would mix the sequences: use `PreferenceCollator` for those.
 
     Args:
-        max_length: sequences are cut at the end to this many tokens.
+        max_length: responses are cut where this many tokens of prompt and response end.
         flash_attention_kwargs: also give `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`, which save
             flash-attn the search for the bounds in every layer.
-        share_prompt: chosen and rejected response of a pair share one copy of their prompt in the row. The batch then
-            holds a mask [1, 1, N, N] (N² bytes) and `rows`; needs "sdpa" and layers that all attend without a window.
+        share_prompt: all responses of a prompt share one copy of it in the row. The batch then holds a mask
+            [1, 1, N, N] (N² bytes) and `rows`; needs "sdpa" and layers that all attend without a window.
+
+    Raises:
+        ValueError: a response has no token to score; options that contradict each other.
     """
 
     flash_attention_kwargs: bool = False
@@ -153,11 +194,11 @@ class PackedPreferenceCollator(_Collator):
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """One batch, chosen first."""
-        chosen, rejected = self._halves(features)
-        sequences = chosen + rejected
-        is_chosen = torch.arange(len(sequences)) < len(chosen)
+        prompts = self._prompts(features)
+        keys = _loss_keys(features, prompts, packed=True)
         if self.share_prompt:
-            return {**_shared_prompts(chosen, rejected), "is_chosen": is_chosen, **_ref_logps(features)}
+            return {**_shared_prompts(prompts), **keys}
+        sequences = [p.chosen for p in prompts] + [each for p in prompts for each in p.rejected]
         lengths = [len(s.tokens) for s in sequences]
         cu_seqlens = _bounds(lengths)
         batch: dict[str, Any] = {
@@ -165,8 +206,7 @@ class PackedPreferenceCollator(_Collator):
             "position_ids": _positions(lengths)[None],
             "labels": torch.tensor([[t for s in sequences for t in s.labels]]),
             "cu_seqlens": cu_seqlens,
-            "is_chosen": is_chosen,
-            **_ref_logps(features),
+            **keys,
         }
         if self.flash_attention_kwargs:
             batch |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
@@ -174,39 +214,43 @@ class PackedPreferenceCollator(_Collator):
         return batch
 
 
-def _shared_prompts(chosen: list[_Sequence], rejected: list[_Sequence]) -> dict[str, Tensor]:
-    """Row [prompt | chosen | rejected] of each pair; a response sees its prompt and itself.
+def _shared_prompts(prompts: Sequence[_Prompt]) -> dict[str, Tensor]:
+    """Row [prompt | chosen | rejected | rejected | ...] of each prompt; a response sees its prompt and itself.
 
-    The last token of the prompt predicts the first of both responses, so a row may be scored twice: `rows` [M] says on
-    which row each of `labels` [M] is scored.
+    The last token of the prompt predicts the first of every response, so a row may be scored several times: `rows` [M]
+    says on which row each of `labels` [M] is scored. Tokens that are not scored have no entry.
     """
     ids: list[int] = []
-    positions, part, pair = [], [], []  # part: 0 prompt, 1 chosen, 2 rejected
-    rows: dict[int, list[list[int]]] = {1: [], 2: []}
-    for index, (w, r) in enumerate(zip(chosen, rejected, strict=True)):
+    positions, part, owner = [], [], []  # part: 0 for the prompt, k for its k-th response
+    chosen: list[tuple[list[int], list[int]]] = []  # rows and labels of a sequence
+    rejected: list[tuple[list[int], list[int]]] = []
+    for index, prompt in enumerate(prompts):
+        tokens = prompt.chosen.prompt
         start = len(ids)
-        ids += w.prompt + w.response + r.response
-        positions += [torch.arange(len(w.prompt))]
-        part += [torch.zeros(len(w.prompt), dtype=torch.int64)]
-        first = start + len(w.prompt)
-        for number, response in ((1, w.response), (2, r.response)):
-            positions += [torch.arange(len(w.prompt), len(w.prompt) + len(response))]
-            part += [torch.full((len(response),), number)]
-            # Without a prompt nothing predicts the first token.
-            before = [start + len(w.prompt) - 1] if w.prompt else []
-            rows[number].append(before + list(range(first, first + len(response) - 1)))
-            first += len(response)
-        pair += [torch.full((len(ids) - start,), index)]
-    parts, pairs, order = torch.cat(part), torch.cat(pair), torch.arange(len(ids))
-    same = pairs[:, None] == pairs
+        ids += tokens
+        positions.append(torch.arange(len(tokens)))
+        part.append(torch.zeros(len(tokens), dtype=torch.int64))
+        for number, sequence in enumerate([prompt.chosen, *prompt.rejected], start=1):
+            length = len(sequence.response)
+            first = len(ids)
+            ids += sequence.response
+            positions.append(torch.arange(len(tokens), len(tokens) + length))
+            part.append(torch.full((length,), number))
+            # Token k is predicted by the row before it: the first by the prompt's last, without a prompt by none.
+            before = [start + len(tokens) - 1 if tokens else -1, *range(first, first + length - 1)]
+            scored = [k for k in range(length) if sequence.mask[k] and before[k] >= 0]
+            entry = [before[k] for k in scored], [sequence.response[k] for k in scored]
+            (chosen if number == 1 else rejected).append(entry)
+        owner.append(torch.full((len(ids) - start,), index))
+    parts, owners, order = torch.cat(part), torch.cat(owner), torch.arange(len(ids))
+    same = owners[:, None] == owners
     visible = (parts == 0) | (parts[:, None] == parts)
-    scored = rows[1] + rows[2]
-    labels = [s.response if s.prompt else s.response[1:] for s in chosen + rejected]
+    entries = chosen + rejected
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.cat(positions)[None],
         "attention_mask": (same & visible & (order[:, None] >= order))[None, None],
-        "labels": torch.tensor([t for tokens in labels for t in tokens]),
-        "rows": torch.tensor([row for each in scored for row in each]),
-        "cu_seqlens": _bounds(len(each) for each in scored),
+        "labels": torch.tensor([label for _, labels in entries for label in labels]),
+        "rows": torch.tensor([row for rows, _ in entries for row in rows]),
+        "cu_seqlens": _bounds(len(rows) for rows, _ in entries),
     }

@@ -1,44 +1,52 @@
-"""InfoPO on transformers' own `Trainer`: a collator, a `compute_loss`, and a `Trainer` that has both."""
+"""Preference losses on transformers' own `Trainer`: a `compute_loss`, and a `Trainer` that has it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from infopo_kernels.integrations.preference_step import (
-    infopo_output,
-    metric_sums,
-    metrics,
+from infopo_kernels.integrations.references import model_identity
+from infopo_kernels.integrations.step import (
+    check_finite,
+    number_of_sequences,
+    preference_output,
     reference_logps,
+    rejected_prompts,
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
-from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import KernelOptions
 
 try:
+    from accelerate.utils import extract_model_from_parallel
     from transformers import Trainer
+
+    from infopo_kernels.integrations.preference_training import PreferenceTraining
 except ImportError as error:
     raise ImportError(
         "infopo_kernels.integrations.trainer needs the packages `transformers` and `accelerate`; run: "
         "pip install 'infopo_kernels[train]'"
     ) from error
 
-_PREFERENCE_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+_PREFERENCE_COLUMNS = (
+    "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "weight", "ref_chosen_logps",
+    "ref_rejected_logps",
+)  # fmt: skip
 
 
 def compute_infopo_loss(
     model: Any,
     inputs: dict[str, Any],
-    options: InfoPOOptions | None = None,
+    options: Objective | None = None,
     *,
     ref_model: Any = None,
     skip_chosen_reference: bool = False,
+    reference_free: bool = False,
 ) -> Any:
-    """The InfoPO loss of a batch of `infopo_kernels.integrations.collators`, for the `compute_loss` of any trainer.
+    """The preference loss of a batch of `infopo_kernels.integrations.collators`, for the `compute_loss` of any trainer.
 
     Example::
 
@@ -51,39 +59,67 @@ def compute_infopo_loss(
 
     Args:
         model: with `attach_linear_logps`, wrapped or not.
-        inputs: the batch. The reference is its `ref_logps` [2B] if it holds them; else `ref_model`'s; else, of a model
-            with an adapter, the model's with the adapter switched off; else there is none (reference-free).
-        options: hyper-parameters.
-        ref_model: with `attach_linear_logps`.
+        inputs: the batch. The reference is its `ref_logps` [S] if it holds them; else `ref_model`'s; else, of a model
+            with an adapter, the model's with the adapter switched off.
+        options: the objective with its hyper-parameters: `InfoPO` (the default), or another of
+            `infopo_kernels.objectives`.
+        ref_model: with `attach_linear_logps`. Call `randomness.disable_dropout` on it and on the model first, or their
+            log-ratios are noise.
         skip_chosen_reference: see `linear_infopo_loss`; halves the reference's work.
+        reference_free: there is no reference, and rewards are ``beta * logps``. With sums of hundreds of nats every
+            rejected weight is about nothing then, and InfoPO is plain SFT; it goes with ``average=True``.
 
     Returns:
         `LinearLogpsOutput`: `loss` with its gradient, `infopo` with everything one logs.
+
+    Raises:
+        ValueError: there is no reference, and `reference_free` was not asked for; or there is one, and it was.
+        RuntimeError: the model is not attached, or not any more.
+        FloatingPointError: on a CPU, the loss that would be trained on is not finite (`step.check_finite` elsewhere; it
+            has to wait for the device).
     """
-    options = options or InfoPOOptions()
+    objective = options or InfoPO()
     model_inputs, known = split_inputs(inputs)
-    if "ref_logps" not in known:
-        adapted = _unwrapped(model)
+    if objective.reference == "none":
+        known.pop("ref_logps", None)
+    elif "ref_logps" not in known:
+        adapted = extract_model_from_parallel(model, keep_torch_compile=False)
         with_adapter = hasattr(adapted, "disable_adapter") and hasattr(adapted, "peft_config")
-        if ref_model is not None or with_adapter:
+        _check_reference(ref_model is not None or (with_adapter and not reference_free), reference_free)
+        if not reference_free:
             known["ref_logps"] = reference_logps(
                 model if ref_model is None else ref_model,
                 model_inputs,
-                average=options.average,
+                average=objective.average,
                 skip_chosen=skip_chosen_reference,
+                num_chosen=number_of_sequences(model_inputs) - len(rejected_prompts(model_inputs, known)),
                 adapter=adapted.disable_adapter() if ref_model is None else None,
             )
-    return infopo_output(model, model_inputs, known, options, skip_chosen_reference=skip_chosen_reference)
+    else:
+        _check_reference(True, reference_free)
+    out, result = preference_output(model, model_inputs, known, objective, skip_chosen_reference=skip_chosen_reference)
+    if result.loss.requires_grad and result.loss.device.type == "cpu":
+        check_finite(result, objective)
+    return out
 
 
-def _unwrapped(model: Any) -> Any:
-    from accelerate.utils import extract_model_from_parallel
+def _check_reference(present: bool, reference_free: bool) -> None:
+    if present and reference_free:
+        raise ValueError(
+            "`reference_free=True` was given although there is a reference (`ref_logps` in the batch, or `ref_model`); "
+            "leave one of them out."
+        )
+    if not present and not reference_free:
+        raise ValueError(
+            "There is no reference: the batch holds no `ref_logps`, there is no `ref_model`, and the model has no "
+            "adapter to switch off. Pass one of them (`python -m infopo_kernels precompute-reference` writes "
+            "log-probabilities ahead of time), or ask for `reference_free=True`; without a reference the weight of a "
+            "rejected response of -250 nats is about e^-26, and the run is SFT."
+        )
 
-    return extract_model_from_parallel(model, keep_torch_compile=False)
 
-
-class PreferenceTrainer(Trainer):
-    """transformers' `Trainer` on preference pairs with the InfoPO loss, without logits.
+class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
+    """transformers' `Trainer` on preference pairs with the InfoPO loss, or another objective, without logits.
 
     Example::
 
@@ -93,45 +129,80 @@ class PreferenceTrainer(Trainer):
         )
 
     Args:
-        infopo: hyper-parameters of the objective.
+        infopo: hyper-parameters of InfoPO.
+        objective: another objective of `infopo_kernels.objectives` instead.
         kernel: backend and workspace.
         ref_model: the reference; not needed with `ref_chosen_logps` and `ref_rejected_logps` in the dataset, nor with
-            an adapter, which is switched off for it. With none of them the loss is reference-free.
+            an adapter, which is switched off for it.
         skip_chosen_reference: see `linear_infopo_loss`.
+        reference_free: train without a reference; see `compute_infopo_loss`.
+        disable_dropout: switch off what makes two passes of one model differ (dropout, layer dropout, router jitter),
+            in policy and reference; what was changed is logged. As TRL's `DPOConfig` does it.
+        strict_checks: errors instead of warnings from the checks of the first step (docs/checks.md).
 
     Other arguments are those of `Trainer`; the dataset holds `prompt_ids`, `chosen_ids`, `rejected_ids` (see
-    `preference_features`). The metrics of `preference_step.metrics` are logged.
+    `preference_features`). The metrics of `step.metrics` are logged, of an evaluation under its own prefix.
 
     Raises:
-        ValueError: several GPUs in one process (`nn.DataParallel`), or no collator.
+        ValueError: several GPUs in one process (`nn.DataParallel`), split sequences (context parallelism), NEFTune
+            together with `disable_dropout`, or no reference and no `reference_free`.
+        FloatingPointError: while training, a loss or a gradient that is not finite; no weight is changed by that step.
+        RuntimeError: the model's attached forward was lost; with `strict_checks`, a first step that is not the
+            reference's.
     """
-
-    loss_is_scaled_for_ga = False
 
     def __init__(
         self,
         *args: Any,
-        infopo: InfoPOOptions | None = None,
+        infopo: InfoPO | None = None,
+        objective: Objective | None = None,
         kernel: KernelOptions | None = None,
         ref_model: Any = None,
         skip_chosen_reference: bool = False,
+        reference_free: bool = False,
+        disable_dropout: bool = True,
+        strict_checks: bool = False,
         **kwargs: Any,
     ) -> None:
+        if infopo is not None and objective is not None:
+            raise ValueError("`infopo` and `objective` were both given; pass one of them.")
+        if reference_free and ref_model is not None:
+            _check_reference(True, reference_free)
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "PreferenceTrainer does not run under nn.DataParallel, which Trainer uses with several GPUs in one "
-                "process; start it with torchrun or `accelerate launch`, or make one GPU visible."
-            )
-        self.infopo = infopo or InfoPOOptions()
+        self.objective = objective or infopo or InfoPO()
         self.skip_chosen_reference = skip_chosen_reference
+        self.reference_free = reference_free
+        self.strict_checks = strict_checks
         for each in (self.model, ref_model):
             if each is not None and not is_attached(each):
                 attach_linear_logps(each, kernel=kernel)
+        self._is_start = ref_model is None or same_start(self.model, ref_model)
+        self._prepare_preferences(ref_model, dropout=not disable_dropout)
         self.ref_model = ref_model
         if ref_model is not None:
-            self.ref_model = self.accelerator.prepare_model(ref_model.eval(), evaluation_mode=True)
-        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+            self.ref_model = self._wrapped_reference(ref_model.eval())
+
+    def _wrapped_reference(self, reference: Any) -> Any:
+        if self.is_deepspeed_enabled:  # an engine of its own, without an optimiser
+            from trl.models.utils import prepare_deepspeed  # needs trl, which no other path through here does
+
+            return prepare_deepspeed(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def reference_for(self, model: Any) -> tuple[Any, Any] | None:
+        """`ref_model`, or the model with its adapter switched off."""
+        if self.reference_free:
+            return None
+        if self.ref_model is not None:
+            return self.ref_model, None
+        adapted = extract_model_from_parallel(model, keep_torch_compile=False)
+        if hasattr(adapted, "disable_adapter") and hasattr(adapted, "peft_config"):
+            return model, adapted.disable_adapter()
+        return None
+
+    def reference_is_the_start(self) -> bool:
+        """Not if `ref_model` is another model, nor with an adapter of virtual tokens, which is never without effect."""
+        return self._is_start and not has_virtual_tokens(self.model)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -141,11 +212,11 @@ class PreferenceTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The InfoPO loss, averaged over the pairs of the batch."""
-        out = compute_infopo_loss(
-            model, inputs, self.infopo, ref_model=self.ref_model, skip_chosen_reference=self.skip_chosen_reference
-        )
-        self._sums["train" if model.training else "eval"].append(metric_sums(out.infopo, self.infopo))
+        """The loss, averaged over the pairs of the batch."""
+        if self.objective.reference != "none" and self.reference_for(model) is None:
+            known = split_inputs(inputs)[1]
+            _check_reference("ref_logps" in known, self.reference_free)
+        out, _ = self.preference_loss(model, inputs)
         return (out.loss, out) if return_outputs else out.loss
 
     def prediction_step(
@@ -156,13 +227,14 @@ class PreferenceTrainer(Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics gathered since the last time."""
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
-        if self._sums[mode]:
-            stacked = torch.stack(self._sums.pop(mode))
-            mean = torch.cat([stacked[:, :-1].mean(0), stacked[:, -1:].amax(0)])
-            gathered = self.accelerator.gather(mean[None])
-            prefix = "eval_" if mode == "eval" else ""
-            logs |= {prefix + name: value for name, value in metrics(gathered).items()}
-        super().log(logs, start_time)
+
+def has_virtual_tokens(model: Any) -> bool:
+    return any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values())
+
+
+def same_start(model: Any, reference: Any) -> bool:
+    """Whether the reference holds the weights that the policy starts from; unknown counts as so."""
+    try:
+        return model_identity(model) == model_identity(reference)
+    except ValueError:  # weights that are not here
+        return True

@@ -1,33 +1,48 @@
-"""Log-probabilities and the InfoPO loss from inside the forward of any causal language model of transformers.
+"""Log-probabilities and preference losses from inside the forward of any causal language model of transformers.
 
     attach_linear_logps(model)
     out = model(input_ids, attention_mask=mask, labels=labels, linear_logps="sum")         # out.logps
-    out = model(input_ids, attention_mask=mask, labels=labels, infopo=InfoPOOptions())     # out.loss, out.infopo
+    out = model(input_ids, attention_mask=mask, labels=labels, infopo=InfoPO())            # out.loss, out.infopo
+    out = model(input_ids, attention_mask=mask, labels=labels, objective=DPO())            # the same, of DPO
 
 How it works. The model's own forward runs, with its head told to hand over its input instead of multiplying it: so
 whatever happens before the head (embedding scales, image features, projections, router losses) is the model's own. Then
-the head is called a second time, as a module, with those hidden states, and forms log-probabilities or loss. Because
-both calls go through `__call__` inside the forward of the wrapped model, the hooks of DDP, FSDP2, DeepSpeed ZeRO-3 and
-Accelerate fire as they do for logits: the head's weight is whole where it is used, and results leave as outputs.
+the head is called as a module, once, with those hidden states, and forms log-probabilities or loss. Because that
+happens inside the forward of the wrapped model, the hooks of DDP, FSDP2, DeepSpeed ZeRO-3 and Accelerate fire as they
+do for logits: the head's weight is whole where it is used, and results leave as outputs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from types import MethodType
+from dataclasses import asdict, dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from infopo_kernels.functional import Reduction, linear_infopo_loss
+from infopo_kernels.functional import Reduction, linear_preference_loss
 from infopo_kernels.functional import linear_logps as _linear_logps  # an argument of the forward has its name
+from infopo_kernels.integrations import packing_probe
+from infopo_kernels.integrations.heads import (
+    HandsOver,
+    ask,
+    forward_attribute,
+    handed_over,
+    is_dtensor,
+    prepare,
+    restore,
+    vocabulary_size,
+)
 from infopo_kernels.integrations.logit_transform import known_logits, logit_options, observed_transform
-from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.integrations.sealed import Sealed, least_cast, unsealed
+from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import KernelOptions, LogitOptions
-from infopo_kernels.output import InfoPOOutput
+from infopo_kernels.output import PreferenceOutput
 
 try:
     from transformers.utils import ModelOutput
@@ -45,38 +60,24 @@ class LinearLogpsOutput(ModelOutput):
     """What an attached model returns instead of logits."""
 
     loss: Tensor | None = None
-    """[] float32, nats per pair: the InfoPO loss, plus the auxiliary loss of a mixture of experts with its configured
-    coefficient; only of a call with `infopo`."""
+    """[] float32, nats per pair: the loss of the objective, plus the auxiliary loss of a mixture of experts with its
+    configured coefficient; only of a call with `infopo` or `objective`."""
     logps: Tensor | None = None
     """Of a call with `linear_logps`: [S, T] or [1, N] float32 ("none"; entry t belongs to token t + 1), or [S] float64
-    ("sum", "mean"), nats, differentiable. Of a call with `infopo`: [S] float64, without gradient."""
-    infopo: InfoPOOutput | None = None
-    """Everything that `linear_infopo_loss` returns; its `loss` is without the auxiliary loss."""
+    ("sum", "mean"), nats, differentiable. Of a call with `infopo` or `objective`: [S] float64, without gradient."""
+    infopo: PreferenceOutput | None = None
+    """Everything that `linear_preference_loss` returns; its `loss` is without the auxiliary loss."""
     aux_loss: Tensor | None = None
     """[], the load-balancing loss of a mixture of experts, unscaled, if the model was asked for its router logits."""
+    exact: Sealed | None = None
+    """`loss`, `logps` and `infopo` as they left the head. What a wrapper casts after that is put back from here."""
 
-
-@dataclass(frozen=True)
-class _Request:
-    """What the second call of the head is asked for."""
-
-    run: Callable[[Tensor, Tensor, Tensor | None], tuple[Any, ...]]
-    """Of hidden states, weight and bias; a plain tuple, which every wrapper's hooks know how to walk through."""
-
-
-class _LogProbHead(nn.Linear):
-    """The model's own head, of which only the class is changed: weight, bias, hooks and names stay as they are."""
-
-    _handed_over: list[Tensor] | None = None
-
-    def forward(self, input: Tensor, request: _Request | None = None) -> Any:
-        """Logits; or the answer to `request`; or, while it hands over its input, a line of known logits."""
-        if request is not None:
-            return request.run(input.to(self.weight.device), self.weight, self.bias)
-        if self._handed_over is None:
-            return super().forward(input)
-        self._handed_over.append(input)
-        return known_logits(self.out_features, input)
+    def __post_init__(self) -> None:
+        super().__post_init__()  # also where a wrapper makes the output anew from what it has cast
+        if self.exact is not None:
+            for name, original in zip(("loss", "logps", "infopo"), self.exact.value, strict=True):
+                if original is not None:
+                    setattr(self, name, least_cast(getattr(self, name), original))
 
 
 @dataclass
@@ -89,76 +90,76 @@ class _Attachment:
     """Name under which it was."""
     logit: LogitOptions
     kernel: KernelOptions
-    checked: bool = False
-    """Whether the model's own treatment of its logits was compared with `logit`."""
+    checked_vocabulary: int | None = None
+    """Size of the vocabulary for which the model's own treatment of its logits was compared with `logit`."""
+    packing: dict[tuple[bool, Any], str | None] = field(default_factory=dict)
+    """By shared prompts and attention implementation: why packed rows would be mixed; None where they are not."""
 
 
-def _forward_attribute(module: nn.Module) -> str:
-    """Where a module's forward is kept; Accelerate's hooks (of a `device_map`) wrap the one under another name."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+class _AttachedForward:
+    """The forward of an attached model; an object of its own for each model.
 
-
-def _base(model: Any) -> Any:
-    """The causal language model inside a `PeftModel`, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _is_quantised(head: Any) -> bool:
-    """Whether the weight of a head is packed integers, or a tensor that only looks like floating point."""
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor):
-        return weight is not None or hasattr(head, "qweight")
-    plain = type(weight).__name__ in ("Parameter", "Tensor", "DTensor")
-    return not (plain and weight.is_floating_point())
-
-
-def _linear_layers(head: Any, model_name: str) -> list[nn.Linear]:
-    """The linear layers that a head may run: one, or with PEFT's `modules_to_save` the original and its copies.
-
-    Raises:
-        TypeError: the head is anything else; says why it cannot be served, and the way out.
+    It stands on the instance for a bound method where others look: `generate` and the Trainer at its signature,
+    Accelerate at `__func__`. Unlike a bound method it survives pickling. There is no `__wrapped__`: whoever takes
+    wrappers off until none is left (`accelerator.unwrap_model(keep_fp32_wrapper=False)`) must stop here.
     """
-    if head is None:
-        raise TypeError(f"{model_name} has no output embeddings; pass a causal language model (AutoModelForCausalLM).")
-    kind = type(head).__name__
-    if kind == "ModulesToSaveWrapper":
-        copies = [head.original_module, *head.modules_to_save.values()]
-        return [layer for copy in copies for layer in _linear_layers(copy, model_name)]
-    quantised = _is_quantised(head)
-    if (isinstance(head, _LogProbHead) or type(head) is nn.Linear) and not quantised:
-        return [head]
-    if hasattr(head, "base_layer"):
-        reason = (
-            "carries an adapter, which log-probabilities formed from its weight would leave untrained. Take the head "
-            "out of `target_modules` (list the layers, or use 'all-linear', which leaves it out), or train it whole "
-            "with `modules_to_save=['lm_head']`."
-        )
-    elif quantised:
-        reason = (
-            "is quantised, and log-probabilities need its weight in floating point. Leave the head out of the "
-            "quantisation (`llm_int8_skip_modules=['lm_head']`, `modules_to_not_convert=['lm_head']`)."
-        )
-    elif kind.startswith("FSDP"):
-        reason = "is sharded already. Attach before the model is sharded or handed to `accelerator.prepare`."
-    else:
-        reason = "is not a plain torch.nn.Linear. Replace it by one, or use the model's own logits."
-    raise TypeError(f"The head of {model_name} (a {kind}) {reason}")
+
+    __name__ = "forward"
+
+    def __init__(self, causal: Any, attachment: _Attachment) -> None:
+        self.__setstate__((causal, attachment))
+
+    def __getstate__(self) -> Any:
+        return self.__self__, self._attachment
+
+    def __setstate__(self, state: Any) -> None:
+        self.__self__, self._attachment = state
+        own = type(self.__self__).forward
+        self.__doc__, self.__qualname__ = own.__doc__, own.__qualname__
+        self.__signature__ = inspect.signature(functools.partial(own, self.__self__))
+        # Whoever binds it to a model again (Accelerate) may do so with a copy: it takes the attachment of its model.
+        function = FunctionType(_of_model.__code__, _of_model.__globals__, "forward")
+        function.__doc__, function.__qualname__ = own.__doc__, own.__qualname__
+        function.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+        self.__func__ = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self.__self__, self._attachment, *args, **kwargs)
+
+
+def _of_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return _forward(self, vars(self)[_ATTACHMENT], *args, **kwargs)
+
+
+def causal_model(model: Any) -> Any:
+    """The causal language model inside `PeftModel`, `torch.compile`, DDP, FSDP1 or DeepSpeed's engine; or the model."""
+    while True:
+        inner = vars(model).get("_modules", {}).get("_orig_mod")
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None and not hasattr(type(model), "get_output_embeddings"):
+            inner = vars(model).get("_modules", {}).get("module") or vars(model).get("_fsdp_wrapped_module")
+        if inner is None:
+            return model
+        model = inner
 
 
 def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel: KernelOptions | None = None) -> Any:
-    """Give a causal language model a forward path that returns log-probabilities or the InfoPO loss, not logits.
+    """Give a causal language model a forward path that returns log-probabilities or a preference loss, not logits.
 
     The attached model's forward takes, besides its own arguments:
 
     - ``linear_logps="none" | "sum" | "mean"``: `LinearLogpsOutput.logps`, see `infopo_kernels.linear_logps`; or
-    - ``infopo=InfoPOOptions(...)``: `LinearLogpsOutput.loss` and `.infopo`, see `infopo_kernels.linear_infopo_loss`,
-      with its `ref_logps`, `is_chosen`, `num_pairs` and `skip_chosen_reference`;
+    - ``infopo=InfoPO(...)``, or ``objective=`` any of `infopo_kernels.objectives`: `LinearLogpsOutput.loss` and
+      `.infopo`, see `infopo_kernels.linear_preference_loss`, with its `ref_logps`, `is_chosen`, `num_pairs`,
+      `sequence_weights` and `skip_chosen_reference`. Under a wrapper that averages gradients over R ranks (DDP, FSDP,
+      DeepSpeed), `num_pairs` is the number of all ranks over R (`step.pairs_per_rank`);
     - with either, ``labels`` in the shape of `input_ids`, not shifted, -100 where a token is not scored; and
       ``cu_seqlens`` for a packed row (`input_ids` [1, N] with `position_ids` that start anew with each sequence);
     - ``rows`` [M], for packs in which sequences share a prompt: the row of the hidden states that each of the M
       `labels` is scored on; then labels [M] and `cu_seqlens` count these, and nothing is shifted.
 
-    Without `linear_logps` and `infopo` it is the forward that it was: generation, evaluation and other losses go on.
+    Without any of these it is the forward that it was: generation, evaluation and other losses go on.
 
     Equivalent to::
 
@@ -183,27 +184,24 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
     Raises:
         TypeError: the head cannot be served (quantised, adapter on it, not a linear layer, sharded already); reason and
             way out in the message.
-        ValueError: an encoder-decoder; or, at the first call, a model that does to its logits what is not known.
+        ValueError: an encoder-decoder; or, at the first call, a model that does to its logits what is not known; or, at
+            the first call with a packed row, a model that mixes its sequences.
     """
-    causal = _base(model)
+    causal = causal_model(model)
     name = type(causal).__name__
     if getattr(causal.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; only decoders (causal language models) are served.")
-    layers = _linear_layers(causal.get_output_embeddings(), name)
-    if hasattr(causal, _ATTACHMENT):
-        detach_linear_logps(causal)
-    for layer in layers:
-        layer.__class__ = _LogProbHead
-        if _forward_attribute(layer) in layer.__dict__:  # Accelerate's hook keeps the old class's forward
-            setattr(layer, _forward_attribute(layer), MethodType(_LogProbHead.forward, layer))
-    attribute = _forward_attribute(causal)
+    prepare(causal)
     transform = logit_options(causal.config) if logit is None else logit
-    attachment = _Attachment(getattr(causal, attribute), attribute, transform, kernel or KernelOptions())
+    kernel = kernel or KernelOptions()
+    attachment: _Attachment | None = vars(causal).get(_ATTACHMENT)
+    if attachment is not None and is_attached(causal):
+        attachment.logit, attachment.kernel, attachment.checked_vocabulary = transform, kernel, None
+        return model
+    attribute = forward_attribute(causal)
+    attachment = _Attachment(getattr(causal, attribute), attribute, transform, kernel)
     setattr(causal, _ATTACHMENT, attachment)
-
-    # `generate` and the Trainer look at the signature of the model's forward.
-    forward = functools.wraps(type(causal).forward)(_forward)
-    setattr(causal, attribute, MethodType(forward, causal))
+    setattr(causal, attribute, _AttachedForward(causal, attachment))
     return model
 
 
@@ -214,59 +212,128 @@ def detach_linear_logps(model: Any) -> Any:
     Raises:
         ValueError: nothing is attached, or something else wrapped the forward since.
     """
-    causal = _base(model)
-    attachment: _Attachment | None = getattr(causal, _ATTACHMENT, None)
+    causal = causal_model(model)
+    attachment: _Attachment | None = vars(causal).get(_ATTACHMENT)
     if attachment is None:
         raise ValueError(f"Nothing is attached to {type(causal).__name__}; attach_linear_logps(model) comes first.")
-    present = causal.__dict__.get(attachment.attribute)
-    if getattr(present, "__wrapped__", None) is not type(causal).forward:
+    present = vars(causal).get(attachment.attribute)
+    if _stands_for(present, causal):
+        if getattr(attachment.forward, "__func__", None) is type(causal).forward and attachment.attribute == "forward":
+            delattr(causal, attachment.attribute)
+        else:
+            setattr(causal, attachment.attribute, attachment.forward)
+    elif is_attached(causal):
         raise ValueError(
             f"The forward of {type(causal).__name__} was wrapped again after attach_linear_logps; undo that first."
         )
-    if getattr(attachment.forward, "__func__", None) is type(causal).forward and attachment.attribute == "forward":
-        delattr(causal, attachment.attribute)
-    else:
-        setattr(causal, attachment.attribute, attachment.forward)
     delattr(causal, _ATTACHMENT)
-    for layer in _linear_layers(causal.get_output_embeddings(), type(causal).__name__):
-        layer.__class__ = nn.Linear
-        if _forward_attribute(layer) in layer.__dict__:
-            setattr(layer, _forward_attribute(layer), MethodType(nn.Linear.forward, layer))
+    restore(causal)
     return model
 
 
+def _stands_for(forward: Any, causal: Any) -> bool:
+    """Whether this is the model's attached forward: the object, or its function, bound again by who unwrapped it."""
+    if isinstance(forward, _AttachedForward):
+        return forward.__self__ is causal
+    return getattr(getattr(forward, "__func__", forward), "__code__", None) is _of_model.__code__
+
+
 def is_attached(model: Any) -> bool:
-    """Whether `attach_linear_logps` was called on the model."""
-    return hasattr(_base(model), _ATTACHMENT)
+    """Whether the forward that a call of `model` runs is the one that `attach_linear_logps` put there.
+
+    It is not, although the call was made, where something replaced the forward since: another library's patch
+    (Liger's), a wrapper that was taken off together with what lay under it, a copy that left it behind.
+    """
+    causal = causal_model(model)
+    if _ATTACHMENT not in vars(causal):
+        return False
+    forward = vars(causal).get("forward")
+    if hasattr(causal, "_hf_hook"):  # Accelerate's wrapper looks `_old_forward` up when it is called
+        forward = vars(causal).get("_old_forward")
+    return _leads_to_attached(forward, causal)
+
+
+def _leads_to_attached(forward: Any, causal: Any, depth: int = 12) -> bool:
+    """Whether a forward is the attached one, or wraps it: by `functools.wraps`, by `partial`, or in a closure."""
+    if forward is None or depth == 0:
+        return False
+    if _stands_for(forward, causal):
+        return True
+    function = getattr(forward, "__func__", forward)
+    inner = [getattr(function, "__wrapped__", None), getattr(function, "func", None)]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            inner += [cell.cell_contents] if callable(cell.cell_contents) else []
+    return any(_leads_to_attached(each, causal, depth - 1) for each in inner)
+
+
+def own_output(model: Any, output: Any) -> LinearLogpsOutput:
+    """`output`, if it is what an attached model returns to a call with `linear_logps`, `infopo` or `objective`.
+
+    Raises:
+        RuntimeError: it is something else, whose loss must not be trained on; says what happened and what to do.
+    """
+    if isinstance(output, LinearLogpsOutput):
+        return output
+    name = type(causal_model(model)).__name__
+    raise RuntimeError(
+        f"{name} returned a {type(output).__name__}, not log-probabilities: {_lost(model)} Its loss, which would be "
+        f"cross-entropy over chosen and rejected responses alike, was not used."
+    )
+
+
+def check_attached(model: Any) -> None:
+    """Raise RuntimeError, which says what to do, unless `is_attached`."""
+    if not is_attached(model):
+        raise RuntimeError(f"{type(causal_model(model)).__name__} does not return log-probabilities: {_lost(model)}")
+
+
+def _lost(model: Any) -> str:
+    causal = causal_model(model)
+    if _ATTACHMENT not in vars(causal):
+        return "nothing is attached to it. Call attach_linear_logps(model) before the model is wrapped."
+    runs = getattr(causal, "forward", None)
+    function = getattr(runs, "__func__", runs)
+    origin = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
+    return (
+        f"the forward that attach_linear_logps put there is gone, and {origin} runs in its place. Something replaced "
+        f"it: a patch of the forward by another library (Liger's), a wrapper that was taken off half-way, a copy that "
+        f"left it behind. Call attach_linear_logps(model) again, after whatever did that."
+    )
 
 
 def _forward(
     self: Any,
+    attachment: _Attachment,
     *args: Any,
     labels: Tensor | None = None,
     linear_logps: Reduction | None = None,
-    infopo: InfoPOOptions | None = None,
-    ref_logps: Tensor | None = None,
+    infopo: InfoPO | None = None,
+    objective: Objective | None = None,
+    ref_logps: Tensor | Sealed | None = None,
     is_chosen: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     rows: Tensor | None = None,
     num_pairs: float | None = None,
+    sequence_weights: Tensor | Sealed | None = None,
     skip_chosen_reference: bool = False,
     **kwargs: Any,
 ) -> Any:
     """The forward of an attached model; see `attach_linear_logps`."""
-    attachment: _Attachment = getattr(self, _ATTACHMENT)
-    _check_mode(linear_logps, infopo)
-    if linear_logps is None and infopo is None:
+    objective = _asked_for(linear_logps, infopo, objective)
+    if linear_logps is None and objective is None:
         given = {
             "ref_logps": ref_logps,
             "is_chosen": is_chosen,
             "num_pairs": num_pairs,
+            "sequence_weights": sequence_weights,
             "cu_seqlens": cu_seqlens,
             "rows": rows,
         }
         if stray := [name for name, value in given.items() if value is not None]:
-            raise TypeError(f"`{stray[0]}` was given without `infopo` or `linear_logps`; pass one of them too.")
+            raise TypeError(
+                f"`{stray[0]}` was given without `infopo`, `objective` or `linear_logps`; pass one of them too."
+            )
         if labels is not None:
             kwargs["labels"] = labels
         return attachment.forward(*args, **kwargs)
@@ -274,7 +341,9 @@ def _forward(
         raise TypeError("`labels` is missing: log-probabilities need the input ids, with -100 where not scored.")
     if rows is not None:
         _check_shared_prompts(self.config)
-    hidden, own = _hidden_states(self, attachment, args, kwargs)
+    head = prepare(self)
+    _check_packing(self, head, attachment, cu_seqlens is not None, args, kwargs)
+    hidden, own = _hidden_states(self, head, attachment, args, kwargs)
     if rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
     shared = {"shift": rows is None, "cu_seqlens": cu_seqlens, **asdict(attachment.logit), **asdict(attachment.kernel)}
@@ -283,29 +352,41 @@ def _forward(
         y = labels.to(hidden.device)
         if linear_logps is not None:
             return (_linear_logps(hidden, weight, y, bias=bias, reduction=linear_logps, **shared),)
-        assert infopo is not None
-        loss = linear_infopo_loss(
-            hidden, weight, y, bias=bias, is_chosen=is_chosen, num_pairs=num_pairs, ref_logps=ref_logps,
-            skip_chosen_reference=skip_chosen_reference, **asdict(infopo), **shared,
+        assert objective is not None
+        loss = linear_preference_loss(
+            hidden, weight, y, bias=bias, objective=objective, is_chosen=is_chosen, num_pairs=num_pairs,
+            sequence_weights=unsealed("sequence_weights", sequence_weights, hidden.device),
+            ref_logps=unsealed("ref_logps", ref_logps, hidden.device), skip_chosen_reference=skip_chosen_reference,
+            **shared,
         )  # fmt: skip
         return tuple(loss[:-1])
 
-    answer = self.get_output_embeddings()(hidden, request=_Request(run))
+    answer = ask(head, hidden, run)
     aux_loss = getattr(own, "aux_loss", None)
     if linear_logps is not None:
-        return LinearLogpsOutput(logps=answer[0], aux_loss=aux_loss)
-    output = InfoPOOutput._make((*answer, skip_chosen_reference))
+        return LinearLogpsOutput(logps=answer[0], aux_loss=aux_loss, exact=Sealed((None, answer[0], None)))
+    output = PreferenceOutput._make((*answer, skip_chosen_reference))
     loss = output.loss
     if isinstance(aux_loss, Tensor):
         loss = loss + router_coefficient(self.config) * aux_loss.to(loss.device)
-    return LinearLogpsOutput(loss=loss, logps=output.logps, infopo=output, aux_loss=aux_loss)
+    exact = Sealed((loss, output.logps, output))
+    return LinearLogpsOutput(loss=loss, logps=output.logps, infopo=output, aux_loss=aux_loss, exact=exact)
 
 
-def _check_mode(reduction: Any, infopo: Any) -> None:
-    if reduction is not None and infopo is not None:
-        raise TypeError("`linear_logps` and `infopo` were both given; the InfoPO output holds `logps` already.")
-    if infopo is not None and not isinstance(infopo, InfoPOOptions):
-        raise TypeError(f"`infopo` must be an InfoPOOptions, got {type(infopo).__name__}.")
+def _asked_for(reduction: Any, infopo: Any, objective: Any) -> Objective | None:
+    """The objective of a call; None if it asks for none."""
+    given = {"linear_logps": reduction, "infopo": infopo, "objective": objective}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise TypeError(
+            f"`{names[0]}` and `{names[1]}` were both given; pass one. The loss's output holds `logps` too."
+        )
+    if infopo is not None and not isinstance(infopo, InfoPO):
+        raise TypeError(f"`infopo` must be an InfoPO (InfoPOOptions), got {type(infopo).__name__}.")
+    if objective is not None and not isinstance(objective, Objective):
+        raise TypeError(f"`objective` must be one of infopo_kernels.objectives, got {type(objective).__name__}.")
+    chosen: Objective | None = infopo if objective is None else objective
+    return chosen
 
 
 def _check_shared_prompts(config: Any) -> None:
@@ -325,46 +406,73 @@ def _check_shared_prompts(config: Any) -> None:
         )
 
 
+def _check_packing(
+    model: Any, head: HandsOver, attachment: _Attachment, packed: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse packed rows that the model would mix; asks it once (see `packing_probe`).
+
+    Where the weights travel between ranks in a forward, all ranks have to make as many: so there a padded call asks
+    too, since another rank's may be packed.
+    """
+    if torch.compiler.is_compiling():
+        return
+    name, mask = type(model).__name__, kwargs.get("attention_mask")
+    if packed:
+        packing_probe.check_call(name, kwargs)
+    elif not (_gathers(model) and model.config.get_text_config() is model.config):
+        return
+    key = isinstance(mask, Tensor) and mask.ndim == 4, getattr(model.config, "_attn_implementation", None)
+    if key not in attachment.packing:
+
+        def forward(**inputs: Any) -> Tensor:
+            with handed_over(head) as hidden:
+                attachment.forward(**inputs, use_cache=False, return_dict=True)
+            return hidden[0]
+
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        attachment.packing[key] = packing_probe.verdict(model, forward, ids, kwargs)
+    reason = attachment.packing[key]
+    if packed and reason is not None:
+        raise ValueError(
+            f"{name} mixes the sequences of a packed row: {reason}. It does not go by `position_ids` alone, as "
+            f"recurrent and convolutional layers, learned positions and ALiBi do not. Use padded batches "
+            f"(PreferenceCollator, padding_free=False)."
+        )
+
+
+def _gathers(model: Any) -> bool:
+    """Whether a forward gathers weights from other ranks (FSDP, ZeRO-3)."""
+    return any(
+        is_dtensor(weight) or hasattr(weight, "ds_id") or type(weight).__name__ == "FlatParameter"
+        for weight in model.parameters()
+    )
+
+
 def router_coefficient(config: Any) -> float:
     """What a mixture of experts weights its auxiliary loss with; 0 if the configuration does not say."""
     return float(getattr(config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
 
 
-def _hidden_states(model: Any, attachment: _Attachment, args: tuple[Any, ...], kwargs: Any) -> tuple[Tensor, Any]:
+def _hidden_states(
+    model: Any, head: HandsOver, attachment: _Attachment, args: tuple[Any, ...], kwargs: Any
+) -> tuple[Tensor, Any]:
     """What enters the head, and the outputs of the model's own forward."""
     name = type(model).__name__
     if kwargs.get("logits_to_keep"):
         raise TypeError("`logits_to_keep` has no meaning without logits; mask `labels` with -100 instead.")
-    layers = _linear_layers(model.get_output_embeddings(), name)
-    with _handed_over(layers) as hidden:
+    with handed_over(head) as hidden:
         own = attachment.forward(*args, **{**kwargs, "use_cache": False, "return_dict": True})
     if len(hidden) != 1:
         raise ValueError(
             f"{name} called its head {len(hidden)} times in a forward; expected once. Its log-probabilities cannot be "
             f"formed from its head's input: use its own logits."
         )
-    if not attachment.checked and not torch.compiler.is_compiling():
-        before = known_logits(layers[0].out_features, hidden[0])
+    vocabulary = vocabulary_size(head)
+    if attachment.checked_vocabulary != vocabulary and not torch.compiler.is_compiling():
+        before = known_logits(vocabulary, hidden[0])
         # A temperature is the caller's, not the model's.
         configured = replace(attachment.logit, temperature=1.0)
         seen = observed_transform(before, getattr(own, "logits", None), configured, name)
         attachment.logit = replace(seen, temperature=attachment.logit.temperature)
-        attachment.checked = True
+        attachment.checked_vocabulary = vocabulary
     return hidden[0], own
-
-
-class _handed_over:
-    """While active, the layers hand over what enters them; yields the list that it goes to."""
-
-    def __init__(self, layers: list[nn.Linear]) -> None:
-        self._layers = layers
-
-    def __enter__(self) -> list[Tensor]:
-        hidden: list[Tensor] = []
-        for layer in self._layers:
-            layer._handed_over = hidden  # type: ignore[assignment]
-        return hidden
-
-    def __exit__(self, *exception: object) -> None:
-        for layer in self._layers:
-            layer._handed_over = None  # type: ignore[assignment]

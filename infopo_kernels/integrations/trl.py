@@ -2,8 +2,8 @@
 
     trainer = InfoPOTrainer(model, args=InfoPOConfig("out", beta=0.1), train_dataset=dataset)
 
-Tested with trl 1.16. Data formats, tokenisation, reference model, PEFT, checkpoints, evaluation are TRL's own; loss,
-log-probabilities and metrics are this library's.
+Tested with trl 1.16. Reference model, PEFT, checkpoints and evaluation are TRL's own; the way from text to batch, loss,
+log-probabilities, metrics and the checks around them are this library's.
 """
 
 from __future__ import annotations
@@ -12,35 +12,38 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
-from infopo_kernels.integrations.preference_step import (
-    infopo_output,
-    metric_sums,
-    metrics,
-    reference_logps,
-    split_inputs,
-)
+from infopo_kernels.integrations.preferences import check_features, feature_dataset
+from infopo_kernels.integrations.references import ReferenceTable
+from infopo_kernels.integrations.step import reference_logps, split_inputs
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
-from infopo_kernels.objectives import InfoPOOptions
+from infopo_kernels.objectives import DPO, IPO, SFT, InfoPO, Objective, SimPO
 from infopo_kernels.options import KernelOptions
-from infopo_kernels.reference_logps import ReferenceTable
 
 try:
-    from accelerate.utils import extract_model_from_parallel, is_peft_model
+    from accelerate.utils import gather_object, is_peft_model
     from transformers import AutoProcessor, ProcessorMixin
     from trl import DPOConfig, DPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import get_config_model_id, use_adapter
+
+    from infopo_kernels.integrations.first_step import computing_type
+    from infopo_kernels.integrations.preference_training import PreferenceTraining
+    from infopo_kernels.integrations.randomness import check_no_neftune
+    from infopo_kernels.integrations.trainer import has_virtual_tokens, same_start
 except ImportError as error:
     raise ImportError(
         "InfoPOTrainer and InfoPOConfig need the package `trl` (1.16 or later) with `transformers`, `accelerate` and "
         f"`datasets`; run: pip install 'infopo_kernels[trl]'. Reason: {error}"
     ) from error
 
+_LOSSES: Final = ("infopo", "sigmoid", "ipo", "simpo", "sft")
+"""What `loss_type` may say, in TRL's names where it has one: "sigmoid" is DPO."""
+
 _NO_MEANING: Final = {
-    "loss_type": "the loss is InfoPO; for others see `infopo_kernels.linear_logps`. An SFT term is `sft_weight`",
     "loss_weights": "there is one loss; an SFT term is `sft_weight`",
     "ld_alpha": "LD-DPO reweights tokens by the other response's length; `average=True` removes the length",
     "f_divergence_type": "the bound is that of the KL divergence; there is no other form of it",
@@ -50,6 +53,9 @@ _NO_MEANING: Final = {
     "discopop_tau": "it belongs to the DiscoPOP loss",
 }
 """Fields of `DPOConfig` that say nothing here, and why."""
+
+_OF_INFOPO: Final = ("offset", "max_log_weight", "min_log_weight", "sft_weight", "skip_chosen_reference")
+"""Fields that say something of InfoPO only."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -61,30 +67,42 @@ class InfoPOConfig(DPOConfig):
     """`DPOConfig` with InfoPO's hyper-parameters; `beta` and everything about model, data and training are TRL's.
 
     Args:
-        offset, max_log_weight, min_log_weight, sft_weight, average: see `InfoPOOptions`.
+        loss_type: "infopo"; or another fused objective: "sigmoid" (DPO), "ipo", "simpo", "sft".
+        offset, max_log_weight, min_log_weight, sft_weight, average: see `InfoPO`.
+        simpo_gamma: target margin of SimPO.
         reference_free: no reference model; rewards are ``beta * logps``.
         skip_chosen_reference: leave the chosen reference out. It has no influence on the gradient; the loss is shifted,
             and metrics that need it are not logged. Halves the reference's work.
         reference_logps: file written by ``python -m infopo_kernels precompute-reference``; no reference model is
             loaded then. Model and pairs are compared with the file.
         share_prompt: with `padding_free`, chosen and rejected share their prompt in the pack.
+        score_turns: "assistant" leaves user and tool turns inside a response unscored; see `preferences.encode`.
+        strict_checks: errors instead of warnings from the checks of the first step (docs/checks.md).
         backend, workspace_mib: see `KernelOptions`.
 
     `padding_free=True` packs all sequences of a batch into one row, under any attention implementation of transformers.
+    `disable_dropout=True`, TRL's default, switches off everything that makes two passes of one model differ.
 
     Raises:
         ValueError: a field of `DPOConfig` that has no meaning here was set, or two that contradict each other.
     """
 
+    loss_type: list[str] = field(
+        default_factory=lambda: ["infopo"],
+        metadata={"help": f"Loss: one of {', '.join(_LOSSES)}; sigmoid is DPO."},
+    )
     offset: float = _option(1.0, "Constant inside the exponential: 1 is the Nguyen-Wainwright-Jordan bound.")
     max_log_weight: float | None = _option(None, "Cap of the rejected weight at beta * exp(max_log_weight).")
     min_log_weight: float | None = _option(None, "Rejected sequences below beta * exp(min_log_weight) are left alone.")
     sft_weight: float = _option(0.0, "Weight of an added mean negative log-likelihood of the chosen response.")
     average: bool = _option(False, "Mean over the tokens of a response instead of their sum.")
+    simpo_gamma: float = _option(1.0, "Target margin of the rewards, of loss_type simpo.")
     reference_free: bool = _option(False, "Train without a reference model.")
     skip_chosen_reference: bool = _option(False, "Leave the chosen reference out: same gradients, half the work.")
     reference_logps: str | None = _option(None, "File of reference log-probabilities computed ahead of time.")
     share_prompt: bool = _option(False, "With padding_free: one copy of the prompt for both responses.")
+    score_turns: str = _option("all", "Turns of a response that are scored: all, or assistant.")
+    strict_checks: bool = _option(False, "Stop where a check of the first step would warn.")
     backend: str = _option("auto", "Backend of the fused head: auto, cpp, triton or torch.")
     workspace_mib: int | None = _option(None, "Bound on the fused head's workspace, MiB.")
 
@@ -95,37 +113,65 @@ class InfoPOConfig(DPOConfig):
             default = each.default if each.default is not MISSING else each.default_factory()  # type: ignore[misc, operator]
             if reason is not None and getattr(self, name) != default:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has no meaning for InfoPO: {reason}. Leave it out.")
-        self.infopo_options()
+        if len(self.loss_type) != 1 or self.loss_type[0] not in _LOSSES:
+            raise ValueError(
+                f"`loss_type` must be one of {', '.join(_LOSSES)}, got {self.loss_type}; TRL's other losses, and sums "
+                f"of several, run on `infopo_kernels.linear_logps`."
+            )
+        if self.loss_type[0] != "infopo":
+            for name in _OF_INFOPO:
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` belongs to InfoPO, and `loss_type` is "
+                        f"{self.loss_type[0]!r}; leave one of them out."
+                    )
+        self.objective()
         self.kernel_options()
         if self.share_prompt and not self.padding_free:
             raise ValueError("`share_prompt=True` needs `padding_free=True`: prompts are shared inside a packed row.")
         if self.truncation_mode != "keep_start":
             raise ValueError("Sequences are cut at their end; leave `truncation_mode='keep_start'`.")
+        if self.score_turns not in ("all", "assistant"):
+            raise ValueError(f"`score_turns` must be 'all' or 'assistant', got {self.score_turns!r}.")
         if self.reference_free and (self.reference_logps or self.sync_ref_model or self.skip_chosen_reference):
             raise ValueError(
                 "`reference_free=True` contradicts `reference_logps`, `sync_ref_model` and `skip_chosen_reference`; "
                 "there is no reference."
             )
-        if self.reference_free or self.reference_logps:
-            self.precompute_ref_log_probs = True  # so that no reference model is loaded
+        if self.reference_logps and self.sync_ref_model:
+            raise ValueError("`reference_logps` holds a reference that stays; leave `sync_ref_model` out.")
+        if self.disable_dropout and self.neftune_noise_alpha:
+            check_no_neftune(nn.Module(), self.neftune_noise_alpha)
 
-    def infopo_options(self) -> InfoPOOptions:
-        """Hyper-parameters of the objective."""
-        return InfoPOOptions(
-            self.beta, self.offset, self.max_log_weight, self.min_log_weight, self.sft_weight, self.average
-        )
+    def objective(self) -> Objective:
+        """The objective that `loss_type` names, with its hyper-parameters."""
+        kind = self.loss_type[0]
+        if kind == "sigmoid":
+            return DPO(self.beta, self.average)
+        if kind == "ipo":
+            return IPO(self.beta)
+        if kind == "simpo":
+            return SimPO(self.beta, self.simpo_gamma)
+        if kind == "sft":
+            return SFT()
+        return InfoPO(self.beta, self.offset, self.max_log_weight, self.min_log_weight, self.sft_weight, self.average)
 
     def kernel_options(self) -> KernelOptions:
         """Backend and workspace."""
         return KernelOptions(self.backend, self.workspace_mib)
 
 
-class InfoPOTrainer(DPOTrainer):
-    """`DPOTrainer` with the InfoPO loss, formed from hidden states without logits.
+class _NoReference(nn.Module):
+    """Given to `DPOTrainer` as `ref_model`, so that it loads none; the trainer's `ref_model` is None then."""
+
+
+class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
+    """`DPOTrainer` with the InfoPO loss (or another, by `loss_type`), formed from hidden states without logits.
 
     Takes what `DPOTrainer` takes (model or its name, `ref_model`, datasets in preference format, `peft_config`,
-    callbacks, ...), with an `InfoPOConfig`. A dataset that holds `ref_chosen_logps` and `ref_rejected_logps` (only the
-    latter with `skip_chosen_reference`) is not scored by a reference model when `precompute_ref_log_probs=True`.
+    callbacks, ...), with an `InfoPOConfig`. Rows may list several rejected responses, and have a `weight`. No reference
+    model is loaded where none is needed: with `reference_free`, `reference_logps`, a loss without reference, or
+    datasets that hold `ref_chosen_logps` and `ref_rejected_logps` (only the latter with `skip_chosen_reference`).
 
     Logged beside TRL's `rewards/*`, `logps/*`, `num_tokens` and `aux_loss`: `mi_lower_bound`, `rejected_weight/mean`,
     `/max`, `/underflowed`, `/capped`, `scored_tokens`. TRL's `entropy`, `logits/*` and `mean_token_accuracy` are not:
@@ -133,7 +179,10 @@ class InfoPOTrainer(DPOTrainer):
 
     Raises:
         TypeError: `args` is not an `InfoPOConfig`, or the head cannot be served (see `attach_linear_logps`).
-        ValueError: options that contradict the model or the data.
+        ValueError: options that contradict the model or the data; split sequences (context parallelism).
+        FloatingPointError: while training, a loss or a gradient that is not finite; no weight is changed by that step.
+        RuntimeError: the model's attached forward was lost; with `strict_checks`, a first step that is not the
+            reference's.
     """
 
     _tag_names = ["trl", "infopo"]  # noqa: RUF012
@@ -151,20 +200,56 @@ class InfoPOTrainer(DPOTrainer):
             raise TypeError(f"`args` must be an InfoPOConfig, got {type(args).__name__}; it takes DPOConfig's fields.")
         if args.reference_free and ref_model is not None:
             raise ValueError("`ref_model` was given with `reference_free=True`; leave one of them out.")
-        self._infopo, self._kernel = args.infopo_options(), args.kernel_options()
-        packed = args.padding_free
-        if kwargs.get("data_collator") is None and not _has_images(kwargs.get("train_dataset")):
+        check_start(model)
+        self.objective, self._kernel = args.objective(), args.kernel_options()
+        self.strict_checks, self.skip_chosen_reference = args.strict_checks, args.skip_chosen_reference
+        self._table = ReferenceTable.read(args.reference_logps) if args.reference_logps else None
+        if self._table is not None:
+            self._table.check_options(
+                average=self.objective.average, max_length=args.max_length, skip_chosen=args.skip_chosen_reference
+            )  # before a model is loaded; its type and weights, below
+        packed, images = args.padding_free, _has_images(kwargs.get("train_dataset"))
+        if kwargs.get("data_collator") is None and not images:
             kwargs["processing_class"] = _processing_class(kwargs.get("processing_class"), model, args)
             kwargs["data_collator"] = _collator(kwargs["processing_class"], args)
         elif packed:
             raise ValueError("`padding_free=True` has its own collator for text; leave `data_collator` and images out.")
         if packed and kwargs.get("compute_metrics") is not None:
             raise ValueError("`compute_metrics` takes padded logits; it does not go with `padding_free=True`.")
+        given = ref_model
+        if ref_model is None and self._needs_no_reference(kwargs, args):
+            ref_model = _NoReference()
         args.padding_free = False  # DPOTrainer would switch it off with a warning
         try:
             super().__init__(model, ref_model=ref_model, args=args, **kwargs)
         finally:
             args.padding_free = packed
+        if self._table is not None:
+            self._table.check_model(self.model)
+            self._table.check_options(
+                average=self.objective.average,
+                max_length=args.max_length,
+                skip_chosen=args.skip_chosen_reference,
+                dtype=computing_type(self.model, self._autocast_type()),
+            )
+        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for dataset in (self.train_dataset, *evaluations.values()):
+            if "chosen_ids" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
+                check_features(dataset, self.model, max_length=args.max_length)
+        self._is_start = given is None or same_start(self.model, given)
+        self._prepare_preferences(self.ref_model, dropout=args.disable_dropout)
+
+    def _needs_no_reference(self, kwargs: dict[str, Any], args: Any) -> bool:
+        if args.reference_free or self.objective.reference == "none" or self._table is not None:
+            return True
+        evaluations = kwargs.get("eval_dataset")
+        evaluations = list(evaluations.values()) if isinstance(evaluations, dict) else [evaluations]
+        given = [kwargs.get("train_dataset"), *evaluations]
+        return all(self._holds_references(dataset) for dataset in given if dataset is not None)
+
+    def _holds_references(self, dataset: Any) -> bool:
+        row: dict[str, Any] = next(iter(dataset), {})
+        return "ref_rejected_logps" in row and ("ref_chosen_logps" in row or self.skip_chosen_reference)
 
     # Models are attached the moment they are set, before Accelerate, FSDP or DeepSpeed wrap them.
 
@@ -184,84 +269,120 @@ class InfoPOTrainer(DPOTrainer):
 
     @ref_model.setter
     def ref_model(self, value: Any) -> None:
-        self._reference_model = _attached(value, self._kernel)
+        self._reference_model = _attached(None if isinstance(value, _NoReference) else value, self._kernel)
 
-    def _without_reference_model(self, dataset: Any) -> Any | None:
-        """The dataset if it needs no reference model, or has what the reference model would say; else None."""
-        if self.args.reference_free:
-            return dataset
-        names = dataset.column_names or []
-        if "ref_rejected_logps" in names and ("ref_chosen_logps" in names or self.args.skip_chosen_reference):
-            return dataset
-        return None
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """Features of a dataset or a stream, with the references of the file, if there is one."""
+        features = feature_dataset(
+            dataset,
+            processing_class,
+            args.max_length,
+            score_turns=args.score_turns,
+            num_proc=args.dataset_num_proc,
+            name=dataset_name,
+        )
+        if self._table is None or self._holds_references(features):
+            return features
+        return features.map(self._table.lookup)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if not self._is_vision_dataset:
+            columns: list[str] = vars(self)["_signature_columns"]
+            own = ("chosen_mask", "rejected_mask", "weight")
+            self._signature_columns = [*columns, *(name for name in own if name not in columns)]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if (ready := self._without_reference_model(dataset)) is not None:
-            return ready
-        if self.args.reference_logps:
-            table = ReferenceTable.read(self.args.reference_logps)
-            table.check_model(self.model)
-            table.check_options(
-                average=self.args.average, max_length=self.args.max_length, skip_chosen=self.args.skip_chosen_reference
-            )
-            return dataset.map(table.lookup, desc=f"Reading reference log probs for {name} dataset")
+        if self._needs_no_reference({"train_dataset": dataset}, self.args):
+            return dataset
+        if not dataset.cache_files:
+            return self._precompute_in_memory(dataset, batch_size)
         # TRL caches by model and data; what is summed depends on these too.
         kept: Any = vars(self)["_precompute_model_hash"]
-        self._precompute_model_hash = (kept, "infopo", self.args.average, self.args.skip_chosen_reference)
+        self._precompute_model_hash = (kept, "infopo", self.objective.average, self.skip_chosen_reference)
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
             self._precompute_model_hash = kept
 
+    def _precompute_in_memory(self, dataset: Any, batch_size: int) -> Any:
+        """Without TRL's cache file, which lies in a temporary directory of each process."""
+        R, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = -(-len(dataset) // (batch_size * R)) * batch_size
+        # Every rank makes as many passes, since sharded weights travel in each; what is too much is scored twice.
+        own = [index % len(dataset) for index in range(rank * size, (rank + 1) * size)]
+        model = self.ref_model or self.model
+        values: list[tuple[float, float]] = []
+        for start in range(0, size, batch_size):
+            batch = self.data_collator([dataset[index] for index in own[start : start + batch_size]])
+            chosen, rejected = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
+            values += zip(chosen.tolist(), rejected.tolist(), strict=True)
+        found = (gather_object(values) if R > 1 else values)[: len(dataset)]
+        names = ("ref_chosen_logps", "ref_rejected_logps")
+        for name, column in zip(names, zip(*found, strict=True), strict=True):
+            dataset = dataset.add_column(name, list(column))
+        return dataset
+
+    # --- the step -------------------------------------------------------------------------------------------------
+
+    def reference_for(self, model: Any) -> tuple[Any, Any] | None:
+        """`ref_model`, or the model with the adapter that training starts from, or with none."""
+        if self.args.reference_free or self._table is not None or self.objective.reference == "none":
+            return None
+        if self.ref_model is not None:
+            return self.ref_model, None
+        if not is_peft_model(self.model):
+            return None
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        return model, use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
+
+    def reference_is_the_start(self) -> bool:
+        """Not if `ref_model` was given and is another model, nor with virtual tokens, which always have an effect."""
+        virtual = has_virtual_tokens(self.model) and "ref" not in getattr(self.model, "peft_config", {})
+        return self._is_start and not virtual
+
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities of a batch, float64, chosen and rejected."""
-        with self.accelerator.autocast():
-            chosen, rejected = self._reference(model, split_inputs(inputs)[0]).chunk(2)
-        return chosen, rejected
-
-    def _reference(self, model: Any, model_inputs: Any) -> Tensor:
         adapter = None
         if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            return reference_logps(
+        with self.accelerator.autocast():
+            logps = reference_logps(
                 model,
-                {**model_inputs, "use_cache": False},
-                average=self._infopo.average,
-                skip_chosen=self.args.skip_chosen_reference,
+                {**split_inputs(inputs)[0], "use_cache": False},
+                average=self.objective.average,
+                skip_chosen=self.skip_chosen_reference,
                 adapter=adapter,
             )
+        chosen, rejected = logps.chunk(2)
+        return chosen, rejected
+
+    def _reference_logps(self, model: Any, model_inputs: Any, known: Any) -> Tensor:
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return super()._reference_logps(model, model_inputs, known)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        mode = "train" if self.model.training else "eval"
-        model_inputs, known = split_inputs(inputs)
-        if self.args.reference_free:
-            known.pop("ref_logps", None)
-        elif "ref_logps" not in known:
-            reference = model if self.ref_model is None else self.ref_model
-            known["ref_logps"] = self._reference(reference, model_inputs)
-        if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        out = infopo_output(
-            model, model_inputs, known, self._infopo, skip_chosen_reference=self.args.skip_chosen_reference
-        )
-        loss = out.infopo.loss
+        mode = "train" if self._eval_sums is None else "eval"
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        out, result = self.preference_loss(model, inputs, **router)
+        loss = result.loss
         if self.aux_loss_enabled:  # with TRL's coefficient, which the user may have set
+            assert out.aux_loss is not None
             loss = loss + self.router_aux_loss_coef * out.aux_loss
             aux_loss = self.accelerator.gather_for_metrics(out.aux_loss.detach())
             self._metrics[mode]["aux_loss"].append(aux_loss.mean().item())
-        self._log_batch(mode, out, inputs)
+        self._count_tokens(mode, inputs)
         if not return_outputs:
             return loss
-        drop = ("labels", "cu_seqlens", "rows", "output_router_logits")
+        model_inputs = split_inputs(inputs)[0]
+        drop = ("labels", "cu_seqlens", "rows")
         with torch.no_grad():
             return loss, model(**{key: value for key, value in model_inputs.items() if key not in drop})
 
-    def _log_batch(self, mode: str, out: Any, inputs: Any) -> None:
-        gathered = self.accelerator.gather(metric_sums(out.infopo, self._infopo)[None])
-        for name, value in metrics(gathered).items():
-            self._metrics[mode][name].append(value)
+    def _count_tokens(self, mode: str, inputs: Any) -> None:
         if mode == "train":
             mask = inputs.get("attention_mask")
             padded = mask is not None and mask.ndim == 2
@@ -269,10 +390,26 @@ class InfoPOTrainer(DPOTrainer):
             self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item() // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds what is counted beside the loss, under the prefix of this data set."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
+        output.metrics.update({f"{prefix}_{name}": sum(v) / len(v) for name, v in self._metrics["eval"].items()})
+        self._metrics["eval"].clear()
+        return output
+
+    def _log(self, logs: dict[str, float], start_time: float | None) -> None:
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics["train"].items()}
+            self._metrics["train"].clear()
+        super(DPOTrainer, self).log(logs, start_time)  # DPOTrainer's would guess the prefix from the model's mode
+
 
 def _attached(model: Any, kernel: KernelOptions) -> Any:
     """The model, attached unless it is already, inside whatever wraps it."""
-    if model is not None and not is_attached(extract_model_from_parallel(model, keep_torch_compile=False)):
+    if model is not None and not is_attached(model):
         attach_linear_logps(model, kernel=kernel)
     return model
 

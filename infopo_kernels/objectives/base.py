@@ -29,6 +29,9 @@ from torch import Tensor
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows, sequence_sums
 
+Known = Literal["none", "some", "all"]
+References = Literal["none", "rejected", "all"]
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -101,12 +104,12 @@ class Objective(ABC):
 
     name: ClassVar[str]
     """Unique, lower case."""
-    known: ClassVar[Literal["none", "some", "all"]] = "none"
+    known: ClassVar[Known] = "none"
     """Of which sequences slope_s is known before any log-probability is. With "some", the other slopes must not depend
     on the log-probabilities of these."""
     pairwise: ClassVar[bool] = False
     """Whether terms depend on both sequences of a pair."""
-    reference: ClassVar[Literal["none", "rejected", "all"]] = "all"
+    reference: ClassVar[References] = "all"
     """The sequences whose reference log-probabilities the gradients depend on."""
 
     @property

@@ -26,12 +26,12 @@ IEEE Transactions on Information Theory 56 (2010).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from infopo_kernels.objectives.base import Objective, Sequences, Terms, levels
+from infopo_kernels.objectives.base import Known, Objective, References, Sequences, Terms, levels
 from infopo_kernels.options import require_bool, require_finite, require_positive
 
 
@@ -62,8 +62,8 @@ class InfoPO(Objective):
     average: bool = False
 
     name: ClassVar[str] = "infopo"
-    known: ClassVar[Literal["none", "some", "all"]] = "some"
-    reference: ClassVar[Literal["none", "rejected", "all"]] = "rejected"
+    known: ClassVar[Known] = "some"
+    reference: ClassVar[References] = "rejected"
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta, "typical values lie between 0.01 and 1.")

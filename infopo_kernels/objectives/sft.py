@@ -11,12 +11,12 @@ Source: maximum likelihood; the term that `sft_weight` adds to InfoPO.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from infopo_kernels.objectives.base import Objective, Sequences, Terms, levels
+from infopo_kernels.objectives.base import Known, Objective, References, Sequences, Terms, levels
 from infopo_kernels.options import require_bool
 
 
@@ -34,8 +34,8 @@ class SFT(Objective):
     average: bool = True
 
     name: ClassVar[str] = "sft"
-    known: ClassVar[Literal["none", "some", "all"]] = "all"
-    reference: ClassVar[Literal["none", "rejected", "all"]] = "none"
+    known: ClassVar[Known] = "all"
+    reference: ClassVar[References] = "none"
 
     def __post_init__(self) -> None:
         require_bool("average", self.average)

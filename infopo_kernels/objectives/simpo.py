@@ -11,11 +11,12 @@ equation (6).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from infopo_kernels.objectives.base import References
 from infopo_kernels.objectives.pairwise import Pairwise
 from infopo_kernels.options import require_finite, require_positive
 
@@ -36,7 +37,7 @@ class SimPO(Pairwise):
     gamma: float = 1.0
 
     name: ClassVar[str] = "simpo"
-    reference: ClassVar[Literal["none", "rejected", "all"]] = "none"
+    reference: ClassVar[References] = "none"
 
     def __post_init__(self) -> None:
         require_positive("beta", self.beta, "typical values lie between 2 and 10.")

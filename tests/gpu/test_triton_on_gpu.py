@@ -13,10 +13,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from infopo_kernels import InfoPOOptions, linear_infopo_loss, linear_logps
+from infopo_kernels import (
+    DPO,
+    IPO,
+    SFT,
+    InfoPO,
+    InfoPOOptions,
+    SimPO,
+    linear_infopo_loss,
+    linear_logps,
+    linear_preference_loss,
+)
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import TritonBackend
-from infopo_kernels.objectives import evaluate
+from infopo_kernels.objectives import Objective, evaluate
 from tests import support
 from tests import triton_problems as tp
 from tests.support import CASES, Case
@@ -132,7 +142,7 @@ def test_small_workspace(mib: int, weight_dtype: torch.dtype) -> None:
 def test_infopo_loss_and_gradients(case: Case) -> None:
     inputs = support.make(case, torch.float32)
     got = support.fused(inputs, device=DEVICE, backend="triton")
-    support.assert_result(got, support.plain(inputs, torch.float64), support.plain(inputs, torch.float32))
+    support.assert_result(got, support.plain(inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -140,13 +150,7 @@ def test_infopo_loss_and_gradients(case: Case) -> None:
 def test_loss_from_16_bit_inputs(case: Case, dtype: torch.dtype) -> None:
     inputs = support.make(case, dtype)
     got = support.fused(inputs, device=DEVICE, backend="triton")
-    truth, single = support.plain(inputs, torch.float64), support.plain(inputs, torch.float32)
-    support.assert_close("loss", got.loss, truth.loss, single.loss)
-    same_type = support.plain(inputs, dtype)
-    for key, exact in truth.gradients.items():
-        if exact is not None:
-            ours, theirs = (r.gradients[key].cpu().double() - exact for r in (got, same_type))  # type: ignore[union-attr]
-            assert ours.norm() <= 1.1 * theirs.norm() + 2.0**-9 * exact.norm(), f"gradient of {key}"
+    support.assert_result(got, support.plain(inputs))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -154,8 +158,7 @@ def test_loss_from_16_bit_inputs(case: Case, dtype: torch.dtype) -> None:
 def test_logps_and_gradients(case: Case, reduction: str) -> None:
     inputs = support.make(case, torch.float32)
     got = support.fused_logps(inputs, reduction, device=DEVICE, backend="triton")
-    truth, single = (support.plain_logps(inputs, reduction, d) for d in (torch.float64, torch.float32))
-    support.assert_result(got, truth, single)
+    support.assert_result(got, support.plain_logps(inputs, reduction))
 
 
 def test_objective() -> None:
@@ -173,6 +176,39 @@ def test_objective() -> None:
         assert got is not None
         for name, value, exact in zip(truth._fields, got, truth, strict=True):
             torch.testing.assert_close(value.cpu(), exact, rtol=1e-11, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+OBJECTIVES = [InfoPO(0.3), DPO(0.3), IPO(0.5), SimPO(2.0, 0.7), SFT()]
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_objectives(objective: Objective, trained: tuple[str, ...]) -> None:
+    case = Case(
+        f"objective-{objective.name}", objective=objective, packed=True, shift=True, weighted=True, trained=trained
+    )
+    inputs = support.make(case, torch.float32)
+    got = support.fused(inputs, device=DEVICE, backend="triton")
+    support.assert_result(got, support.plain(inputs))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_no_objective_waits_for_the_device(objective: Objective) -> None:
+    """Not even to count chosen and rejected sequences; where their numbers differ the loss of pairs is NaN."""
+    inputs = support.make(Case("waits", objective=objective, reference=False), torch.float32)
+    there, leaves = inputs.moved(DEVICE), inputs.fresh(device=DEVICE)
+    chosen = torch.tensor([True, False, True, True]).to(DEVICE)
+
+    def run(is_chosen: torch.Tensor | None = None) -> torch.Tensor:
+        loss = linear_preference_loss(**leaves, labels=there.labels, objective=objective, is_chosen=is_chosen).loss
+        loss.backward()
+        return loss
+
+    run()  # compiles the kernels
+    with no_synchronisation():
+        run()
+        unequal = run(chosen)
+    assert unequal.isnan() == objective.pairwise
 
 
 def random_head(n: int, h: int, v: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Head, torch.Tensor]:

@@ -1,0 +1,171 @@
+#include "chunk.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace infopo {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+}  // namespace
+
+Chunk::Chunk(const TileKernels& kernels, const Head& head, const int64_t* labels, int64_t n, const Want& want)
+    : k(kernels),
+      p(head),
+      sizes(require_sizes(kernels, head, n, want)),
+      arena_(bytes_of(kernels, head, sizes, want)),
+      b(arena_, kernels, head, sizes, want),
+      want_(want),
+      labels_(labels) {}
+
+void Chunk::load(const int64_t* chunk_rows, int64_t n, const int64_t* chunk_slots) {
+  if (chunk_rows == rows) return;
+  rows = chunk_rows;
+  slots = chunk_slots;
+  live = n;
+  C = round_up(n, k.lanes);
+  for (int64_t c = 0; c < C; ++c) b.labels[c] = c < live ? labels_[rows[c]] : kIgnoreIndex;
+  const int64_t panels = ceil_div(live, k.panel);
+  on_threads(sizes.threads, [&](int64_t t) {
+    const Range own = part(panels, sizes.threads, t), own_rows = part(live, sizes.threads, t);
+    if (!slots) k.pack_columns(p.hidden, rows, live, p.H, own.begin, own.end, b.columns);
+    if (want_.rows_panels) k.pack_rows(p.hidden, rows, 0, own_rows.begin, own_rows.end, live, p.H, b.rows);
+  });
+}
+
+void Chunk::load_weights(const float* row_weight, const float* lse) const {
+  for (int64_t c = 0; c < C; ++c) {
+    b.coefficient[c] = c < live ? -p.map.scale * row_weight[rows[c]] : 0;
+    if (lse || c >= live) b.lse[c] = c < live ? lse[rows[c]] : kInfinity;
+  }
+}
+
+void Chunk::reset_reduction() const {
+  std::fill_n(b.max, sizes.threads * C, -kInfinity);
+  std::fill_n(b.sum, sizes.threads * C, 0.0);
+  std::fill_n(b.target, C, kNaN);  // stays NaN for a label outside the vocabulary
+}
+
+void Chunk::pick_targets(const Tile& tile) const {
+  for (int64_t c = 0; c < live; ++c) {
+    const int64_t v = b.labels[c] - tile.v0;
+    if (v >= 0 && v < tile.rows) b.target[c] = tile.z[v * tile.ld + c];
+  }
+}
+
+// An infinite lse comes of an infinite logit: no probability is defined then.
+void Chunk::write_logprob(int64_t c, double m, double s, float* l, float* lse) const {
+  const double value = m + std::log(s);
+  b.lse[c] = std::isfinite(value) ? static_cast<float>(value) : kNaN;
+  lse[rows[c]] = b.lse[c];
+  l[rows[c]] = std::isfinite(value) ? static_cast<float>(b.target[c] - value) : kNaN;
+}
+
+void Chunk::merge_threads(float* l, float* lse) const {
+  for (int64_t c = 0; c < live; ++c) {
+    double m = -kInfinity, s = 0;
+    for (int64_t t = 0; t < sizes.threads; ++t) m = std::max(m, static_cast<double>(max(t)[c]));
+    for (int64_t t = 0; t < sizes.threads; ++t) {
+      const double s_t = sum(t)[c];
+      if (s_t != 0) s += s_t * std::exp(max(t)[c] - m);
+    }
+    write_logprob(c, m, s, l, lse);
+  }
+}
+
+// The tile's logits to slots first ... first + live - 1 of the store.
+void Chunk::keep(const Tile& tile, const LogitStore& store, int64_t first) const {
+  for (int64_t v = 0; v < tile.rows; ++v) {
+    std::memcpy(store.row(tile.v0 + v) + first, tile.z + v * tile.ld, live * sizeof(float));
+  }
+}
+
+// And back. Padded columns become 0: whatever memory held before, a weight of 0 must not turn it into NaN.
+void Chunk::take_back(const Tile& tile, const LogitStore& store) const {
+  const bool adjacent = slots[live - 1] - slots[0] == live - 1;
+  for (int64_t v = 0; v < tile.rows; ++v) {
+    const float* from = store.row(tile.v0 + v);
+    float* to = tile.z + v * tile.ld;
+    if (adjacent) {
+      std::memcpy(to, from + slots[0], live * sizeof(float));
+    } else {
+      for (int64_t c = 0; c < live; ++c) to[c] = from[slots[c]];
+    }
+    std::fill(to + live, to + C, 0.f);
+  }
+}
+
+void Chunk::reduce(float* l, float* lse, const LogitStore& store, int64_t first) const {
+  reset_reduction();
+  on_threads(sizes.threads, [&](int64_t t) {
+    for_own_tiles(t, 0, p.V, want_.all_logits ? b.z : nullptr, [&](const Tile& tile) {
+      k.logits(p.weight, b.columns, p.H, tile, stage(t));
+      k.finish(p.map, tile, max(t), sum(t));
+      pick_targets(tile);
+      if (store.data) keep(tile, store, first);
+      k.exponentials(p.map, tile, max(t), sum(t), false, nullptr);
+    });
+  });
+  merge_threads(l, lse);
+}
+
+void Chunk::weight_gradient(int64_t v0, int64_t v1, const BlockGradient& to) const {
+  on_threads(sizes.threads, [&](int64_t t) {
+    for_own_tiles(t, v0, v1, to.z, [&](const Tile& tile) {
+      if (slots) {
+        take_back(tile, to.store);
+      } else if (!to.have_logits) {
+        k.logits(p.weight, b.columns, p.H, tile, stage(t));
+        k.finish(p.map, tile, nullptr, nullptr);
+      }
+      k.gradient(p.map, tile, live, b.labels, b.lse, b.coefficient, to.db, scratch(t));
+      if (to.dW) {
+        float* out[kTile];
+        for (int64_t v = 0; v < tile.rows; ++v) out[v] = to.dW + (tile.v0 - v0 + v) * p.H;
+        k.multiply({.M = tile.rows,
+                    .N = p.H,
+                    .K = live,
+                    .a = tile.z,
+                    .lda = tile.ld,
+                    .b = b.rows,
+                    .b_rows = live,
+                    .out = out,
+                    .accumulate = to.add,
+                    .task_end = product_tasks(k, tile.rows, p.H)});
+      }
+      pack_weight(tile, v0, v1);
+    });
+  });
+}
+
+void Chunk::pack_weight(const Tile& tile, int64_t v0, int64_t v1) const {
+  if (b.weight) {
+    k.pack_rows(p.weight, nullptr, v0, tile.v0 - v0, tile.v0 - v0 + tile.rows, v1 - v0, p.H, b.weight);
+  }
+}
+
+void Chunk::hidden_gradient(int64_t v0, int64_t v1, const float* z, float* const* out) const {
+  const int64_t tasks = product_tasks(k, live, p.H);
+  on_threads(sizes.threads, [&](int64_t t) {
+    const Range own = part(tasks, sizes.threads, t);
+    k.multiply({.M = live,
+                .N = p.H,
+                .K = v1 - v0,
+                .a = z,
+                .lda = b.ld,
+                .a_by_column = true,
+                .b = b.weight ? b.weight : static_cast<const float*>(p.weight.data) + v0 * p.weight.stride,
+                .ldb = b.weight ? 0 : p.weight.stride,
+                .b_rows = v1 - v0,
+                .out = out,
+                .accumulate = true,
+                .task_begin = own.begin,
+                .task_end = own.end});
+  });
+}
+
+}  // namespace infopo

@@ -1,0 +1,88 @@
+// The three primitives: which schedule serves what is wanted.
+#include <cstring>
+#include <vector>
+
+#include "chunk.h"
+#include "schedules.h"
+
+namespace infopo {
+namespace {
+
+std::vector<int64_t> scored_rows(const Head& p, const int64_t* labels) {
+  std::vector<int64_t> rows;
+  rows.reserve(p.N);
+  for (int64_t t = 0; t < p.N; ++t) {
+    if (labels[t] != kIgnoreIndex) rows.push_back(t);
+  }
+  return rows;
+}
+
+// Whether `backward` has no room for the float32 sums of dX of that many rows: dX and dW come one after the other then.
+bool sums_too_large(const Head& p, int64_t rows) {
+  return p.hidden.dtype != Dtype::kFloat32 && rows * p.H * static_cast<int64_t>(sizeof(float)) > p.workspace_bytes / 3;
+}
+
+}  // namespace
+
+int64_t kept_rows(const Head& p, Dtype weight_gradient) {
+  const int64_t slots = LogitStore::in(nullptr, weight_gradient, p.H).slots;
+  // With dX and dW one after the other a row costs five products and a kept one three, where four do without keeping.
+  const bool apart = weight_gradient != Dtype::kFloat32 && sums_too_large(p, p.N);
+  return apart && 2 * slots <= p.N ? 0 : slots;
+}
+
+void logprob(const Head& p, const int64_t* labels, const LogitStore& keep, float* l, float* lse) {
+  const TileKernels& k = select_kernels(p.hidden.dtype);
+  const std::vector<int64_t> rows = scored_rows(p, labels);
+  if (rows.empty()) return;
+  Chunk chunk(k, p, labels, static_cast<int64_t>(rows.size()), {.own_tiles = true, .reduce = true});
+  if (keep.data) keep.populate(p.V, chunk.sizes.threads);
+  for_chunks(chunk, rows, [&](int64_t first) { chunk.reduce(l, lse, keep, first); });
+}
+
+void logprob_and_grad(const Head& p, const int64_t* labels, const float* row_weight, const Gradients& to, float* l,
+                      float* lse) {
+  const TileKernels& k = select_kernels(p.hidden.dtype);
+  const std::vector<int64_t> rows = scored_rows(p, labels);
+  if (rows.empty()) return;
+  const bool weight_side = to.weight || to.bias;
+  const bool adds_in_place = !to.weight || to.weight_dtype == Dtype::kFloat32;
+  if (weight_side && adds_in_place && stored_logits_fit(k, p, static_cast<int64_t>(rows.size()), to)) {
+    return from_stored_logits(k, p, labels, rows, row_weight, to, l, lse);
+  }
+  if (to.hidden) {
+    hidden_from_one_pass(k, p, labels, rows, row_weight, to.hidden, l, lse);
+  } else {
+    logprob(p, labels, {}, l, lse);
+  }
+  if (weight_side) backward(p, labels, lse, row_weight, to.without_hidden(), {});
+}
+
+void backward(const Head& p, const int64_t* labels, const float* lse, const float* row_weight, const Gradients& to,
+              const Kept& kept) {
+  const TileKernels& k = select_kernels(p.hidden.dtype);
+  LiveRows rows;
+  rows.store = LogitStore::in(to.weight, to.weight_dtype, p.H);
+  int64_t slot = 0;
+  for (int64_t t = 0; t < p.N; ++t) {
+    const bool is_kept = kept.any && kept.labels[t] != kIgnoreIndex;
+    if (labels[t] != kIgnoreIndex && row_weight[t] != 0) {
+      if (is_kept) rows.slots.push_back(slot);
+      (is_kept ? rows.kept : rows.others).push_back(t);
+    }
+    slot += is_kept;
+  }
+  if (rows.count() == 0 || !(to.hidden || to.weight || to.bias)) {
+    if (kept.any) std::memset(to.weight, 0, p.V * rows.store.row_bytes);
+    return;
+  }
+  const bool both = to.hidden && (to.weight || to.bias);
+  if (both && sums_too_large(p, rows.count())) {
+    from_lse(k, p, labels, rows, lse, row_weight, {.hidden = to.hidden}, false);
+    from_lse(k, p, labels, rows, lse, row_weight, to.without_hidden(), kept.any);
+    return;
+  }
+  from_lse(k, p, labels, rows, lse, row_weight, to, kept.any);
+}
+
+}  // namespace infopo

@@ -1,0 +1,157 @@
+// Vectors of float: the one place with intrinsics.
+//
+// Included once for each instruction set by foreach_target.h, which sets INFOPO_LANES (16, 8 or 4) and
+// INFOPO_ISA (the namespace that keeps the copies apart). What can be said with the compilers' vector extensions is;
+// intrinsics stand where those have no words: broadcast, fused multiply-add, minimum-cost conversions.
+//
+//   exp(x)   = 2^n * (1 + r + r^2 P(r)),  n = round(x / ln 2), r = x - n ln 2, |r| <= ln(2) / 2
+//   tanh(x)  = x + x^3 Q(x^2) for |x| < 0.625, else sign(x) (1 - 2 / (exp(2 |x|) + 1))
+//
+// P (degree 4, error of exp 3.4e-9) and Q (degree 5, error 2e-10) are minimax fits by Lawson's iteration: what is left is
+// the rounding of float. NaN goes through both.
+
+#include "tile_kernels.h"
+
+namespace infopo::INFOPO_ISA {
+
+inline constexpr int kLanes = INFOPO_LANES;
+
+#if INFOPO_LANES == 16
+using Vec = __m512;
+using Bits = __attribute__((vector_size(64))) uint32_t;
+using Halves = __attribute__((vector_size(32))) uint16_t;
+#elif INFOPO_LANES == 8
+using Vec = __m256;
+using Bits = __attribute__((vector_size(32))) uint32_t;
+using Halves = __attribute__((vector_size(16))) uint16_t;
+#else
+using Vec = __attribute__((vector_size(16))) float;
+using Bits = __attribute__((vector_size(16))) uint32_t;
+using Halves = __attribute__((vector_size(8))) uint16_t;
+#endif
+
+#define INFOPO_INLINE inline __attribute__((always_inline))
+
+INFOPO_INLINE Vec load(const float* p) {
+  Vec x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+INFOPO_INLINE void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof x); }
+
+INFOPO_INLINE Vec broadcast(float x) {
+#if INFOPO_LANES == 16
+  return _mm512_set1_ps(x);
+#elif INFOPO_LANES == 8
+  return _mm256_set1_ps(x);
+#else
+  return Vec{x, x, x, x};
+#endif
+}
+
+// a * b + c, rounded once where the instruction set can
+INFOPO_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if INFOPO_LANES == 16
+  return _mm512_fmadd_ps(a, b, c);
+#elif INFOPO_LANES == 8
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+INFOPO_INLINE float sum_lanes(Vec x) {
+  float lanes[kLanes], total = 0;
+  store(lanes, x);
+  for (int l = 0; l < kLanes; ++l) total += lanes[l];
+  return total;
+}
+
+// kLanes values of 16 bits to float: exact
+INFOPO_INLINE Vec widen_bf16(const uint16_t* p) {
+  Halves x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return reinterpret_cast<Vec>(__builtin_convertvector(x, Bits) << 16);
+}
+
+INFOPO_INLINE Vec widen_f16(const uint16_t* p) {
+#if INFOPO_LANES == 16
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif INFOPO_LANES == 8
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return Vec{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+#endif
+}
+
+INFOPO_INLINE void narrow_f16(const float* from, int64_t n, uint16_t* to) {
+  int64_t i = 0;
+#if INFOPO_LANES == 16
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m256i x = _mm512_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(to + i, &x, sizeof x);
+  }
+#elif INFOPO_LANES == 8
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m128i x = _mm256_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(to + i, &x, sizeof x);
+  }
+#endif
+  for (; i < n; ++i) to[i] = float_to_half(from[i]);
+}
+
+#if INFOPO_BF16_DOT
+// c + a_0 b_0 + a_1 b_1 for pairs of bfloat16; `pair` holds a_0 in its low half, for every lane
+INFOPO_INLINE Vec dot_pairs(uint32_t pair, const uint16_t* b, Vec c) {
+  const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
+  return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+}
+
+// kLanes floats rounded to bfloat16, each in the low half of a lane
+INFOPO_INLINE Bits round_to_bf16(Vec x) {
+  const Halves halves = reinterpret_cast<Halves>(_mm512_cvtneps_pbh(x));
+  return __builtin_convertvector(halves, Bits);
+}
+
+INFOPO_INLINE void store_low_halves(uint16_t* p, Bits x) {
+  const Halves halves = __builtin_convertvector(x, Halves);
+  __builtin_memcpy(p, &halves, sizeof halves);
+}
+#endif
+
+// Zero below -87 (no subnormals), infinity above 88.
+INFOPO_INLINE Vec exp(Vec x) {
+  const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it leaves round(x / ln 2) in the low bits
+  const Vec shifted = fma(x, broadcast(1.44269504f), magic);
+  const Vec n = shifted - magic;
+  Vec r = fma(n, broadcast(-0.693359375f), x);  // ln 2 in two parts: the first has few bits, so n * it is exact
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(0.0013951717410236597f);
+  p = fma(p, r, broadcast(0.008369598537683487f));
+  p = fma(p, r, broadcast(0.0416661873459816f));
+  p = fma(p, r, broadcast(0.16666512191295624f));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p * r, r, r) + broadcast(1.f);
+  const Bits exponent = (reinterpret_cast<Bits>(shifted) << 23) + (127u << 23);
+  Vec y = p * reinterpret_cast<Vec>(exponent);
+  y = x < broadcast(-87.f) ? Vec{} : y;
+  return x > broadcast(88.f) ? broadcast(__builtin_inff()) : y;
+}
+
+INFOPO_INLINE Vec tanh(Vec x) {
+  const Vec size = x < Vec{} ? -x : x;
+  const Vec u = x * x;
+  Vec q = broadcast(0.00209772028028965f);
+  q = fma(q, u, broadcast(-0.00812899973243475f));
+  q = fma(q, u, broadcast(0.021681642159819603f));
+  q = fma(q, u, broadcast(-0.05394339933991432f));
+  q = fma(q, u, broadcast(0.1333318054676056f));
+  q = fma(q, u, broadcast(-0.3333333134651184f));
+  const Vec near = fma(q * u, x, x);
+  const Vec far = broadcast(1.f) - broadcast(2.f) / (exp(size + size) + broadcast(1.f));
+  const Vec signed_far = x < Vec{} ? -far : far;
+  return size < broadcast(0.625f) ? near : signed_far;
+}
+
+}  // namespace infopo::INFOPO_ISA

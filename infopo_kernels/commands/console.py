@@ -1,0 +1,30 @@
+"""What the user sees: lines from the first process only."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import datasets
+import transformers
+
+
+def is_main() -> bool:
+    """Whether this is the first process of all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """One line, from the first process."""
+    if is_main():
+        print(text, flush=True)
+
+
+def quiet_other_processes() -> None:
+    """Silence logs, bars and warnings of libraries on every process but the first."""
+    if not is_main():
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        datasets.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+        warnings.simplefilter("ignore")

@@ -1,0 +1,39 @@
+"""What the user can put right is said in one line, without a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Final
+
+_LONGEST: Final = 600
+"""Characters of a line; libraries quote whole lists of files and tokens."""
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The command prints the message and exits with code 2."""
+
+
+def one_line(text: object) -> str:
+    """The text without line breaks, cut where a terminal would no longer show it at a glance."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
+
+
+def _raised_for_bad_input() -> tuple[type[Exception], ...]:
+    """What libraries raise for it. A damaged file of weights has an error of its own, once its package is loaded."""
+    kinds = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
+    safetensors = sys.modules.get("safetensors")
+    return kinds if safetensors is None else (*kinds, safetensors.SafetensorError)
+
+
+@contextlib.contextmanager
+def user_errors(prefix: str = "") -> Iterator[None]:
+    """Errors that libraries raise for bad input, as `UserError` with `prefix` before the message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _raised_for_bad_input() as error:
+        raise UserError(one_line(f"{prefix}{error}")) from error

@@ -1,0 +1,246 @@
+"""The output head of a causal language model, taught to hand over its input and to answer with log-probabilities.
+
+Only the class of the modules changes: weights, hooks, names and `state_dict` stay as they are. In an attached forward
+the head is called twice. The first call, by the model's own forward, only hands over its input. It does not count as a
+call of the module, so that no hook fires: FSDP2 frees the weights of a unit after its last module's call, and
+Accelerate puts final norm and head into one unit, of which the second call would find nothing. The second call is an
+ordinary one, with a request.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from infopo_kernels.integrations.logit_transform import known_logits
+from infopo_kernels.integrations.sealed import Sealed, least_cast
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the second call of the head is asked for."""
+
+    run: Callable[[Tensor, Tensor, Tensor | None], tuple[Any, ...]]
+    """Of hidden states, weight and bias."""
+
+    def answer(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """A plain tuple, which every wrapper's hooks know how to walk through; last the same, sealed."""
+        values = self.run(hidden.to(weight.device), weight, bias)
+        return (*values, Sealed(values))
+
+
+def ask(head: HandsOver, hidden: Tensor, run: Callable[[Tensor, Tensor, Tensor | None], tuple[Any, ...]]) -> Any:
+    """What `run` makes of hidden states and the head's weight, inside the head's forward, where the weight is whole."""
+    *seen, original = head(hidden, request=Request(run))
+    return least_cast(tuple(seen), original.value)
+
+
+class HandsOver(nn.Module):
+    """A head that, while it is told to, hands over its input instead of being called."""
+
+    _handed_over: list[Tensor] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._handed_over is None:
+            return super().__call__(*args, **kwargs)
+        given: Tensor = args[0] if args else next(iter(kwargs.values()))
+        self._handed_over.append(given)
+        return known_logits(vocabulary_size(self), given)
+
+
+class LogProbHead(HandsOver, nn.Linear):
+    """A linear head that also answers requests."""
+
+    def forward(self, input: Tensor, request: Request | None = None) -> Any:
+        """Logits, or the answer to `request`."""
+        if request is None:
+            return super().forward(input)
+        for name, tensor in (("hidden states", input), ("weight", self.weight)):
+            if is_dtensor(tensor):
+                raise TypeError(f"The head got a DTensor as {name}: it {_TENSOR_PARALLEL}")
+        return request.answer(input, self.weight, self.bias)
+
+
+class _WrappedHead(HandsOver):
+    """One of PEFT's wrappers around a linear head, see `_wrapped`."""
+
+    def forward(self, *args: Any, request: Request | None = None, **kwargs: Any) -> Any:
+        if request is None:
+            return super().forward(*args, **kwargs)
+        if "token_adapter" in self._modules:  # it forms its logits from the weight with the trained rows put in
+            weight: Any = self.weight
+            return request.answer(args[0], weight, None)
+        return super().forward(*args, request=request, **kwargs)  # hands both to its layer
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuilt, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def _wrapped(kind: Any) -> Any:
+    """A class of PEFT (or FSDP2's class made of it) with `_WrappedHead` in front."""
+    return type(kind.__name__, (_WrappedHead, kind), {"__module__": kind.__module__})
+
+
+def _rebuilt(kind: Any) -> Any:
+    cls = _wrapped(kind)
+    return cls.__new__(cls)
+
+
+_SHARDED = "is sharded already. Attach before the model is sharded or handed to `accelerator.prepare`."
+_TENSOR_PARALLEL = (
+    "is split over devices along its vocabulary (transformers' `tp_plan`, `parallelize_module`), and its "
+    "log-probabilities need the whole vocabulary. Leave the head out of the plan (a `tp_plan` without 'lm_head'), so "
+    "that each device holds it whole; the other layers may stay split."
+)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a shard; by name, so that nothing of torch.distributed is imported."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def _is_quantised(head: Any) -> bool:
+    """Whether the weight of a head is packed integers, or a tensor that only looks like floating point."""
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor):
+        return weight is not None or hasattr(head, "qweight")
+    plain = type(weight).__name__ in ("Parameter", "Tensor", "DTensor")
+    return not (plain and weight.is_floating_point())
+
+
+def linear_layers(causal: Any) -> list[nn.Linear]:
+    """The linear layers that a model's head may run: one, or with PEFT's `modules_to_save` the original and its copies.
+
+    Raises:
+        TypeError: the head is anything else; says why it cannot be served, and the way out.
+    """
+    head = causal.get_output_embeddings()
+    if head is None:
+        raise TypeError(
+            f"{type(causal).__name__} has no output embeddings; pass a causal language model (AutoModelForCausalLM)."
+        )
+    layers = _layers(head, causal)
+    if "token_adapter" in head._modules and layers[0].bias is not None:
+        raise _refusal(
+            head,
+            causal,
+            "has a bias, which PEFT's `trainable_token_indices` leaves out of the logits. Name the embedding alone in "
+            "`trainable_token_indices`, or train the head whole with `modules_to_save=['lm_head']`.",
+        )
+    return layers
+
+
+def _layers(head: Any, causal: Any) -> list[nn.Linear]:
+    parts = getattr(head, "_modules", {})
+    if "modules_to_save" in parts:
+        copies = [head.original_module, *head.modules_to_save.values()]
+        return [layer for copy in copies for layer in _layers(copy, causal)]
+    if "token_adapter" in parts:
+        return _layers(head.token_adapter.base_layer, causal)
+    quantised = _is_quantised(head)
+    taught = isinstance(head, LogProbHead)
+    if (taught or type(head) is nn.Linear) and not quantised:
+        if is_dtensor(head.weight) and not taught:
+            raise _refusal(head, causal, _SHARDED if type(causal).__name__.startswith("FSDP") else _TENSOR_PARALLEL)
+        _check_own_forward(head, causal)
+        return [head]
+    if hasattr(head, "base_layer"):
+        reason = (
+            "carries an adapter, which log-probabilities formed from its weight would leave untrained. Take the head "
+            "out of `target_modules` (list the layers, or use 'all-linear', which leaves it out), or train it whole "
+            "with `modules_to_save=['lm_head']`."
+        )
+    elif type(head).__name__.startswith("FSDP"):
+        reason = _SHARDED
+    elif quantised:
+        reason = (
+            "is quantised, and log-probabilities need its weight in floating point. Leave the head out of the "
+            "quantisation (`llm_int8_skip_modules=['lm_head']`, `modules_to_not_convert=['lm_head']`)."
+        )
+    else:
+        reason = "is not a plain torch.nn.Linear. Replace it by one, or use the model's own logits."
+    raise _refusal(head, causal, reason)
+
+
+def _refusal(head: Any, causal: Any, reason: str) -> TypeError:
+    return TypeError(f"The head of {type(causal).__name__} (a {type(head).__name__}) {reason}")
+
+
+def forward_attribute(module: nn.Module) -> str:
+    """Where a module's forward is kept; Accelerate's hooks (of a `device_map`) wrap the one under another name."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def _check_own_forward(layer: nn.Linear, causal: Any) -> None:
+    """A forward of the instance would run instead of ours."""
+    present = layer.__dict__.get(forward_attribute(layer))
+    if present is None or getattr(present, "__func__", None) in (nn.Linear.forward, LogProbHead.forward):
+        return
+    patch = getattr(present, "__qualname__", repr(present))
+    raise _refusal(
+        layer,
+        causal,
+        f"has a forward of another library or script ({patch}), which its log-probabilities would pass by. Undo that "
+        f"patch of the head.",
+    )
+
+
+def prepare(causal: Any) -> HandsOver:
+    """Teach a model's head, and return it; what was taught before stays as it is.
+
+    Raises:
+        TypeError: see `linear_layers`.
+    """
+    for layer in linear_layers(causal):
+        if not isinstance(layer, LogProbHead):
+            layer.__class__ = LogProbHead
+        attribute = forward_attribute(layer)
+        if getattr(layer.__dict__.get(attribute), "__func__", None) is nn.Linear.forward:
+            setattr(layer, attribute, MethodType(LogProbHead.forward, layer))
+    head = causal.get_output_embeddings()
+    if not isinstance(head, HandsOver):
+        kind: Any = type(head)
+        head.__class__ = _wrapped(kind)
+    taught: HandsOver = head
+    return taught
+
+
+def restore(causal: Any) -> None:
+    """Undo `prepare`."""
+    for layer in linear_layers(causal):
+        layer.__class__ = nn.Linear
+        attribute = forward_attribute(layer)
+        if attribute in layer.__dict__:
+            setattr(layer, attribute, MethodType(nn.Linear.forward, layer))
+    head = causal.get_output_embeddings()
+    if isinstance(head, _WrappedHead):
+        head.__class__ = type(head).__bases__[1]
+
+
+def vocabulary_size(head: Any) -> int:
+    """V, the number of logits; also while the weight is sharded."""
+    if isinstance(head, nn.Linear):
+        return head.out_features
+    inner = head.token_adapter.base_layer if "token_adapter" in head._modules else head.original_module
+    return int(inner.out_features)
+
+
+class handed_over:
+    """While active, `head` hands over what enters it; yields the list that it goes to."""
+
+    def __init__(self, head: HandsOver) -> None:
+        self._head = head
+
+    def __enter__(self) -> list[Tensor]:
+        hidden: list[Tensor] = []
+        self._head._handed_over = hidden
+        return hidden
+
+    def __exit__(self, *exception: object) -> None:
+        self._head._handed_over = None

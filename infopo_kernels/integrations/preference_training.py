@@ -1,0 +1,308 @@
+"""What `PreferenceTrainer` and `InfoPOTrainer` share: the step and everything that is checked around it.
+
+A mixin in front of transformers' `Trainer`. It gives the loss of a batch (`preference_loss`), metrics under the prefix
+of the evaluation that they belong to, and refuses steps that are not finite before a weight is changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from infopo_kernels.integrations import first_step
+from infopo_kernels.integrations.adapters import check_start
+from infopo_kernels.integrations.randomness import check_no_neftune, disable_dropout
+from infopo_kernels.integrations.step import (
+    EXACT_KEYS,
+    Inputs,
+    check_finite,
+    counted_once,
+    mean_loss,
+    metric_sums,
+    metrics,
+    preference_output,
+    reference_logps,
+    rejected_prompts,
+    split_inputs,
+)
+from infopo_kernels.integrations.transformers import LinearLogpsOutput, causal_model
+from infopo_kernels.objectives import Objective
+from infopo_kernels.output import PreferenceOutput
+
+logger = logging.getLogger(__name__)
+
+
+class ReferenceMemory(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Keeps, in the checkpoint's `trainer_state.json`, what the reference says of a few fixed tokens.
+
+    A resumed policy is not the reference any more, so that its first step proves nothing. But the reference after a
+    resume must say what it said before.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.logps: list[float] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint keeps."""
+        return {"args": {}, "attributes": {"logps": self.logps}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the reference, and compare with the checkpoint's answer."""
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("logps")
+        self.logps = self._trainer.reference_of_fixed_tokens()
+        if state.global_step > 0 and kept and self.logps:
+            self._trainer.compare_references(kept, self.logps)
+
+
+class PreferenceTraining:
+    """In front of `Trainer`; `_prepare_preferences` is called at the end of `__init__`."""
+
+    loss_is_scaled_for_ga = False
+    accelerator: Any
+    args: Any
+    state: Any
+    model: Any
+    model_wrapped: Any
+
+    objective: Objective
+    strict_checks: bool = False
+    skip_chosen_reference: bool = False
+    _train_sums: list[Tensor]
+    _eval_sums: list[Tensor] | None = None
+    _latest: PreferenceOutput | None = None
+    _first_step_proven: bool = False
+
+    # --- what a trainer says of its reference ---------------------------------------------------------------------
+
+    def reference_for(self, model: Any) -> tuple[Any, Any] | None:
+        """The model to ask for reference log-probabilities and the context in which it is the reference; None: none."""
+        raise NotImplementedError
+
+    def reference_is_the_start(self) -> bool:
+        """Whether policy and reference must agree at the first step."""
+        return True
+
+    # --- construction ---------------------------------------------------------------------------------------------
+
+    def _prepare_preferences(self, reference: Any, *, dropout: bool) -> None:
+        self._train_sums = []
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} does not run under nn.DataParallel, which Trainer uses with several GPUs in "
+                f"one process; start it with torchrun or `accelerate launch`, or make one GPU visible."
+            )
+        check_start(self.model)
+        _refuse_split_sequences(self.accelerator, type(self).__name__)
+        if not dropout:
+            check_no_neftune(self.model, getattr(self.args, "neftune_noise_alpha", None))
+            for name, each in (("policy", self.model), ("reference", reference)):
+                if each is not None and (changed := disable_dropout(each)):
+                    logger.warning(
+                        "What is random in the %s was switched off, so that it is compared in one mode: %s "
+                        "(disable_dropout=False keeps it on).", name, ", ".join(changed),
+                    )  # fmt: skip
+        if reference is not None:
+            first_step.report(first_step.other_type(self.model, reference), self.strict_checks)
+        self.add_callback(ReferenceMemory(self))  # type: ignore[attr-defined]
+
+    # --- the step -------------------------------------------------------------------------------------------------
+
+    def preference_loss(self, model: Any, inputs: Inputs, **extra: Any) -> tuple[LinearLogpsOutput, PreferenceOutput]:
+        """The attached model's output with the loss of a batch; metrics and checks are done."""
+        evaluating = self._eval_sums is not None
+        if evaluating:
+            inputs = self._counted_once(inputs, training=False)
+        model_inputs, known = split_inputs(inputs)
+        if not self._has_reference(known):
+            known.pop("ref_logps", None)
+        elif "ref_logps" not in known:
+            known["ref_logps"] = self._reference_logps(model, model_inputs, known)
+        out, result = preference_output(
+            model, {**model_inputs, **extra}, known, self.objective, skip_chosen_reference=self.skip_chosen_reference
+        )
+        sums = metric_sums(result, self.objective, model_inputs, known)
+        (self._train_sums if self._eval_sums is None else self._eval_sums).append(sums)
+        if not evaluating:
+            self._latest = result._replace(loss=result.loss.detach())
+            self._prove_first_step(result, "ref_logps" in known)
+        return out, result
+
+    def _has_reference(self, known: Inputs) -> bool:
+        return self.objective.reference != "none" and (
+            "ref_logps" in known or self.reference_for(self.model) is not None
+        )
+
+    def _reference_logps(self, model: Any, model_inputs: Inputs, known: Inputs) -> Tensor:
+        asked = self.reference_for(model)
+        assert asked is not None
+        prompts = (
+            len(model_inputs["labels"]) if "cu_seqlens" not in model_inputs else len(model_inputs["cu_seqlens"]) - 1
+        )
+        return reference_logps(
+            asked[0],
+            {**model_inputs, "use_cache": False},
+            average=self.objective.average,
+            skip_chosen=self.skip_chosen_reference,
+            num_chosen=prompts - len(rejected_prompts(model_inputs, known)),
+            adapter=asked[1],
+        )
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """float64 stays: under DeepSpeed, Trainer casts every floating tensor of a batch to the model's type."""
+        exact = {key: inputs[key] for key in EXACT_KEYS if key in inputs}
+        rest = {key: value for key, value in inputs.items() if key not in exact}
+        prepared: dict[str, Any] = super()._prepare_inputs(rest)  # type: ignore[misc]
+        return {**prepared, **{key: value.to(self.args.device) for key, value in exact.items()}}
+
+    # --- duplicates of an incomplete last batch -------------------------------------------------------------------
+
+    def _counted_once(self, inputs: Inputs, *, training: bool) -> Inputs:
+        gradient_state = self.accelerator.gradient_state
+        R, remainder = self.accelerator.num_processes, gradient_state.remainder
+        if R == 1 or not gradient_state.end_of_dataloader or remainder <= 0:
+            return inputs
+        model_inputs, known = split_inputs(inputs)
+        partner = rejected_prompts(model_inputs, known)
+        cu_seqlens = model_inputs.get("cu_seqlens")
+        prompts = (len(model_inputs["labels"]) if cu_seqlens is None else len(cu_seqlens) - 1) - len(partner)
+        unique = min(max(remainder - self.accelerator.process_index * prompts, 0), prompts)
+        # The wrapper averages gradients over ranks; an evaluation adds the ranks' sums.
+        return counted_once(inputs, unique, remainder / R if training else max(unique, 1e-9))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with pairs counted once that Accelerate repeats to fill an incomplete last batch."""
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        if batches:
+            batches[-1] = self._counted_once(batches[-1], training=True)
+        return batches, items
+
+    # --- steps that are not finite --------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's; raises FloatingPointError, before a weight is changed, if the loss is not finite."""
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self._latest is not None:
+            # After the backward pass: Trainer waits for the device here anyway, to look at the same number.
+            check_finite(self._latest, self.objective, f"Step {self.state.global_step + 1}")
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        scaled = getattr(self.accelerator, "scaler", None) is not None or (
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        )  # float16: the scaler skips such a step by itself, and DeepSpeed has made its step already
+        if norm is not None and not scaled and not float(norm) < float("inf"):
+            detail = ""
+            if self._latest is not None and len(self._latest.weights):
+                worst = int(self._latest.weights.argmax())
+                ratio = float(self._latest.logps[worst] - self._latest.ref_logps[worst])
+                detail = f" The largest weight in this batch is {float(self._latest.weights[worst]):.3g}, of sequence "
+                detail += f"{worst} with the log-ratio {ratio:+.4g} nats."
+            raise FloatingPointError(
+                f"Step {self.state.global_step + 1}: the gradient's norm is {float(norm)} although the loss is finite."
+                f"{detail} No weight was changed by this step. Lower the learning rate, cap the weight of rejected "
+                f"responses with `max_log_weight`, or train in bfloat16 or float32 instead of float16."
+            )
+        return norm
+
+    # --- the first step proves itself -----------------------------------------------------------------------------
+
+    def _prove_first_step(self, result: PreferenceOutput, has_reference: bool) -> None:
+        if self._first_step_proven or not self.model.training:
+            return
+        self._first_step_proven = True
+        if self.state.global_step == 0 and has_reference and self.reference_is_the_start():
+            dtype = first_step.largest_step(self.model, self._autocast_type())
+            first_step.report(first_step.difference(result, dtype, self.objective.average), self.strict_checks)
+
+    def _autocast_type(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+    def reference_of_fixed_tokens(self) -> list[float] | None:
+        """Log-probabilities, nats, of the reference for two fixed rows of 16 tokens; None without a reference model."""
+        asked = self.reference_for(self.model_wrapped)
+        if asked is None or self.objective.reference == "none":
+            return None
+        vocabulary = causal_model(self.model).config.get_text_config().vocab_size
+        ids = torch.arange(32, device=self.args.device).reshape(2, 16) * 7 % max(1, vocabulary - 8) + 3
+        ids = ids.clamp(max=vocabulary - 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": False}
+        with self.accelerator.autocast():
+            values: list[float] = reference_logps(asked[0], inputs, average=False, adapter=asked[1]).tolist()
+        return values
+
+    def compare_references(self, kept: list[float], now: list[float]) -> None:
+        """Warn, or raise with strict checks, if the reference is not the one that the checkpoint knew."""
+        values = torch.tensor([kept, now], dtype=torch.float64)
+        allowed = first_step.bound(
+            torch.full((2,), 15), values[0], first_step.largest_step(self.model, self._autocast_type())
+        )
+        if bool(((values[0] - values[1]).abs() > allowed).any()):
+            first_step.report(
+                f"The reference is not the one that this run began with: it gives fixed tokens the log-probabilities "
+                f"{now}, the checkpoint says {kept}. Start the resumed run with the model (and `ref_model`) that the "
+                f"first one started from, not with the checkpoint itself.",
+                self.strict_checks,
+            )
+
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Trainer's, with the metrics of this data set under its own prefix, and the loss over its pairs, each once."""
+        outer, self._eval_sums = self._eval_sums, []
+        try:
+            output = super().evaluation_loop(  # type: ignore[misc]
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if self._eval_sums:
+                sums = self._gathered(self._eval_sums)
+                values = {"loss": mean_loss(sums), **metrics(sums)}
+                output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        finally:
+            self._eval_sums = outer
+        return output
+
+    def _gathered(self, batches: list[Tensor]) -> Tensor:
+        """[R, 16]"""
+        stacked = torch.stack(batches)
+        own = torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].amax(0)])
+        gathered: Tensor = self.accelerator.gather(own[None])
+        return gathered
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of the steps since the last time to the log of training, which is the one with a `loss`."""
+        if "loss" in logs and self._train_sums:
+            logs |= metrics(self._gathered(self._train_sums))
+            self._train_sums = []
+        self._log(logs, start_time)
+
+    def _log(self, logs: dict[str, float], start_time: float | None) -> None:
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+def _refuse_split_sequences(accelerator: Any, name: str) -> None:
+    """Context parallelism and Ulysses leave a part of each sequence on a rank, whose sums are of that part."""
+    split = getattr(accelerator, "parallelism_config", None)
+    ways = {"cp_size": "context parallelism", "sp_size": "sequence parallelism (Ulysses)"}
+    for size, way in ways.items():
+        if split is not None and getattr(split, size, 1) > 1:
+            raise ValueError(
+                f"{name} does not run under {way} ({size}={getattr(split, size)}): each rank holds a part of every "
+                f"sequence, and the loss needs the log-probability of the whole, not of the part (-99 where -204 nats "
+                f"are right). Use data parallelism, FSDP or ZeRO for the weights, and gradient checkpointing for long "
+                f"sequences."
+            )

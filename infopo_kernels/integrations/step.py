@@ -1,0 +1,320 @@
+"""One step of preference training on an attached model: reference, loss, metrics. Shared by the trainers."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from infopo_kernels.integrations.randomness import evaluating
+from infopo_kernels.integrations.sealed import Sealed
+from infopo_kernels.integrations.transformers import LinearLogpsOutput, check_attached, own_output
+from infopo_kernels.objectives import InfoPO, Objective
+from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.output import PreferenceOutput
+
+LAYOUT_KEYS: Final = ("labels", "cu_seqlens", "rows")
+"""What a batch tells the head about the layout; both policy and reference take it."""
+EXACT_KEYS: Final = ("ref_logps", "ref_chosen_logps", "ref_rejected_logps", "sequence_weights")
+"""What has to stay in float64 on its way from the collator to the loss."""
+_LOSS_KEYS: Final = ("is_chosen", "ref_logps", "sequence_weights", "num_pairs", "rejected_prompt")
+_TRL_KEYS: Final = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+_TOKEN_KEYS: Final = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids")
+"""Keys that hold a row for each sequence: what they look like is known, and with it how to cut them."""
+_PACK_KEYS: Final = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+Inputs = dict[str, Any]
+
+
+def split_inputs(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """What model and head take to form log-probabilities; and what the loss takes, as far as given.
+
+    Takes the batches of `infopo_kernels.integrations.collators`, and those of TRL's collators (`completion_mask`
+    instead of `labels`). The second holds `is_chosen`, `ref_logps`, `sequence_weights` and `num_pairs` (and, of
+    `counted_once`, `rejected_prompt`).
+    """
+    known: Inputs = {key: inputs[key] for key in _LOSS_KEYS if key in inputs}
+    model = {key: value for key, value in inputs.items() if key not in (*_LOSS_KEYS, *_TRL_KEYS)}
+    if "labels" not in model:
+        if "completion_mask" not in inputs:
+            raise ValueError(
+                f"The batch holds neither `labels` nor `completion_mask` (found: {', '.join(inputs)}); use a collator "
+                f"of infopo_kernels.integrations.collators, and remove_unused_columns=False."
+            )
+        model["labels"] = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
+    if "ref_rejected_logps" in inputs and "ref_logps" not in known:
+        rejected = inputs["ref_rejected_logps"].double()
+        chosen = inputs.get("ref_chosen_logps")
+        chosen = torch.full_like(rejected, torch.nan) if chosen is None else chosen.double()
+        known["ref_logps"] = torch.cat([chosen, rejected])
+    return model, known
+
+
+def number_of_sequences(model_inputs: Inputs) -> int:
+    """S."""
+    cu_seqlens = model_inputs.get("cu_seqlens")
+    return len(model_inputs["labels"]) if cu_seqlens is None else len(cu_seqlens) - 1
+
+
+def rejected_prompts(model_inputs: Inputs, known: Inputs) -> Tensor:
+    """[number of rejected sequences] int64 on the CPU: the prompt (chosen sequence) that each belongs to.
+
+    Where prompts have several, `sequence_weights` says how many: w for the chosen one, w / K for each of K rejected.
+    """
+    S = number_of_sequences(model_inputs)
+    if "rejected_prompt" in known:
+        index: Tensor = known["rejected_prompt"]
+        return index
+    if "sequence_weights" not in known:
+        return torch.arange(S // 2)
+    weights: list[float] = known["sequence_weights"].tolist()
+    prompts = int(known["num_pairs"])
+    rejected: list[int] = []
+    for prompt, weight in enumerate(weights[:prompts]):
+        rejected += [prompt] * round(weight / weights[prompts + len(rejected)])
+    return torch.tensor(rejected)
+
+
+def can_be_cut(model_inputs: Inputs) -> bool:
+    """Whether it is known how to take sequences out of a batch.
+
+    It is not with shared prompts, nor with anything that does not hold a row for each sequence: image patches are
+    counted otherwise, and their number may equal that of the sequences by accident.
+    """
+    if "rows" in model_inputs:
+        return False
+    known = (*_TOKEN_KEYS, *_PACK_KEYS)
+    return all(key in known or not isinstance(value, Tensor) for key, value in model_inputs.items())
+
+
+def rejected_half(model_inputs: Inputs, num_chosen: int) -> Inputs:
+    """The part of a batch, chosen first, that holds the rejected sequences; only of one that `can_be_cut`."""
+    cu_seqlens = model_inputs.get("cu_seqlens")
+    if cu_seqlens is None:
+        S = number_of_sequences(model_inputs)
+
+        def rejected(value: Tensor) -> Tensor:
+            if value.ndim == 3 and value.shape[0] != S:  # position ids of several kinds, [3, S, T] of Qwen-VL
+                return value[:, num_chosen:]
+            return value[num_chosen:] if value.shape[0] == S else value  # [1, T] goes for all sequences
+
+        return {k: rejected(v) if isinstance(v, Tensor) else v for k, v in model_inputs.items()}
+    start = int(cu_seqlens[num_chosen])
+    half = {k: v[..., start:] if k in _TOKEN_KEYS else v for k, v in model_inputs.items()}
+    for key in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if key in half:
+            half[key] = cu_seqlens[num_chosen:] - start
+    return half
+
+
+def reference_logps(
+    model: Any,
+    model_inputs: Inputs,
+    *,
+    average: bool,
+    skip_chosen: bool = False,
+    num_chosen: int | None = None,
+    adapter: Any = None,
+) -> Tensor:
+    """[S] float64 log-probabilities without gradient, nats; NaN for the chosen sequences with `skip_chosen`.
+
+    The model runs in evaluation mode, and is afterwards in the mode that it was in.
+
+    Args:
+        model: with `attach_linear_logps`, wrapped or not.
+        model_inputs: the first of `split_inputs`.
+        average: means over the scored tokens instead of sums.
+        skip_chosen: form those of the rejected sequences only.
+        num_chosen: chosen sequences, which come first; None for half of all.
+        adapter: a context in which `model` is its own reference (the adapter switched off).
+
+    Raises:
+        RuntimeError: the model is not attached any more.
+    """
+    num_chosen = number_of_sequences(model_inputs) // 2 if num_chosen is None else num_chosen
+    # Where the batch cannot be cut, the chosen half is formed too and left alone.
+    cut = skip_chosen and can_be_cut(model_inputs)
+    inputs = rejected_half(model_inputs, num_chosen) if cut else model_inputs
+    inputs = {key: value for key, value in inputs.items() if key != "output_router_logits"}
+    check_attached(model)
+    with torch.no_grad(), evaluating(model), adapter or contextlib.nullcontext():
+        logps = own_output(model, model(**inputs, linear_logps="mean" if average else "sum")).logps
+    assert logps is not None
+    if not skip_chosen:
+        return logps
+    rejected = logps if cut else logps[num_chosen:]
+    return torch.cat([rejected.new_full((num_chosen,), torch.nan), rejected])
+
+
+def preference_output(
+    model: Any, model_inputs: Inputs, known: Inputs, objective: Objective, *, skip_chosen_reference: bool = False
+) -> tuple[LinearLogpsOutput, PreferenceOutput]:
+    """The attached model's output with the loss of a batch, and what the loss consists of.
+
+    Raises:
+        RuntimeError: the model is not attached any more.
+    """
+    check_attached(model)
+    skip = skip_chosen_reference and known.get("ref_logps") is not None
+    given = {k: Sealed(v) if k in EXACT_KEYS else v for k, v in known.items() if k != "rejected_prompt"}
+    out = own_output(model, model(**model_inputs, **given, objective=objective, skip_chosen_reference=skip))
+    assert out.infopo is not None
+    return out, out.infopo
+
+
+def pairs_per_rank(pairs: float, group: Any = None) -> float:
+    """The `num_pairs` to give on each rank where a wrapper averages gradients (DDP, FSDP, DeepSpeed).
+
+    The loss is a sum over sequences divided by `num_pairs`. To average it over the pairs of all ranks, the divisor is
+    their number; but the wrapper divides by the number of ranks R once more, so that it is their number over R. That is
+    each rank's own number where all have the same, and needs saying where they have not: an incomplete last batch, or
+    chosen and rejected sequences on different ranks.
+
+    Args:
+        pairs: pairs on this rank; 0.5 for a sequence whose other half is elsewhere.
+        group: ranks over which the wrapper averages; None for all.
+
+    Returns:
+        Sum of `pairs` over the ranks, over their number. Waits for all of them.
+    """
+    if not torch.distributed.is_initialized():
+        return pairs
+    device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
+    total = torch.tensor(pairs, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total, group=group)
+    return float(total) / torch.distributed.get_world_size(group)
+
+
+def counted_once(inputs: Inputs, unique: int, pairs: float) -> Inputs:
+    """A batch of which only the first `unique` prompts count, in a loss that is divided by `pairs`.
+
+    Accelerate fills an incomplete last batch with pairs from the first one, so that every rank has as many.
+    """
+    model_inputs, known = split_inputs(inputs)
+    S, partner = number_of_sequences(model_inputs), rejected_prompts(model_inputs, known)
+    device = model_inputs["labels"].device
+    weights = known.get("sequence_weights")
+    weights = torch.ones(S, dtype=torch.float64, device=device) if weights is None else weights
+    counts = torch.cat([torch.arange(S - len(partner)), partner]) < unique
+    own = {"sequence_weights": weights * counts.to(device), "num_pairs": pairs, "rejected_prompt": partner}
+    return {**inputs, **own}
+
+
+def metric_sums(
+    output: PreferenceOutput, objective: Objective, model_inputs: Inputs | None = None, known: Inputs | None = None
+) -> Tensor:
+    """What `metrics` needs of a batch, [16] float64; all but the last, a maximum, may be added over batches and ranks.
+
+    Args:
+        output: of the batch's loss.
+        objective: its objective.
+        model_inputs, known: of `split_inputs`, for batches with several rejected responses; None for pairs. Sequences
+            of weight 0 (see `counted_once`) do not count.
+    """
+    S, device, known = len(output.is_chosen), output.logps.device, known or {}
+    partner = torch.arange(S // 2) if model_inputs is None else rejected_prompts(model_inputs, known)
+    B, partner = S - len(partner), partner.to(device)
+    weights, pairs = known.get("sequence_weights"), known.get("num_pairs", S / 2)
+    counts = torch.ones_like(output.is_chosen) if weights is None else weights > 0
+
+    def split(values: Tensor) -> tuple[Tensor, Tensor]:
+        kept = torch.where(counts, values.double(), 0.0)
+        return kept[:B], kept[B:]
+
+    cap, offset = float("inf"), 0.0
+    if isinstance(objective, InfoPO):
+        cap, offset = cap if objective.max_log_weight is None else objective.max_log_weight, objective.offset
+    rewards, logps = split(output.rewards), split(output.logps)
+    size = output.weights if weights is None else output.weights / torch.where(counts, weights, 1.0)
+    pull = split(size)[1]
+    margins = rewards[0][partner] - rewards[1]
+    values = [
+        counts[:B].sum(),
+        counts[B:].sum(),
+        rewards[0].sum(),
+        rewards[1].sum(),
+        (margins > 0).sum(),
+        margins.sum(),
+        logps[0].sum(),
+        logps[1].sum(),
+        output.mi_lower_bound * pairs,
+        pull.sum(),
+        split(size.float() == 0)[1].sum(),
+        split(output.rewards - offset > cap)[1].sum(),
+        torch.where(counts, output.scored_tokens, 0).sum(),
+        output.loss * pairs,
+        pairs,
+        pull.max() if len(pull) else 0.0,
+    ]
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values])
+
+
+def metrics(sums: Tensor) -> dict[str, float]:
+    """The metrics of a step from `metric_sums` of each batch and process, [R, 16]; names of TRL where it has one.
+
+    rewards/chosen, /rejected      ``beta * (logps - ref_logps)``, mean
+    rewards/accuracies, /margins   share of rejected responses with a lower reward than the chosen one of their prompt
+                                   (a tie is none, as in TRL); mean difference
+    logps/chosen, /rejected        mean sequence log-probability, nats
+    mi_lower_bound                 nats
+    rejected_weight/mean, /max     size of the loss's derivative by a rejected log-probability
+    rejected_weight/underflowed    share of rejected sequences whose weight is zero in float32
+    rejected_weight/capped         share whose weight is at the cap
+    scored_tokens                  in the batches, over all processes
+
+    Those that need the chosen reference are left out where it was skipped, and the bound where there is none.
+    """
+    total = sums[:, :-1].sum(0).tolist()
+    chosen, rejected = max(total[0], 1.0), max(total[1], 1.0)
+    values = {
+        "rewards/chosen": total[2] / chosen,
+        "rewards/rejected": total[3] / rejected,
+        "rewards/accuracies": total[4] / rejected,
+        "rewards/margins": total[5] / rejected,
+        "logps/chosen": total[6] / chosen,
+        "logps/rejected": total[7] / rejected,
+        "mi_lower_bound": total[8] / total[14],
+        "rejected_weight/mean": total[9] / rejected,
+        "rejected_weight/max": float(sums[:, -1].max()),
+        "rejected_weight/underflowed": total[10] / rejected,
+        "rejected_weight/capped": total[11] / rejected,
+        "scored_tokens": total[12],
+    }
+    if total[2] != total[2]:
+        del values["rewards/accuracies"]  # a comparison with NaN is not NaN
+    return {name: value for name, value in values.items() if value == value}
+
+
+def mean_loss(sums: Tensor) -> float:
+    """The loss over all pairs of `metric_sums`, [R, 16]."""
+    return float(sums[:, 13].sum() / sums[:, 14].sum())
+
+
+def check_finite(output: PreferenceOutput, objective: Objective, where: str = "This step") -> None:
+    """Raise unless a loss is finite; reads it, and so waits for the device.
+
+    Raises:
+        FloatingPointError: it is not; names the sequence, its log-ratio and what to do.
+    """
+    if bool(torch.isfinite(output.loss)):
+        return
+    log_ratios = (output.logps - output.ref_logps).tolist()
+    chosen = output.is_chosen.tolist()
+    # The worst: what is not a number, else the sequence that pulls hardest.
+    size = torch.where(torch.isfinite(output.logps) & ~output.weights.isnan(), output.weights, torch.inf)
+    worst = int(size.argmax())
+    half = "chosen" if chosen[worst] else "rejected"
+    number = sum(c == chosen[worst] for c in chosen[:worst])
+    if isinstance(objective, InfoPO) and objective.max_log_weight is None:
+        cap = "set `max_log_weight` (2 is a start), which lets the exponential go on as its tangent"
+    else:
+        cap = "lower the learning rate"
+    raise FloatingPointError(
+        f"{where}: the loss is {float(output.loss)}. {half.capitalize()} response {number} of the batch has the log-"
+        f"probability {float(output.logps[worst]):.6g} nats and the log-ratio {log_ratios[worst]:+.6g} nats to the "
+        f"reference (weight {float(output.weights[worst]):.3g}). No weight was changed by this step. If the ratio is "
+        f"wrong, the reference does not belong to this model or these tokens; if it is right, {cap}, or lower the "
+        f"learning rate or `beta`."
+    )

@@ -1,0 +1,155 @@
+"""How far a right kernel may be from float64: the one error budget of all tests.
+
+What a kernel computes stands in `infopo_kernels.backends.base`; what it rounds is bounded here, entry by entry, from
+the problem in float64. With u = 2^-24 (float32 logits and sums; 2^-53 for float64 inputs), s = dz/da / scale the slope
+of the softcap, p = exp(z - lse), and g(n) = min(n, 2 sqrt(n)) u the error of n roundings in a row, relative to the sum
+of the summands' sizes (at most n u; roundings are as good as independent, and 2 sqrt(n) u is hardly ever exceeded:
+Higham, Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019):
+
+    a      H products, their sum, the bias             da   = g(H + 2) (|X| |W|^T + |b|)
+    z      a map of few operations                     dz   = what da makes of z, and 8 u |z|
+    lse    exponentials of z - max z, and their sum    dlse = what dz makes of lse, 32 u + 4 u |lse| + u |z - max z|
+    l      z_y - lse                                   dl   = dz_y + dlse + 2 u |l|
+    p      exp(z - lse)                                log p is off by e = dz + dlse + u |log p| + 8 u
+    G      c scale s (1[v = y] - p); s from z          dG   = |c scale| (s dp + |1[v = y] - p| ds
+                                                              + (4 u s + 16 u) (1[v = y] + p)), ds: what da makes of s
+           where products take G in 16 bits              + r |c scale| s max(|1[v = y] - p|, p)
+    dX     V products and their sum                    ddX  = dG |W| + g(V) |c scale| s (1[v = y] + p) |W|
+    dW, db likewise over N rows                        ddW, ddb
+
+r is what rounds G (or p before it, where the label's part is exact) as the operand of a product: 0 where products take
+float32, half a step of the type (2^-8 for bfloat16, 2^-11 for float16) for each rounding where they take 16 bits
+(`operand_rounding`). What a result costs on its way into its own type is added where it is compared (`assert_within`).
+
+Exponentials are taken of the bounds themselves, not to first order, so that the budget holds where logits are so large
+that float32 cannot tell which entry is the largest. Numbers below 2^-126 may count as 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infopo_kernels.backends import cpp
+from infopo_kernels.backends.base import Head
+from infopo_kernels.options import IGNORE_INDEX
+
+HALF_STEP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Largest relative error of one rounding to the type."""
+
+SMALLEST = {torch.float64: 0.0, torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
+"""Largest absolute error of one rounding where the type runs out of exponents."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Allowed errors, before the rounding of a result into its type; float64."""
+
+    l: Tensor  # noqa: E741
+    """[N]; 0 for rows that are not scored, as `lse`."""
+    lse: Tensor
+    hidden: Tensor
+    """[N, H]."""
+    weight: Tensor
+    """[V, H]."""
+    bias: Tensor
+    """[V]."""
+
+
+def operand_rounding(backend: str, dtype: torch.dtype, roundings: int = 2) -> float:
+    """r: relative error of what a backend's products take for G. `roundings` of the Triton kernels, two at most."""
+    if backend == "cpp":
+        return HALF_STEP[dtype] if cpp.isa(dtype) == "avx512_bf16" else 0.0
+    return roundings * HALF_STEP[dtype] if backend == "triton" and dtype.itemsize == 2 else 0.0
+
+
+def accumulated(roundings: int, unit: float) -> float:
+    """g(n)."""
+    return min(roundings, 2 * roundings**0.5) * unit
+
+
+def error_budget(
+    head: Head,
+    labels: Tensor,  # [N] int64
+    c: Tensor,  # [N]
+    c_error: Tensor | None = None,  # [N]: what c itself may be off by
+    operand: float = 0.0,
+) -> Budget:
+    """Allowed errors of l, lse, dX, dW and db (the head's workspace plays no part)."""
+    (N, H), V = head.hidden.shape, head.weight.shape[0]
+    u = HALF_STEP[head.accumulator_dtype]
+    scored = labels != IGNORE_INDEX
+    y = labels[scored]
+    x, w = head.hidden.detach()[scored].double(), head.weight.detach().double()
+    b = torch.zeros(V, dtype=torch.float64) if head.bias is None else head.bias.detach().double()
+    c = c[scored].double()[:, None]
+    c_error = torch.zeros_like(c) if c_error is None else c_error[scored].double()[:, None]
+    own = torch.nn.functional.one_hot(y, V).double()
+
+    a = x @ w.T + b
+    masked = a == -torch.inf  # a bias of -inf takes an entry out, exactly
+    da = torch.where(masked, 0.0, accumulated(H + 2, u) * (x.abs() @ w.abs().T + b.abs()))
+    if head.softcap is None:
+        z, slope, steepest, dslope = head.scale * a, torch.ones_like(a), torch.ones_like(a), torch.zeros_like(a)
+    else:
+        t, cap = torch.tanh(a / head.softcap), head.softcap
+        z, slope = head.scale * cap * t, 1 - t.square()
+        steepest, flattest = (1 - torch.tanh(size.relu() / cap).square() for size in (a.abs() - da, a.abs() + da))
+        dslope = torch.maximum(steepest - slope, slope - flattest)
+    dz = torch.where(masked, 0.0, abs(head.scale) * steepest * da + 8 * u * z.abs())
+    lse = z.logsumexp(1, keepdim=True)
+    log_p = z - lse
+    largest = z.max(1, keepdim=True).values
+    # exp(z - max z) is off by u |z - max z|, which weighs p: nothing where exp is 0
+    depth = u * torch.where(masked, 0.0, largest - z).clamp(max=200)
+    dlse = torch.maximum((z + dz + depth).logsumexp(1, True) - lse, lse - (z - dz - depth).logsumexp(1, True))
+    dlse = dlse + 32 * u + 4 * u * lse.abs()
+    l, dz_y = (v.gather(1, y[:, None]) for v in (log_p, dz))  # noqa: E741
+    dl = dz_y + dlse + 2 * u * torch.where(l.isinf(), 0.0, l).abs()
+
+    e = torch.where(masked, 0.0, dz + dlse + u * log_p.abs() + 8 * u)
+    p = log_p.exp()
+    dp = torch.maximum((log_p + e).clamp(max=0).exp() - p, -p * torch.expm1(-e)).clamp(min=0)
+    size = (c * head.scale).abs()
+    rounded = 4 * u * slope + (0 if head.softcap is None else 16 * u)
+    dG = size * (steepest * dp + (own - p).abs() * dslope + rounded * (own + p)) + 2 * SMALLEST[torch.float32]
+    dG += abs(head.scale) * slope * c_error * (own - p).abs()
+    dG += operand * size * slope * torch.maximum((own - p).abs(), p)
+    if operand > 0 and head.hidden.dtype == torch.float16:
+        dG += 2.0**-24 * size.max() if len(y) else 0.0
+    terms = size * slope * (own + p)
+
+    def rows(values: Tensor) -> Tensor:
+        full = torch.zeros(N, *values.shape[1:], dtype=torch.float64)
+        full[scored] = values
+        return full
+
+    over_v, over_n = accumulated(V + 4, u), accumulated(len(y) + 4, u)
+    return Budget(
+        l=rows(dl[:, 0]),
+        lse=rows(dlse[:, 0]),
+        hidden=rows((dG + over_v * terms) @ w.abs()),
+        weight=(dG + over_n * terms).T @ x.abs(),
+        bias=(dG + over_n * terms).sum(0),
+    )
+
+
+def assert_within(
+    name: str, got: Tensor, truth: Tensor, allowed: Tensor, roundings: int = 1, factor: float = 1.0
+) -> None:
+    """|got - truth| <= allowed, and `roundings` into got's type; what is not finite must be so in both.
+
+    `factor`: what the result was multiplied by after it had been rounded; `truth` and `allowed` have it already.
+    """
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} instead of {tuple(truth.shape)}"
+    got, truth = got.detach().cpu(), truth.detach().cpu()
+    finite = truth.isfinite()
+    assert torch.equal(got.double()[~finite].nan_to_num(), truth[~finite].nan_to_num()), f"{name}: NaN or infinity"
+    assert torch.equal(got.isfinite(), finite), f"{name}: {int((got.isfinite() != finite).sum())} are not finite"
+    step, least = HALF_STEP[got.dtype], SMALLEST[got.dtype]
+    limit = allowed + roundings * (step * (truth.abs() + allowed) + least * max(1.0, abs(factor)))
+    error, limit = (got.double() - truth).abs()[finite], limit[finite]
+    worst = float((error / limit.clamp(min=1e-300)).max()) if error.numel() else 0.0
+    assert (error <= limit).all(), f"{name}: error {float(error.max()):.3g}, {worst:.2f} times the budget"

@@ -1,0 +1,68 @@
+"""Random cases against float64: python -m tests.fuzz [--minutes M] [--cases N] [--seed S] [--backends ...].
+
+Ends when either limit is reached, and fails if a case failed. Each failure names its seed: `--seed S --cases 1`
+with the same --backends runs it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+import warnings
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from infopo_kernels.backends import dispatch
+from infopo_kernels.backends.base import Backend
+from tests import support
+from tests.fuzz.cases import check, draw
+
+MOST_FAILURES = 10
+
+
+def backend_of(name: str) -> Backend:
+    if name == "triton":  # interpreted, it serves a CPU
+        from infopo_kernels.backends.triton import TritonBackend
+
+        return TritonBackend()
+    return dispatch.resolve(name.partition("-")[0], torch.device("cpu"), torch.float32)
+
+
+def main() -> int:
+    here = [name for name in support.CPU_BACKENDS if support.missing(name) is None]
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=2.0, help="run no longer than this (default 2)")
+    parser.add_argument("--cases", type=int, default=1_000_000, help="and no more cases than this")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the first case (default: from the clock)")
+    parser.add_argument("--backends", nargs="+", default=here, help=f"of {', '.join(here)}, triton (slow)")
+    args = parser.parse_args()
+    seed = int(time.time()) * 1000 if args.seed is None else args.seed
+    print(f"fuzz: seed {seed}, backends {', '.join(args.backends)}", flush=True)
+    warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of log(0) in lanes that Triton masks
+    start, done, failed = time.monotonic(), 0, 0
+    while done < args.cases and time.monotonic() - start < 60 * args.minutes and failed < MOST_FAILURES:
+        case = draw(seed + done, args.backends)
+        done += 1
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                if case.backend != "triton":
+                    support.use_backend(case.backend, patch)
+                check(case, backend_of(case.backend))
+        except Exception as error:  # any kind is a finding
+            failed += 1
+            print(f"\nFAILED {case}\n  {type(error).__name__}: {error}", flush=True)
+            if not isinstance(error, AssertionError):
+                traceback.print_exc(limit=-4)
+    print(f"fuzz: {done} cases, {failed} failed, {time.monotonic() - start:.0f} s")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

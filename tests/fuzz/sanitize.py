@@ -1,0 +1,101 @@
+"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: python tests/fuzz/sanitize.py LIBRARY.
+
+LIBRARY is an extension that was built with INFOPO_KERNELS_SANITIZE=1 (`make sanitize` does both). A fixed set of cases
+runs through the ops, of every instruction set, type, way and kind of size; each tensor is an allocation of its own, so
+that the sanitizer's red zones lie around it. The first fault ends the process with a report.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+SIZES = [
+    # N, H, V, softcap, scale, bytes of workspace
+    (5, 1, 7, None, 1.0, 1 << 25),
+    (70, 83, 397, 3.0, -0.5, 1 << 25),
+    (300, 65, 600, None, 1.0, 1 << 20),
+    (37, 130, 301, None, 0.5, 1 << 20),
+    (17, 64, 5000, 2.0, 1.0, 1 << 20),
+    (90, 96, 97, None, 1.0, 1 << 22),
+]
+WANTED = ["xwb", "x", "w", "b", "xb"]
+
+
+def preload() -> str:
+    """The sanitizers' libraries, which have to be there before Python's first allocation."""
+    names = ("libasan.so", "libubsan.so")
+    found = (subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names)
+    return " ".join(found)
+
+
+def main(library: str) -> int:
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        # Python and torch leave what they hold to the end of the process; leaks are not what is looked for.
+        asan = "detect_leaks=0:detect_stack_use_after_return=1:strict_init_order=1"
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": preload(),
+            "ASAN_OPTIONS": asan,
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+        return subprocess.call([sys.executable, __file__, library], env=environment)
+    import torch  # only under the sanitizers
+
+    torch.ops.load_library(library)
+    ops, calls = torch.ops.infopo_kernels_cpp, 0
+    for name, dtypes in {
+        "portable": [torch.float32, torch.bfloat16, torch.float16],
+        "avx2": [torch.float32, torch.bfloat16, torch.float16],
+        "avx512": [torch.float32, torch.bfloat16, torch.float16],
+        "avx512_bf16": [torch.bfloat16],
+    }.items():
+        os.environ["INFOPO_KERNELS_CPU_ISA"] = name
+        try:
+            ops.isa(torch.bfloat16)
+        except ValueError as error:
+            print(f"{name}: not here ({error})")
+            continue
+        for dtype in dtypes:
+            calls += sum(run(ops, dtype, *size) for size in SIZES)
+        print(f"{name}: clean after {calls} calls", flush=True)
+    return 0
+
+
+def run(ops: object, dtype: object, N: int, H: int, V: int, softcap: float | None, scale: float, workspace: int) -> int:
+    """All ways through the primitives for one size; how many calls that were."""
+    import torch
+
+    g, calls = torch.Generator().manual_seed(N), 0
+    x, w = torch.randn(N, H, generator=g).to(dtype), torch.randn(V, H, generator=g).to(dtype)
+    b, c = torch.randn(V, generator=g).to(dtype), torch.randn(N, generator=g)
+    y = torch.randint(V, (N,), generator=g)
+    y[torch.rand(N, generator=g) < 0.3] = -100
+    y[0], y[-1], c[N // 2] = V + 3, V - 1, 0.0  # a label outside the vocabulary reads nothing
+    options = (softcap, scale, workspace)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        _, lse = ops.logprob(x, w, b, y, None, *options)  # type: ignore[attr-defined]
+        lse = lse.nan_to_num(0)
+        for weight_dtype in [dtype] if dtype == torch.float32 else [dtype, torch.float32]:
+            for wanted in WANTED:
+                dX = torch.zeros_like(x) if "x" in wanted else None
+                dW = torch.zeros(V, H, dtype=weight_dtype) if "w" in wanted else None
+                db = torch.zeros(V) if "b" in wanted else None
+                ops.logprob_and_grad(x, w, b, y, c, dX, dW, db, *options)  # type: ignore[attr-defined]
+                ops.backward(x, w, b, y, lse, c, dX, dW, db, None, *options)  # type: ignore[attr-defined]
+                calls += 2
+            dW = torch.empty(V, H, dtype=weight_dtype)
+            most = ops.kept_rows(x, dW, workspace)  # type: ignore[attr-defined]
+            if most:
+                scored = y != -100
+                kept = torch.where(scored & (scored.cumsum(0) <= most), y, -100)
+                ops.logprob(x, w, b, kept, dW, *options)  # type: ignore[attr-defined]
+                ops.backward(x, w, b, y, lse, c, torch.zeros_like(x), dW, None, kept, *options)  # type: ignore[attr-defined]
+                calls += 2
+    return calls
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,157 @@
+"""Infinities, masked entries and logits of any size: the three primitives of every backend that serves a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from infopo_kernels.backends import dispatch
+from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.options import IGNORE_INDEX
+from tests import support
+from tests.budget import assert_within, error_budget, operand_rounding
+from tests.primitives import plain
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+N, H, V = 19, 24, 500
+TILE = 96
+"""Entries of a tile of the native kernels; a block of theirs has at most 3072, a tile of plain PyTorch's 4096."""
+
+
+@pytest.fixture(params=support.CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    return dispatch.resolve(support.use_backend(request.param, monkeypatch), torch.device("cpu"), torch.float32)
+
+
+@dataclass
+class Results:
+    """l, lse and the gradients of one way through the primitives."""
+
+    l: Tensor  # noqa: E741
+    lse: Tensor
+    hidden: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def make(dtype: torch.dtype, softcap: float | None = None, scale: float = 1.0) -> tuple[Head, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(N, H, generator=g).to(dtype), (torch.randn(V, H, generator=g) / H**0.5).to(dtype)
+    head = Head(hidden, weight, torch.randn(V, generator=g).to(dtype), softcap, scale, 1 << 20)
+    labels = torch.randint(V, (N,), generator=g)
+    labels[3] = IGNORE_INDEX
+    return head, labels, torch.randn(N, generator=g)
+
+
+def ways(backend: Backend, head: Head, labels: Tensor, c: Tensor) -> Iterator[tuple[str, Results]]:
+    """The weights known, the head frozen, and the logsumexp known."""
+
+    def buffers(frozen: bool) -> Gradients:
+        dX, db = torch.zeros_like(head.hidden), torch.zeros(len(head.weight))
+        return Gradients(dX, None, None) if frozen else Gradients(dX, torch.zeros(head.weight.shape), db)
+
+    for frozen in (False, True):
+        to = buffers(frozen)
+        l, lse = backend.logprob_and_grad(head, labels, c, to)  # noqa: E741
+        assert to.hidden is not None
+        yield "frozen" if frozen else "known", Results(l, lse, to.hidden, to.weight, to.bias)
+    to = buffers(False)
+    l, lse = backend.logprob(head, labels)  # noqa: E741
+    backend.backward(head, labels, lse, c, to)
+    assert to.hidden is not None
+    yield "lse", Results(l, lse, to.hidden, to.weight, to.bias)
+
+
+def assert_right(backend: Backend, head: Head, labels: Tensor, c: Tensor) -> None:
+    """Every way against float64."""
+    truth = plain(head, labels, c)
+    allowed = error_budget(head, labels, c, operand=operand_rounding(backend.name, head.hidden.dtype))
+    for way, got in ways(backend, head, labels, c):
+        for name in ("l", "lse", "hidden", "weight", "bias"):
+            if (value := getattr(got, name)) is not None:
+                assert_within(f"{way}: {name}", value, getattr(truth, name), getattr(allowed, name))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", ["label", "first tiles", "all but one tile", "scattered"])
+def test_entries_at_minus_infinity(backend: Backend, dtype: torch.dtype, masked: str) -> None:
+    """A label on one, whole tiles of them before and after the others, some in each tile."""
+    head, labels, c = make(dtype)
+    assert head.bias is not None
+    if masked == "label":
+        head.bias[labels[5]] = head.bias[labels[11]] = -torch.inf
+    else:
+        at = {
+            "first tiles": torch.arange(V) < 2 * TILE,
+            "all but one tile": (torch.arange(V) < 2 * TILE) | (torch.arange(V) >= 3 * TILE),
+            "scattered": torch.arange(V) % 3 == 1,
+        }[masked]
+        head.bias[at] = -torch.inf
+        rest = (~at).nonzero().squeeze(1)
+        labels = torch.where(labels == IGNORE_INDEX, labels, rest[labels % len(rest)])
+    assert_right(backend, head, labels, c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("scale", [-0.7, -3.0])
+def test_negative_scale(backend: Backend, dtype: torch.dtype, softcap: float | None, scale: float) -> None:
+    assert_right(backend, *make(dtype, softcap, scale))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("where", ["hidden", "weight", "bias", "every bias"])
+def test_infinity_is_nan(backend: Backend, where: str, softcap: float | None, value: float) -> None:
+    """l and lse, and the gradients that follow from them; never a plausible number, nor an infinity."""
+    head, labels, c = make(torch.float32, softcap)
+    scored, hit = labels != IGNORE_INDEX, torch.ones(N, dtype=torch.bool)
+    assert head.bias is not None
+    if where == "hidden":
+        head.hidden[5, 7] = value
+        hit = torch.arange(N) == 5
+    elif where == "weight":
+        head.weight[40, 2] = value
+        head.hidden[:, 2] = head.hidden[:, 2].abs()  # a_tv = value in every row
+        if value < 0 and softcap is None:
+            pytest.skip("an entry at -inf has probability 0")
+    elif where == "bias":
+        head.bias[40] = value
+        if value < 0 and softcap is None:
+            pytest.skip("an entry at -inf has probability 0")
+    else:
+        head.bias.fill_(value)
+    for way, got in ways(backend, head, labels, c):
+        assert torch.equal(got.l.isnan(), hit & scored), way
+        assert torch.equal(got.lse.isnan(), hit & scored), way
+        assert got.hidden[hit & scored].isnan().any(1).all(), way
+        if where == "hidden":
+            assert got.hidden[~hit].isfinite().all(), way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e15, 1e30])
+def test_logits_of_any_size(backend: Backend, dtype: torch.dtype, size: float) -> None:
+    """Where float32 cannot tell which logit is the largest, the budget is wide; no gradient exceeds that of p = 1."""
+    head, labels, c = make(dtype)
+    head.weight.mul_(size)
+    assert_right(backend, head, labels, c)
+    # ties: the largest logit twice
+    head.weight[7] = head.weight[8]
+    assert_right(backend, head, labels, c)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_weight_of_zero_known_beforehand_assigns_zeros(backend: Backend, weight_dtype: torch.dtype) -> None:
+    """Each scored row of dX is assigned by `logprob_and_grad`, whichever way it takes."""
+    head, labels, c = make(torch.bfloat16)
+    c[4] = 0
+    for weight in (None, torch.zeros(V, H, dtype=weight_dtype)):
+        dX = torch.full_like(head.hidden, torch.nan)
+        backend.logprob_and_grad(head, labels, c, Gradients(dX, weight, None))
+        assert dX[4].eq(0).all()
+        assert dX.isnan().any(1).nonzero().tolist() == [[3]], "the row that is not scored"
