@@ -10,7 +10,8 @@ from torch import Tensor
 class PreferenceOutput(NamedTuple):
     """The loss and what one logs. Everything but `loss` is without gradient.
 
-    S is the number of sequences, in the order of the call; u_s their `sequence_weights` (1 unless given), Delta_s the
+    The properties below select by `is_chosen`: on a GPU the host then waits for the number of chosen sequences. S is
+    the number of sequences, in the order of the call; u_s their `sequence_weights` (1 unless given), Delta_s the
     difference between the log-probabilities of policy and reference.
     """
 

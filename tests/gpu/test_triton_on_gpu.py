@@ -336,8 +336,12 @@ def test_nothing_waits_in_a_whole_step(packed: bool, trained: str) -> None:
     ref_logps = torch.full((4,), -300.0, dtype=torch.float64, device=DEVICE)
     rows = (hidden.flatten(0, 1), labels.flatten()) if packed else (hidden, labels)
 
+    metric_sums = pytest.importorskip("infopo_kernels.integrations.step").metric_sums
+
     def step() -> None:
-        linear_infopo_loss(rows[0], weight, rows[1], ref_logps=ref_logps, backend="triton", **layout).loss.backward()
+        out = linear_infopo_loss(rows[0], weight, rows[1], ref_logps=ref_logps, backend="triton", **layout)
+        metric_sums(out, InfoPOOptions())  # what a trainer logs
+        out.loss.backward()
 
     step()
     torch.cuda.synchronize()

@@ -16,8 +16,8 @@ class TritonBackend:
     """Triton kernels for NVIDIA GPUs from sm_80 on and AMD gfx942 and gfx950.
 
     The host waits for nothing but the number of live rows, where the library forms products, and for that only when the
-    kernel before them is queued (`products.py`). Calls run on the current stream, on the device of their inputs, and can be captured in a CUDA graph once they have run (Triton
-    compiles a kernel when it is first launched).
+    kernel before them is queued (`products.py`). Calls run on the current stream, on the device of their inputs, and
+    can be captured in a CUDA graph once they have run (Triton compiles a kernel when it is first launched).
 
     Beyond the protocol's contract: a 16-bit `gradients.weight` costs `backward` a fourth product where the float32 sums
     of dX for all rows do not fit the workspace (`gradients.gradients_from_lse`), and keeps no logits then, because it
