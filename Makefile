@@ -4,7 +4,9 @@
 #   make test        every test that this machine can run
 #   make bench       benchmarks on the CPU (QUICK=1: in 3 minutes)
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
-#   make test-gpu    the tests that need a GPU
+#   make kernels-versions  the sample of it with every Triton that is supported
+#   make first-contact     on a GPU: what is right and where the time goes, in ten minutes (ARGS=--dry-run: without one)
+#   make test-gpu    the tests that need a GPU; test-gpu-heavy those that take long or much memory
 #   make bench-gpu   benchmarks on a GPU
 #   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -22,6 +24,14 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
+# GPU machines often have PyTorch, Triton and pytest, and no network: what needs a GPU runs with the machine's own Python,
+# straight from the checkout, building and installing nothing.
+GPU_PYTHON ?= python3
+ON_GPU := PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON)
+
+# The oldest Triton that the kernels need, and that of PyTorch 2.11; the newest is installed beside the tests.
+TRITONS := 3.5.1 3.6.0
+
 # A stamp file records what is installed. It is out of date when one of its prerequisites is newer.
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst ==,-,$(TORCH))
@@ -35,7 +45,8 @@ extras = $(PY) -c 'import sys, tomllib; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels test-gpu bench-gpu check fuzz sanitize test-matrix docs setup clean
+.PHONY: demo test bench kernels kernels-versions first-contact test-gpu test-gpu-heavy bench-gpu check fuzz sanitize \
+	test-matrix docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -50,11 +61,23 @@ bench: $(PACKAGE) $(TEST)
 kernels: $(PACKAGE) $(TEST)
 	$(PY) -m benchmarks kernels $(ARGS)
 
-test-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m pytest -m gpu $(ARGS)
+kernels-versions: $(PACKAGE) $(TEST) $(TRITONS:%=$(STAMPS)/triton-%)
+	set -e; for version in $(TRITONS); do \
+		echo "Triton $$version"; \
+		PYTHONPATH=$(VENV)/triton-$$version TRITON_INTERPRET=0 $(PY) -m benchmarks kernels --sample > /dev/null; \
+	done
 
-bench-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m benchmarks --device cuda $(ARGS)
+first-contact:
+	$(ON_GPU) -m benchmarks first-contact $(ARGS)
+
+test-gpu:
+	$(ON_GPU) -m pytest tests/gpu -m "gpu and not heavy" $(ARGS)
+
+test-gpu-heavy:
+	timeout 1800 $(ON_GPU) -m pytest tests/gpu -m "gpu and heavy" $(ARGS)
+
+bench-gpu:
+	$(ON_GPU) -m benchmarks --device cuda $(ARGS)
 
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
@@ -113,4 +136,8 @@ $(TEST): $(TRAIN)
 $(DOCS): $(TRAIN)
 	@echo "Installing what the documentation needs"
 	$(call extras,docs)
+	touch $@
+
+$(STAMPS)/triton-%: $(TEST)
+	$(PIP) --no-deps --target $(VENV)/triton-$* triton==$*
 	touch $@

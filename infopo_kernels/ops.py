@@ -289,7 +289,7 @@ def _(inputs: PreferenceInputs) -> PreferenceResults:
     )
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """factor * gradient, in the gradient's own memory: a second copy would take V * H numbers.
 
     While a graph is traced, the tensors are subclasses and the product is out of place: the compiler plans the memory.
@@ -298,12 +298,13 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
         return (gradient * factor).to(gradient.dtype)
     if factor.device.type == "cpu" and factor.item() == 1:
         return gradient
-    return gradient.mul_(factor)
+    dispatch.resolve(backend, gradient.device, gradient.dtype).scale_(gradient, factor)
+    return gradient
 
 
 def _save_preference(ctx: Any, inputs: PreferenceInputs, results: PreferenceResults) -> None:
     ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient)
-    ctx.wanted = inputs.wanted
+    ctx.wanted, ctx.backend = inputs.wanted, inputs.backend
     ctx.name = "linear_infopo_loss" if inputs.objective == InfoPO.name else "linear_preference_loss"
     ctx.mark_non_differentiable(*(result for result in results if result is not results.loss))
     ctx.set_materialize_grads(False)
@@ -322,7 +323,7 @@ def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[
         ) from error
     if grad is None:
         return ()
-    return tuple(_scaled(g, grad) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
+    return tuple(_scaled(g, grad, ctx.backend) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
 
 
 _linear_preference.register_autograd(_save_preference, _differentiate_preference)

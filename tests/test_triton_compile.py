@@ -156,7 +156,7 @@ def test_plans_fit_any_shape(
     plan = plan_tile(launch, gradients)
     if plan is not None:
         layouts = tile_layouts(launch, plan.rows, plan.slices, gradients)
-        assert sum(map(size_of, layouts[:3])) + max(map(size_of, layouts[3:])) <= mib << 20
+        assert sum(map(size_of, layouts[:2])) + max(map(size_of, layouts[2:])) <= mib << 20
         assert plan.rows * v * dtype.itemsize <= mib << 20
     pieces = plan_pieces(launch, hidden=True, weight=not frozen, bias=bias)
     assert 1 <= pieces.rows <= n
@@ -237,8 +237,8 @@ def test_the_model_counts_the_products_that_are_promised() -> None:
         "import json, benchmarks.gpu.roofline as r\n"
         "h100 = r.DEVICES[1]; shape = (8192, 4096, 151936); out = {}\n"
         "for work in r.WORK:\n"
-        "    p = r.predict(h100, r.calls(work, h100, *shape), 1.0)\n"
-        "    ratio = p.overlapped / r.bare(h100, work, *shape)\n"
+        "    p = r.predict(h100, r.calls(work, h100, *shape))\n"
+        "    ratio = p.seconds / r.bare(h100, work, *shape)\n"
         "    out[work.name] = [p.cost.operations / (2 * 8192 * 4096 * 151936), ratio]\n"
         "print(json.dumps(out))"
     )
@@ -252,19 +252,21 @@ def test_the_model_counts_the_products_that_are_promised() -> None:
     products = {name: row[0] for name, row in json.loads(done.stdout).items()}
     assert products == pytest.approx(
         {
-            "log-probabilities": 1,
-            "frozen head: log-probabilities and dX": 2,
-            "known weights (every chosen row), float32 dW": 3,
-            "the same, workspace of 1 GiB": 3,
-            "known weights, 16-bit dW": 4,
-            "InfoPO step, float32 dW, every rejected weight live": 3,
-            "InfoPO step, float32 dW, rejected weights underflowed": 2,
-            "InfoPO step, 16-bit dW, every weight live": 4 - KEPT_IN_16_BIT / 8192,
-            "InfoPO step, 16-bit dW, rejected underflowed": 2.5 - KEPT_IN_16_BIT / 8192,
-            "InfoPO step, 16-bit dW, every weight live, 1 GiB": 4 - KEPT_IN_16_BIT / 8192,
+            "default setting, every weight live": 4 - KEPT_IN_16_BIT / 8192,
+            "default setting, rejected weights underflowed": 2.5 - KEPT_IN_16_BIT / 8192,
+            "frozen head": 2,
+            "no gradient (reference, evaluation)": 1,
+            "workspace_mib=1024, every weight live": 4 - KEPT_IN_16_BIT / 8192,
+            "workspace_mib=5120: a float32 dW lies in it": 3,
         }
     )
-    ratios = {name: row[1] for name, row in json.loads(done.stdout).items()}
-    assert ratios["known weights (every chosen row), float32 dW"] <= 1.25
-    assert ratios["InfoPO step, float32 dW, every rejected weight live"] <= 1.25
-    assert ratios["InfoPO step, 16-bit dW, every weight live"] <= 1.25
+
+
+def test_the_docs_show_what_the_model_says() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "roofline"],
+        check=True, capture_output=True, text=True, env=_without_interpreter(),
+    )  # fmt: skip
+    shown = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
+    missing = [line for line in done.stdout.splitlines() if line.startswith("|") and line not in shown]
+    assert not missing, "run `python -m benchmarks roofline` and put its tables into docs/gpu.md"

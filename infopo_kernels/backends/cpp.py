@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, scale_in_parts
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.packing import Rows
 
@@ -89,6 +89,10 @@ class CppBackend:
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         rows: int = _call(_OPS.kept_rows, head.hidden, weight_gradient, head.workspace_bytes)
         return rows
+
+    def scale_(self, values: torch.Tensor, factor: torch.Tensor) -> None:
+        """values *= factor, in plain PyTorch."""
+        scale_in_parts(values, factor)
 
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
