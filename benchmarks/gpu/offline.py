@@ -92,7 +92,7 @@ def run(shape: Shape) -> None:
     """Every primitive with every combination of buffers that launches kernels of its own."""
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
+        return torch.empty(size, dtype=dtype, device="meta")
 
     n, h, v, dtype = shape.n, shape.h, shape.v, shape.dtype
     bias = empty(v, dtype=dtype) if shape.options else None
@@ -112,6 +112,8 @@ def run(shape: Shape) -> None:
         if gradients.weight is not None and backend.kept_rows(head, gradients.weight):
             backend.logprob(head, labels, gradients.weight)
             backend.backward(head, labels, lse, c, gradients, labels)
+    backend.scale_(hidden, c)
+    backend.scale_(hidden, empty())
     rows = Rows(head.hidden, labels, empty(9, dtype=torch.int32), None)
     for average, weights in itertools.product((False, True), (None, empty(8, dtype=torch.float64))):
         counts, chosen = empty(8, dtype=torch.int64), empty(8, dtype=torch.bool)
