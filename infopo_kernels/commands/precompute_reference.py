@@ -26,8 +26,7 @@ from infopo_kernels.commands.console import is_main, quiet_other_processes, say
 from infopo_kernels.commands.data import Data
 from infopo_kernels.commands.errors import UserError, user_errors
 from infopo_kernels.commands.options import TrainArguments, parse
-from infopo_kernels.commands.policy import check_adapter, load_start, saved_adapter
-from infopo_kernels.commands.train import load_model_files
+from infopo_kernels.commands.policy import check_adapter, load_model_files, load_start, saved_adapter
 from infopo_kernels.integrations.collators import PreferenceCollator, pad_token_id
 from infopo_kernels.integrations.preferences import Feature, by_feature, check_features
 from infopo_kernels.integrations.references import (

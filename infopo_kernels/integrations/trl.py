@@ -57,7 +57,8 @@ _OF_INFOPO: Final = ("offset", "max_log_weight", "min_log_weight", "sft_weight",
 """Fields that say something of InfoPO only."""
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options, with its text for --help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -90,20 +91,20 @@ class InfoPOConfig(DPOConfig):
         default_factory=lambda: ["infopo"],
         metadata={"help": f"Loss: one of {', '.join(_LOSSES)}; sigmoid is DPO."},
     )
-    offset: float = _option(1.0, "Constant inside the exponential: 1 is the Nguyen-Wainwright-Jordan bound.")
-    max_log_weight: float | None = _option(None, "Cap of the rejected weight at beta * exp(max_log_weight).")
-    min_log_weight: float | None = _option(None, "Rejected sequences below beta * exp(min_log_weight) are left alone.")
-    sft_weight: float = _option(0.0, "Weight of an added mean negative log-likelihood of the chosen response.")
-    average: bool = _option(False, "Mean over the tokens of a response instead of their sum.")
-    simpo_gamma: float = _option(1.0, "Target margin of the rewards, of loss_type simpo.")
-    reference_free: bool = _option(False, "Train without a reference model.")
-    skip_chosen_reference: bool = _option(False, "Leave the chosen reference out: same gradients, half the work.")
-    reference_logps: str | None = _option(None, "File of reference log-probabilities computed ahead of time.")
-    share_prompt: bool = _option(False, "With padding_free: one copy of the prompt for both responses.")
-    score_turns: str = _option("all", "Turns of a response that are scored: all, or assistant.")
-    strict_checks: bool = _option(False, "Stop where a check of the first step would warn.")
-    backend: str = _option("auto", "Backend of the fused head: auto, cpp, triton or torch.")
-    workspace_mib: int | None = _option(None, "Bound on the fused head's workspace, MiB.")
+    offset: float = option(1.0, "Constant inside the exponential: 1 is the Nguyen-Wainwright-Jordan bound.")
+    max_log_weight: float | None = option(None, "Cap of the rejected weight at beta * exp(max_log_weight).")
+    min_log_weight: float | None = option(None, "Rejected sequences below beta * exp(min_log_weight) are left alone.")
+    sft_weight: float = option(0.0, "Weight of an added mean negative log-likelihood of the chosen response.")
+    average: bool = option(False, "Mean over the tokens of a response instead of their sum.")
+    simpo_gamma: float = option(1.0, "Target margin of the rewards, of loss_type simpo.")
+    reference_free: bool = option(False, "Train without a reference model.")
+    skip_chosen_reference: bool = option(False, "Leave the chosen reference out: same gradients, half the work.")
+    reference_logps: str | None = option(None, "File of reference log-probabilities computed ahead of time.")
+    share_prompt: bool = option(False, "With padding_free: one copy of the prompt for both responses.")
+    score_turns: str = option("all", "Turns of a response that are scored: all, or assistant.")
+    strict_checks: bool = option(False, "Stop where a check of the first step would warn.")
+    backend: str = option("auto", "Backend of the fused head: auto, cpp, triton or torch.")
+    workspace_mib: int | None = option(None, "Bound on the fused head's workspace, MiB.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
