@@ -157,6 +157,25 @@ def test_references_ahead_of_time_change_nothing(start: Path, tmp_path: Path, av
         )
 
 
+@pytest.mark.parametrize("cached", [False, True], ids=["in memory", "on disk"])
+def test_references_ahead_of_time_of_several_rejected_responses(start: Path, tmp_path: Path, cached: bool) -> None:
+    """One prompt with a single rejected response, in a list, beside prompts with two and three."""
+    rows = [
+        {"prompt": f"q{i}", "chosen": " yes" * (i + 1), "rejected": [" no" * (k + 1) for k in range(count)]}
+        for i, count in enumerate((2, 1, 3, 2))
+    ]
+    data = Dataset.from_list(rows)
+    if cached:
+        data.save_to_disk(tmp_path / "rows")
+        data = Dataset.load_from_disk(tmp_path / "rows")
+    given = {"train_dataset": data, "processing_class": byte_tokenizer()}
+    truth = train(InfoPOTrainer(str(start), args=config(tmp_path), **given))
+    ahead = InfoPOTrainer(str(start), args=config(tmp_path, precompute_ref_log_probs=True), **given)
+    assert bool(data.cache_files) == cached
+    assert ahead.ref_model is None
+    assert_same_run(train(ahead), truth)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_file_without_chosen_references_serves_who_skips_them(start: Path, tmp_path: Path, packed: bool) -> None:
     given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}

@@ -13,11 +13,13 @@ import torch
 for needed in ("trl", "datasets", "peft", "rich"):
     pytest.importorskip(needed)
 
+import datasets  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from infopo_kernels.commands.cli import main  # noqa: E402
-from infopo_kernels.commands.options import make_parser  # noqa: E402
+from infopo_kernels.commands.data import Data  # noqa: E402
+from infopo_kernels.commands.options import make_parser, parse  # noqa: E402
 from infopo_kernels.commands.resume import last_checkpoint  # noqa: E402
 
 from .training_fixtures import save_tiny_model, tiny_model, write_pairs  # noqa: E402
@@ -193,6 +195,32 @@ def test_bad_rows_are_left_out_when_asked(model: Path, tmp_path: Path, capsys: A
     assert "1 of 4 rows cannot be used" in printed
     assert f"{data}, line 4, field `rejected`: is missing" in printed
     assert " on 3 pairs" in printed
+
+
+@pytest.mark.parametrize("kind", ["file", "dataset"])
+def test_score_turns_says_which_turns_of_the_data_are_scored(
+    model: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "why?"}]
+    row = {
+        "prompt": [{"role": "user", "content": "x"}],
+        "chosen": [*reply, {"role": "assistant", "content": "so"}],
+        "rejected": [*reply, {"role": "assistant", "content": "no"}],
+    }
+    data = tmp_path / "turns.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    if kind == "dataset":
+        rows = datasets.DatasetDict(train=datasets.Dataset.from_list([row]))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+        data = Path("some/dataset")
+    words = ["--model", str(model), "--data", str(data), "--output", str(tmp_path), "--use_cpu"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for turns, unscored in (("all", 0), ("assistant", len("<|start|>user\nwhy?<|end|>\n<|start|>assistant\n"))):
+        script, config, _, mixture = parse([*words, "--score_turns", turns], "train")
+        ((feature,), _) = Data(script, config, mixture).features(tokenizer, None)
+        mask = feature.get("chosen_mask") or [1]
+        text = tokenizer.decode([t for t, m in zip(feature["chosen_ids"], mask, strict=False) if not m])
+        assert len(text) == unscored
 
 
 def test_what_the_model_cannot_take_is_said_before_any_work(tmp_path: Path, capsys: Any) -> None:

@@ -7,6 +7,7 @@ import warnings
 
 import datasets
 import transformers
+from rich.console import Console
 
 
 def is_main() -> bool:
@@ -18,6 +19,12 @@ def say(text: str) -> None:
     """One line, from the first process."""
     if is_main():
         print(text, flush=True)
+
+
+def wide_console() -> Console:
+    """For tables: rich takes 80 columns where it cannot ask a terminal, and they need more."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def quiet_other_processes() -> None:

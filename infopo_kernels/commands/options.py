@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Final, NoReturn
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
 import torch
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from infopo_kernels.commands.cli import SHORT_NAMES, SHORT_VALUES, expand
-from infopo_kernels.commands.errors import UserError, one_line, user_errors
+from infopo_kernels.commands.errors import OneSentence, UserError, one_line, user_errors
 from infopo_kernels.commands.resume import LAST
 from infopo_kernels.commands.smollm2 import SMOLLM2
 from infopo_kernels.integrations.adapters import WAYS
-from infopo_kernels.integrations.trl import InfoPOConfig
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from infopo_kernels.integrations.trl import InfoPOConfig, option
 
 
 @dataclass
 class TrainArguments(ScriptArguments):  # type: ignore[misc, unused-ignore]
     """TRL's script arguments, and what this command adds."""
 
-    dataset_name: str | None = _option(None, "A JSONL file of preference pairs, or a dataset of the hub.")
-    eval_dataset_name: str | None = _option(None, "Pairs to score: a JSONL file, or a dataset of the hub.")
-    held_out: int = _option(0, "Score this many pairs of the dataset instead of training on them.")
-    skip_bad_rows: bool = _option(False, "Leave rows out that cannot be used, instead of refusing the file.")
-    overwrite: bool = _option(False, "Write into an output directory that is not empty.")
-    merge_adapter: bool = _option(False, "Save the merged model instead of the adapter.")
-    adapter: str | None = _option(
+    dataset_name: str | None = option(None, "A JSONL file of preference pairs, or a dataset of the hub.")
+    eval_dataset_name: str | None = option(None, "Pairs to score: a JSONL file, or a dataset of the hub.")
+    held_out: int = option(0, "Score this many pairs of the dataset instead of training on them.")
+    skip_bad_rows: bool = option(False, "Leave rows out that cannot be used, instead of refusing the file.")
+    overwrite: bool = option(False, "Write into an output directory that is not empty.")
+    merge_adapter: bool = option(False, "Save the merged model instead of the adapter.")
+    adapter: str | None = option(
         None,
         "What becomes of an adapter in the model's directory: continue (train it on), merge (into the weights, before "
         "training), refuse. Default: continue with --use_peft, else refuse; precompute-reference: continue.",
@@ -89,11 +85,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     pass
 
 
-class _Parser(TrlParser):  # type: ignore[misc, unused-ignore]
-    """Says what is wrong in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{one_line(message)} (see --help)")
+class _Parser(OneSentence, TrlParser):  # type: ignore[misc, unused-ignore]
+    pass
 
 
 _DESCRIPTION: Final = """\

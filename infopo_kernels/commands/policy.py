@@ -6,14 +6,37 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 from trl import ModelConfig, get_quantization_config
 
 from infopo_kernels.commands.console import is_main, say
 from infopo_kernels.commands.errors import UserError, user_errors
 from infopo_kernels.commands.options import TrainArguments
+from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
 from infopo_kernels.integrations.adapters import adapter_in, load_policy
 from infopo_kernels.integrations.trl import InfoPOConfig
+
+
+def load_model_files(model: ModelConfig, config: InfoPOConfig) -> tuple[Any, Any]:
+    """The model's tokenizer (or processor) and configuration, after `smollm2` has become a directory.
+
+    Of a directory with an adapter there is no configuration: the adapter may have added tokens to its base's.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    name = str(model.model_name_or_path)
+    if name == SMOLLM2 and not Path(name).exists():
+        model.model_name_or_path = str(smollm2_directory())
+    options = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
+    with user_errors(
+        f"`--model_name_or_path {name}` cannot be loaded; pass a directory written by save_pretrained, the id of a "
+        f"causal language model on the hub, or {SMOLLM2!r}. Reason: "
+    ):
+        if (adapter := saved_adapter(model)) is not None:
+            return _load_adapter_processor(str(model.model_name_or_path), adapter, options), None
+        model_config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
+        return AutoProcessor.from_pretrained(model.model_name_or_path, **options), model_config
 
 
 def init_options(model: ModelConfig, config: InfoPOConfig) -> dict[str, Any]:
@@ -32,7 +55,7 @@ def saved_adapter(model: ModelConfig) -> dict[str, Any] | None:
         return adapter_in(str(model.model_name_or_path), revision=model.model_revision)
 
 
-def load_adapter_processor(name: str, saved: dict[str, Any], options: dict[str, Any]) -> Any:
+def _load_adapter_processor(name: str, saved: dict[str, Any], options: dict[str, Any]) -> Any:
     """The tokenizer beside an adapter, which may have tokens added; where there is none, that of its base."""
     try:
         return AutoProcessor.from_pretrained(name, **options)

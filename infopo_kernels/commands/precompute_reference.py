@@ -26,10 +26,9 @@ from infopo_kernels.commands.console import is_main, quiet_other_processes, say
 from infopo_kernels.commands.data import Data
 from infopo_kernels.commands.errors import UserError, user_errors
 from infopo_kernels.commands.options import TrainArguments, parse
-from infopo_kernels.commands.policy import check_adapter, load_start, saved_adapter
-from infopo_kernels.commands.train import load_model_files
-from infopo_kernels.integrations.collators import PreferenceCollator
-from infopo_kernels.integrations.preferences import Feature, check_features, rejected_responses
+from infopo_kernels.commands.policy import check_adapter, load_model_files, load_start, saved_adapter
+from infopo_kernels.integrations.collators import PreferenceCollator, pad_token_id
+from infopo_kernels.integrations.preferences import Feature, by_feature, check_features
 from infopo_kernels.integrations.references import (
     Header,
     Values,
@@ -92,9 +91,7 @@ def main(words: Sequence[str], prog: str) -> None:
     done = _begin(path, header, overwrite=script.overwrite)
     if done:
         say(f"{path} holds {done} of {len(features)} pairs already.")
-    tokenizer = getattr(processor, "tokenizer", processor)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    scorer = _Scorer(policy, PreferenceCollator(pad_token_id=pad or 0), config, dtype)
+    scorer = _Scorer(policy, PreferenceCollator(pad_token_id=pad_token_id(processor)), config, dtype)
     # The file's order is the data's, so that what is done is a prefix.
     _score_rest(path, list(features.items())[done:], scorer, config.precompute_ref_batch_size or _BATCH)
     on = f", with its adapter {adapter}" if adapter else ""
@@ -173,12 +170,8 @@ class _Scorer:
         inputs = {name: batch[name][P if skip else 0 :].to(self._device) for name in _INPUTS}
         with self._autocast:
             logps = reference_logps(self._policy, inputs, average=self._config.average, skip_chosen=False).tolist()
-        chosen = [None] * P if skip else logps[:P]
-        rest = iter(logps if skip else logps[P:])
-        return [
-            (value, tuple(next(rest) for _ in rejected_responses(feature)))
-            for value, feature in zip(chosen, features, strict=True)
-        ]
+        chosen, rejected = ([None] * P, logps) if skip else (logps[:P], logps[P:])
+        return list(zip(chosen, map(tuple, by_feature(features, rejected)), strict=True))
 
 
 _INPUTS: Final = ("input_ids", "attention_mask", "labels")

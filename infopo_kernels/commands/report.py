@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from rich.table import Table
 
-Record = dict[str, Any]
+from infopo_kernels.commands.metrics_file import Record
 
 _ROWS: Final = (
     ("Chosen log-likelihood (nats)", "eval_logps/chosen", "{:.2f}"),

@@ -15,6 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from infopo_kernels.commands.errors import UserError
 
 SMOLLM2: Final = "smollm2"
@@ -61,9 +64,6 @@ def _gguf_file() -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
         dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

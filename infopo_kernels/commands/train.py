@@ -4,57 +4,25 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from accelerate import PartialState
-from rich.console import Console
-from transformers import AutoConfig, AutoProcessor
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from infopo_kernels.commands.console import is_main, quiet_other_processes, say
+from infopo_kernels.commands.console import is_main, quiet_other_processes, say, wide_console
 from infopo_kernels.commands.data import Data
 from infopo_kernels.commands.errors import UserError, one_line, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile
 from infopo_kernels.commands.options import parse
-from infopo_kernels.commands.policy import (
-    check_adapter,
-    init_options,
-    load_adapter_processor,
-    load_start,
-    saved_adapter,
-)
+from infopo_kernels.commands.policy import check_adapter, init_options, load_model_files, load_start
 from infopo_kernels.commands.report import evaluation_table
 from infopo_kernels.commands.resume import checkpoint_to_resume
-from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
 from infopo_kernels.integrations.preferences import check_features
+from infopo_kernels.integrations.references import ReferenceTable
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer
-from infopo_kernels.reference_logps import ReferenceTable
-
-
-def load_model_files(model: ModelConfig, config: InfoPOConfig) -> tuple[Any, Any]:
-    """The model's tokenizer (or processor) and configuration, after `smollm2` has become a directory.
-
-    Of a directory with an adapter there is no configuration: the adapter may have added tokens to its base's.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    name = str(model.model_name_or_path)
-    if name == SMOLLM2 and not Path(name).exists():
-        model.model_name_or_path = str(smollm2_directory())
-    options = {"revision": model.model_revision, "trust_remote_code": config.trust_remote_code}
-    with user_errors(
-        f"`--model_name_or_path {name}` cannot be loaded; pass a directory written by save_pretrained, the id of a "
-        f"causal language model on the hub, or {SMOLLM2!r}. Reason: "
-    ):
-        if (adapter := saved_adapter(model)) is not None:
-            return load_adapter_processor(str(model.model_name_or_path), adapter, options), None
-        model_config = AutoConfig.from_pretrained(model.model_name_or_path, **options)
-        return AutoProcessor.from_pretrained(model.model_name_or_path, **options), model_config
 
 
 def prepare_output(directory: Path, *, overwrite: bool) -> None:
@@ -151,9 +119,7 @@ def main(words: Sequence[str], prog: str) -> None:
         trainer.evaluate()
     save(trainer, merge_adapter=script.merge_adapter)
     if is_main() and test is not None:
-        # rich takes 80 columns where it cannot ask a terminal; the table needs more.
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        console.print(evaluation_table({"held out": trainer.state.log_history}))
+        wide_console().print(evaluation_table({"held out": trainer.state.log_history}))
     kept = (model.use_peft or adapter == "continue") and not script.merge_adapter
     say(f"The {'adapter' if kept else 'model'} is in {config.output_dir}.")
     if config.push_to_hub:

@@ -19,6 +19,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from infopo_kernels.integrations.randomness import evaluating
+
 WAYS: Final = ("continue", "merge", "refuse")
 """What becomes of an adapter that the model's directory holds: it is trained on, it is merged into the weights first,
 or the directory is refused."""
@@ -119,6 +121,11 @@ def adapters_of(model: Any) -> Adapters:
     return Adapters(found.base, found.active, found.layers, tuple(kinds), bool(prompt))
 
 
+def has_virtual_tokens(model: Any) -> bool:
+    """Whether an adapter of the model is a learned prompt, be it switched on or not."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+
+
 def changes_model(model: Any, adapters: Adapters) -> bool:
     """Whether the adapters that are switched on make a model of it that is not its base.
 
@@ -129,6 +136,7 @@ def changes_model(model: Any, adapters: Adapters) -> bool:
     Raises:
         ValueError: the answer takes a run, and the weights are partitioned (ZeRO-3).
     """
+    # Imported here: PEFT is optional, and a model without it has no adapter.
     from peft.tuners.adalora import AdaLoraLayer
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -226,17 +234,14 @@ def _runs_differently(model: Any, adapters: Adapters) -> bool:
     embedding = model.get_input_embeddings()
     vocabulary = int(embedding.weight.shape[0])
     ids = torch.arange(_PROBE, device=embedding.weight.device)[None] * (vocabulary - 1) // (_PROBE - 1)
-    training = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
     try:
-        with_adapter = model(input_ids=ids, use_cache=False).logits.float()
-        with _switched_off(model, adapters):
-            without = model(input_ids=ids, use_cache=False).logits.float()
+        with evaluating(model):
+            with_adapter = model(input_ids=ids, use_cache=False).logits.float()
+            with _switched_off(model, adapters):
+                without = model(input_ids=ids, use_cache=False).logits.float()
     finally:
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, mode in trained.items():  # switching adapters on makes PEFT set these
+        for parameter, mode in trained.items():  # PEFT sets these when it switches adapters on
             parameter.requires_grad_(mode)
     rounding = 16 * torch.finfo(next(model.parameters()).dtype).eps
     return float((with_adapter - without).abs().max()) > rounding * float(without.abs().max())

@@ -31,7 +31,13 @@ from infopo_kernels.integrations.preferences import (
 )
 from infopo_kernels.options import IGNORE_INDEX
 
-__all__ = ["Feature", "PackedPreferenceCollator", "PreferenceCollator", "preference_features"]
+__all__ = ["Feature", "PackedPreferenceCollator", "PreferenceCollator", "pad_token_id", "preference_features"]
+
+
+def pad_token_id(processor: Any) -> int:
+    """What to pad with: the padding token of a tokenizer (or of a processor's), else its end token, else 0."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
 
 
 @dataclass(frozen=True)

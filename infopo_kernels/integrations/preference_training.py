@@ -7,7 +7,7 @@ of the evaluation that they belong to, and refuses steps that are not finite bef
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate.utils import DistributedType
@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from infopo_kernels.integrations import first_step
-from infopo_kernels.integrations.adapters import check_start
+from infopo_kernels.integrations.adapters import check_start, has_virtual_tokens
 from infopo_kernels.integrations.randomness import check_no_neftune, disable_dropout
+from infopo_kernels.integrations.references import same_start
 from infopo_kernels.integrations.step import (
     EXACT_KEYS,
     Inputs,
@@ -26,9 +27,9 @@ from infopo_kernels.integrations.step import (
     mean_loss,
     metric_sums,
     metrics,
+    number_of_chosen,
     preference_output,
     reference_logps,
-    rejected_prompts,
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import LinearLogpsOutput, causal_model
@@ -36,6 +37,11 @@ from infopo_kernels.objectives import Objective
 from infopo_kernels.output import PreferenceOutput
 
 logger = logging.getLogger(__name__)
+
+_FEATURE_COLUMNS: Final = (
+    "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "weight", "ref_chosen_logps",
+    "ref_rejected_logps",
+)  # fmt: skip
 
 
 class ReferenceMemory(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -77,6 +83,8 @@ class PreferenceTraining:
     _eval_sums: list[Tensor] | None = None
     _latest: PreferenceOutput | None = None
     _first_step_proven: bool = False
+    _is_start: bool = True
+    _signature_columns: list[str] | None
 
     # --- what a trainer says of its reference ---------------------------------------------------------------------
 
@@ -85,16 +93,21 @@ class PreferenceTraining:
         raise NotImplementedError
 
     def reference_is_the_start(self) -> bool:
-        """Whether policy and reference must agree at the first step."""
-        return True
+        """Whether policy and reference must agree at the first step.
+
+        They need not if another model was given as the reference, nor with virtual tokens, which always have an effect.
+        """
+        return self._is_start and not has_virtual_tokens(self.model)
 
     # --- construction ---------------------------------------------------------------------------------------------
 
-    def _prepare_preferences(self, reference: Any, *, dropout: bool) -> None:
+    def _prepare_preferences(self, reference: Any, given: Any, *, dropout: bool) -> None:
+        """`given`: the reference that the user passed, None for the model that training starts from."""
         self._train_sums = []
         # The loss is a mean over the pairs of a batch, so Trainer divides it by the accumulation steps. Its class
         # attribute `loss_is_scaled_for_ga` says the same, but transformers before 5.19 does not know it.
         self.model_accepts_loss_kwargs = False
+        self._is_start = given is None or same_start(self.model, given)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{type(self).__name__} does not run under nn.DataParallel, which Trainer uses with several GPUs in "
@@ -144,17 +157,20 @@ class PreferenceTraining:
     def _reference_logps(self, model: Any, model_inputs: Inputs, known: Inputs) -> Tensor:
         asked = self.reference_for(model)
         assert asked is not None
-        prompts = (
-            len(model_inputs["labels"]) if "cu_seqlens" not in model_inputs else len(model_inputs["cu_seqlens"]) - 1
-        )
         return reference_logps(
             asked[0],
             {**model_inputs, "use_cache": False},
             average=self.objective.average,
             skip_chosen=self.skip_chosen_reference,
-            num_chosen=prompts - len(rejected_prompts(model_inputs, known)),
+            num_chosen=number_of_chosen(model_inputs, known),
             adapter=asked[1],
         )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Trainer's, so that it leaves the columns of a feature in the batch."""
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *(name for name in _FEATURE_COLUMNS if name not in columns)]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """float64 stays: under DeepSpeed, Trainer casts every floating tensor of a batch to the model's type."""
@@ -170,10 +186,7 @@ class PreferenceTraining:
         R, remainder = self.accelerator.num_processes, gradient_state.remainder
         if R == 1 or not gradient_state.end_of_dataloader or remainder <= 0:
             return inputs
-        model_inputs, known = split_inputs(inputs)
-        partner = rejected_prompts(model_inputs, known)
-        cu_seqlens = model_inputs.get("cu_seqlens")
-        prompts = (len(model_inputs["labels"]) if cu_seqlens is None else len(cu_seqlens) - 1) - len(partner)
+        prompts = number_of_chosen(*split_inputs(inputs))
         unique = min(max(remainder - self.accelerator.process_index * prompts, 0), prompts)
         # The wrapper averages gradients over ranks; an evaluation adds the ranks' sums.
         return counted_once(inputs, unique, remainder / R if training else max(unique, 1e-9))

@@ -40,6 +40,7 @@ __all__ = [
     "Preference",
     "PreferenceError",
     "PreferenceWarning",
+    "by_feature",
     "check_features",
     "cut",
     "encode",
@@ -147,6 +148,12 @@ def rejected_responses(feature: Feature, name: str = "rejected_ids") -> list[Any
     """`feature[name]`, a field of the rejected responses, as a list of one entry a response, also for a single one."""
     values = feature[name]
     return list(values) if lists_rejected(feature) else [values]
+
+
+def by_feature(features: Iterable[Feature], values: Iterable[float]) -> list[list[float]]:
+    """The values of all rejected responses of a batch, in its order, as one list for each feature."""
+    rest = iter(values)
+    return [[next(rest) for _ in rejected_responses(feature)] for feature in features]
 
 
 def lists_rejected(feature: Feature) -> bool:

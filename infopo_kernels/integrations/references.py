@@ -71,12 +71,11 @@ def model_identity(model: Any) -> tuple[str, str | None]:
     if not changes_model(model, adapters):
         return base, None
     scales = [
-        f"{kind}={getattr(layer, kind)[name]}"
+        f"scaling={layer.scaling[name]}"
         for layer in adapters.layers
-        for kind in ("scaling",)
-        if isinstance(getattr(layer, kind, None), dict)
+        if isinstance(getattr(layer, "scaling", None), dict)
         for name in getattr(layer, "active_adapters", ())
-        if name in getattr(layer, kind)
+        if name in layer.scaling
     ]
     return base, f"{'+'.join(adapters.kinds)} {_digest(adapters.active, type(model).__name__, *scales)}"
 
@@ -89,6 +88,14 @@ def model_fingerprint(model: Any) -> str:
     """
     base, adapter = model_identity(model)
     return base if adapter is None else hashlib.blake2b(f"{base} {adapter}".encode(), digest_size=16).hexdigest()
+
+
+def same_start(model: Any, reference: Any) -> bool:
+    """Whether the reference holds the weights that the policy starts from; unknown counts as so."""
+    try:
+        return model_identity(model) == model_identity(reference)
+    except ValueError:  # weights that are not here
+        return True
 
 
 def _digest(parameters: Iterable[tuple[str, Tensor]], kind: str, *more: str) -> str:

@@ -77,6 +77,11 @@ def rejected_prompts(model_inputs: Inputs, known: Inputs) -> Tensor:
     return torch.tensor(rejected)
 
 
+def number_of_chosen(model_inputs: Inputs, known: Inputs) -> int:
+    """Chosen sequences, which come first: one for each prompt."""
+    return number_of_sequences(model_inputs) - len(rejected_prompts(model_inputs, known))
+
+
 def can_be_cut(model_inputs: Inputs) -> bool:
     """Whether it is known how to take sequences out of a batch.
 

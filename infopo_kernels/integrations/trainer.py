@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infopo_kernels.integrations.references import model_identity
 from infopo_kernels.integrations.step import (
     check_finite,
-    number_of_sequences,
+    number_of_chosen,
     preference_output,
     reference_logps,
-    rejected_prompts,
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
@@ -29,11 +27,6 @@ try:
 except ImportError as error:
     raise import_failure(__name__, ("transformers", "accelerate"), "train", error) from error
 warn_untested("transformers", "accelerate", "peft")
-
-_PREFERENCE_COLUMNS = (
-    "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "weight", "ref_chosen_logps",
-    "ref_rejected_logps",
-)  # fmt: skip
 
 
 def compute_infopo_loss(
@@ -84,17 +77,16 @@ def compute_infopo_loss(
     if objective.reference == "none":
         known.pop("ref_logps", None)
     elif "ref_logps" not in known:
-        adapted = extract_model_from_parallel(model, keep_torch_compile=False)
-        with_adapter = hasattr(adapted, "disable_adapter") and hasattr(adapted, "peft_config")
-        _check_reference(ref_model is not None or (with_adapter and not reference_free), reference_free)
+        adapter = None if ref_model is not None or reference_free else _without_adapter(model)
+        _check_reference(ref_model is not None or adapter is not None, reference_free)
         if not reference_free:
             known["ref_logps"] = reference_logps(
                 model if ref_model is None else ref_model,
                 model_inputs,
                 average=objective.average,
                 skip_chosen=skip_chosen_reference,
-                num_chosen=number_of_sequences(model_inputs) - len(rejected_prompts(model_inputs, known)),
-                adapter=adapted.disable_adapter() if ref_model is None else None,
+                num_chosen=number_of_chosen(model_inputs, known),
+                adapter=adapter,
             )
     else:
         _check_reference(True, reference_free)
@@ -102,6 +94,13 @@ def compute_infopo_loss(
     if result.loss.requires_grad and result.loss.device.type == "cpu":
         check_finite(result, objective)
     return out
+
+
+def _without_adapter(model: Any) -> Any:
+    """A context in which a model with an adapter is its own reference; None for a model without one."""
+    adapted = extract_model_from_parallel(model, keep_torch_compile=False)
+    with_adapter = hasattr(adapted, "disable_adapter") and hasattr(adapted, "peft_config")
+    return adapted.disable_adapter() if with_adapter else None
 
 
 def _check_reference(present: bool, reference_free: bool) -> None:
@@ -177,8 +176,7 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
         for each in (self.model, ref_model):
             if each is not None and not is_attached(each):
                 attach_linear_logps(each, kernel=kernel)
-        self._is_start = ref_model is None or same_start(self.model, ref_model)
-        self._prepare_preferences(ref_model, dropout=not disable_dropout)
+        self._prepare_preferences(ref_model, ref_model, dropout=not disable_dropout)
         self.ref_model = ref_model
         if ref_model is not None:
             self.ref_model = self._wrapped_reference(ref_model.eval())
@@ -196,19 +194,8 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
             return None
         if self.ref_model is not None:
             return self.ref_model, None
-        adapted = extract_model_from_parallel(model, keep_torch_compile=False)
-        if hasattr(adapted, "disable_adapter") and hasattr(adapted, "peft_config"):
-            return model, adapted.disable_adapter()
-        return None
-
-    def reference_is_the_start(self) -> bool:
-        """Not if `ref_model` is another model, nor with an adapter of virtual tokens, which is never without effect."""
-        return self._is_start and not has_virtual_tokens(self.model)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = vars(self)["_signature_columns"]
-        self._signature_columns = [*columns, *(name for name in _PREFERENCE_COLUMNS if name not in columns)]
+        adapter = _without_adapter(model)
+        return None if adapter is None else (model, adapter)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -227,15 +214,3 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
-
-
-def has_virtual_tokens(model: Any) -> bool:
-    return any(getattr(config, "is_prompt_learning", False) for config in getattr(model, "peft_config", {}).values())
-
-
-def same_start(model: Any, reference: Any) -> bool:
-    """Whether the reference holds the weights that the policy starts from; unknown counts as so."""
-    try:
-        return model_identity(model) == model_identity(reference)
-    except ValueError:  # weights that are not here
-        return True

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from infopo_kernels.integrations.adapters import check_start
-from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
-from infopo_kernels.integrations.preferences import check_features, feature_dataset
+from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator, pad_token_id
+from infopo_kernels.integrations.preferences import by_feature, check_features, feature_dataset, lists_rejected
 from infopo_kernels.integrations.references import ReferenceTable
-from infopo_kernels.integrations.step import reference_logps, split_inputs
+from infopo_kernels.integrations.step import LAYOUT_KEYS, number_of_chosen, reference_logps, split_inputs
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
 from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.objectives import DPO, IPO, SFT, InfoPO, Objective, SimPO
@@ -26,7 +26,7 @@ from infopo_kernels.options import KernelOptions
 
 try:
     from accelerate.utils import gather_object, is_peft_model
-    from transformers import AutoProcessor, ProcessorMixin
+    from transformers import AutoProcessor
     from trl import DPOConfig, DPOTrainer
     from trl.models.utils import disable_gradient_checkpointing
     from trl.trainer.utils import get_config_model_id, use_adapter
@@ -34,7 +34,6 @@ try:
     from infopo_kernels.integrations.first_step import computing_type
     from infopo_kernels.integrations.preference_training import PreferenceTraining
     from infopo_kernels.integrations.randomness import check_no_neftune
-    from infopo_kernels.integrations.trainer import has_virtual_tokens, same_start
 except ImportError as error:
     raise import_failure(__name__, ("trl", "transformers", "accelerate", "datasets"), "trl", error) from error
 warn_untested("trl", "transformers", "accelerate", "datasets", "peft")
@@ -57,7 +56,8 @@ _OF_INFOPO: Final = ("offset", "max_log_weight", "min_log_weight", "sft_weight",
 """Fields that say something of InfoPO only."""
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options, with its text for --help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -90,20 +90,20 @@ class InfoPOConfig(DPOConfig):
         default_factory=lambda: ["infopo"],
         metadata={"help": f"Loss: one of {', '.join(_LOSSES)}; sigmoid is DPO."},
     )
-    offset: float = _option(1.0, "Constant inside the exponential: 1 is the Nguyen-Wainwright-Jordan bound.")
-    max_log_weight: float | None = _option(None, "Cap of the rejected weight at beta * exp(max_log_weight).")
-    min_log_weight: float | None = _option(None, "Rejected sequences below beta * exp(min_log_weight) are left alone.")
-    sft_weight: float = _option(0.0, "Weight of an added mean negative log-likelihood of the chosen response.")
-    average: bool = _option(False, "Mean over the tokens of a response instead of their sum.")
-    simpo_gamma: float = _option(1.0, "Target margin of the rewards, of loss_type simpo.")
-    reference_free: bool = _option(False, "Train without a reference model.")
-    skip_chosen_reference: bool = _option(False, "Leave the chosen reference out: same gradients, half the work.")
-    reference_logps: str | None = _option(None, "File of reference log-probabilities computed ahead of time.")
-    share_prompt: bool = _option(False, "With padding_free: one copy of the prompt for both responses.")
-    score_turns: str = _option("all", "Turns of a response that are scored: all, or assistant.")
-    strict_checks: bool = _option(False, "Stop where a check of the first step would warn.")
-    backend: str = _option("auto", "Backend of the fused head: auto, cpp, triton or torch.")
-    workspace_mib: int | None = _option(None, "Bound on the fused head's workspace, MiB.")
+    offset: float = option(1.0, "Constant inside the exponential: 1 is the Nguyen-Wainwright-Jordan bound.")
+    max_log_weight: float | None = option(None, "Cap of the rejected weight at beta * exp(max_log_weight).")
+    min_log_weight: float | None = option(None, "Rejected sequences below beta * exp(min_log_weight) are left alone.")
+    sft_weight: float = option(0.0, "Weight of an added mean negative log-likelihood of the chosen response.")
+    average: bool = option(False, "Mean over the tokens of a response instead of their sum.")
+    simpo_gamma: float = option(1.0, "Target margin of the rewards, of loss_type simpo.")
+    reference_free: bool = option(False, "Train without a reference model.")
+    skip_chosen_reference: bool = option(False, "Leave the chosen reference out: same gradients, half the work.")
+    reference_logps: str | None = option(None, "File of reference log-probabilities computed ahead of time.")
+    share_prompt: bool = option(False, "With padding_free: one copy of the prompt for both responses.")
+    score_turns: str = option("all", "Turns of a response that are scored: all, or assistant.")
+    strict_checks: bool = option(False, "Stop where a check of the first step would warn.")
+    backend: str = option("auto", "Backend of the fused head: auto, cpp, triton or torch.")
+    workspace_mib: int | None = option(None, "Bound on the fused head's workspace, MiB.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,8 +235,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         for dataset in (self.train_dataset, *evaluations.values()):
             if "chosen_ids" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
                 check_features(dataset, self.model, max_length=args.max_length)
-        self._is_start = given is None or same_start(self.model, given)
-        self._prepare_preferences(self.ref_model, dropout=args.disable_dropout)
+        self._prepare_preferences(self.ref_model, given, dropout=args.disable_dropout)
 
     def _needs_no_reference(self, kwargs: dict[str, Any], args: Any) -> bool:
         if args.reference_free or self.objective.reference == "none" or self._table is not None:
@@ -286,17 +285,10 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             return features
         return features.map(self._table.lookup)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if not self._is_vision_dataset:
-            columns: list[str] = vars(self)["_signature_columns"]
-            own = ("chosen_mask", "rejected_mask", "weight")
-            self._signature_columns = [*columns, *(name for name in own if name not in columns)]
-
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self._needs_no_reference({"train_dataset": dataset}, self.args):
             return dataset
-        if not dataset.cache_files:
+        if not dataset.cache_files or _lists_rejected(dataset):  # TRL's cache holds one value a pair
             return self._precompute_in_memory(dataset, batch_size)
         # TRL caches by model and data; what is summed depends on these too.
         kept: Any = vars(self)["_precompute_model_hash"]
@@ -313,11 +305,13 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         # Every rank makes as many passes, since sharded weights travel in each; what is too much is scored twice.
         own = [index % len(dataset) for index in range(rank * size, (rank + 1) * size)]
         model = self.ref_model or self.model
-        values: list[tuple[float, float]] = []
+        several = _lists_rejected(dataset)
+        values: list[tuple[float, Any]] = []
         for start in range(0, size, batch_size):
-            batch = self.data_collator([dataset[index] for index in own[start : start + batch_size]])
-            chosen, rejected = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
-            values += zip(chosen.tolist(), rejected.tolist(), strict=True)
+            rows = [dataset[index] for index in own[start : start + batch_size]]
+            inputs = self._prepare_inputs(self.data_collator(rows))
+            chosen, rejected = (each.tolist() for each in self.compute_ref_log_probs(model, inputs))
+            values += zip(chosen, by_feature(rows, rejected) if several else rejected, strict=True)
         found = (gather_object(values) if R > 1 else values)[: len(dataset)]
         names = ("ref_chosen_logps", "ref_rejected_logps")
         for name, column in zip(names, zip(*found, strict=True), strict=True):
@@ -338,26 +332,23 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         return model, use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
 
     def reference_is_the_start(self) -> bool:
-        """Not if `ref_model` was given and is another model, nor with virtual tokens, which always have an effect."""
-        virtual = has_virtual_tokens(self.model) and "ref" not in getattr(self.model, "peft_config", {})
-        return self._is_start and not virtual
+        """As in every trainer; but the adapter "ref" is the one that training starts from, virtual tokens or not."""
+        return self._is_start if "ref" in getattr(self.model, "peft_config", {}) else super().reference_is_the_start()
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities of a batch, float64, chosen and rejected."""
-        adapter = None
-        if self.ref_model is None and is_peft_model(self.model):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
+        model_inputs, known = split_inputs(inputs)
+        num_chosen, asked = number_of_chosen(model_inputs, known), self.reference_for(model)
         with self.accelerator.autocast():
             logps = reference_logps(
                 model,
-                {**split_inputs(inputs)[0], "use_cache": False},
+                {**model_inputs, "use_cache": False},
                 average=self.objective.average,
                 skip_chosen=self.skip_chosen_reference,
-                adapter=adapter,
+                num_chosen=num_chosen,
+                adapter=None if asked is None else asked[1],
             )
-        chosen, rejected = logps.chunk(2)
-        return chosen, rejected
+        return logps[:num_chosen], logps[num_chosen:]
 
     def _reference_logps(self, model: Any, model_inputs: Any, known: Any) -> Tensor:
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -377,9 +368,8 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         if not return_outputs:
             return loss
         model_inputs = split_inputs(inputs)[0]
-        drop = ("labels", "cu_seqlens", "rows")
         with torch.no_grad():
-            return loss, model(**{key: value for key, value in model_inputs.items() if key not in drop})
+            return loss, model(**{key: value for key, value in model_inputs.items() if key not in LAYOUT_KEYS})
 
     def _count_tokens(self, mode: str, inputs: Any) -> None:
         if mode == "train":
@@ -413,6 +403,10 @@ def _attached(model: Any, kernel: KernelOptions) -> Any:
     return model
 
 
+def _lists_rejected(dataset: Any) -> bool:
+    return "rejected_ids" in dataset.column_names and lists_rejected(dataset[0])
+
+
 def _has_images(dataset: Any) -> bool:
     if dataset is None:
         return False
@@ -433,6 +427,5 @@ def _processing_class(given: Any, model: Any, args: Any) -> Any:
 def _collator(processing_class: Any, args: Any) -> Any:
     if args.padding_free:
         return PackedPreferenceCollator(args.max_length, share_prompt=args.share_prompt)
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return PreferenceCollator(args.max_length, pad_token_id=pad or 0, pad_to_multiple_of=args.pad_to_multiple_of)
+    pad = pad_token_id(processing_class)
+    return PreferenceCollator(args.max_length, pad_token_id=pad, pad_to_multiple_of=args.pad_to_multiple_of)

@@ -24,11 +24,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, PrinterCallback
 
+from infopo_kernels.commands.console import wide_console
 from infopo_kernels.commands.demo.callbacks import Lines, Stop
 from infopo_kernels.commands.demo.plot import plot_runs
 from infopo_kernels.commands.demo.solving import answers, solved
 from infopo_kernels.commands.demo.word_problems import Pair, word_problems
-from infopo_kernels.commands.errors import UserError, user_errors
+from infopo_kernels.commands.errors import OneSentence, user_errors
 from infopo_kernels.commands.metrics_file import MetricsFile, Record, write_record
 from infopo_kernels.commands.report import evaluation_table, evaluations
 from infopo_kernels.commands.smollm2 import SMOLLM2, smollm2_directory
@@ -74,9 +75,8 @@ def _number(kind: type, least: float) -> Any:
     return parse
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message} (see --help)")
+class _Parser(OneSentence, argparse.ArgumentParser):
+    pass
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -168,7 +168,7 @@ def main(words: Sequence[str], prog: str) -> None:
         UserError: something that the user can put right.
     """
     args = _parser(prog).parse_args(words)
-    console = Console(width=None if Console().is_terminal else 120)
+    console = wide_console()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # theirs, of one another

@@ -10,11 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from infopo_kernels.commands.metrics_file import Record
+
 # Okabe and Ito's palette: told apart with any colour vision, and by line style and marker in print.
 _COLOURS: Final = ("#0072B2", "#D55E00")
 _SIDES: Final = (("chosen", "-", "o"), ("rejected", "--", "X"))
-
-Record = dict[str, Any]
 
 
 def plot_runs(logs: Mapping[str, Sequence[Record]], path: Path, *, title: str, beta: float) -> None:
