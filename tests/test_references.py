@@ -308,6 +308,23 @@ def test_a_learned_prompt_counts_unless_it_is_off(config: Callable[[], Any]) -> 
         assert model_identity(model) == plain
 
 
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_compiled_model_is_the_same_model(where: str) -> None:
+    plain = model_identity(tiny_model())
+    assert model_identity(torch.compile(tiny_model())) == plain
+    for fresh in (True, False):
+        config = peft.LoraConfig(**_TARGET, r=2, init_lora_weights=fresh)
+        torch.manual_seed(1)
+        eager = model_identity(peft.get_peft_model(tiny_model(), config))
+        torch.manual_seed(1)
+        if where == "outside":
+            model = torch.compile(peft.get_peft_model(tiny_model(), config))
+        else:
+            model = peft.get_peft_model(torch.compile(tiny_model()), config)
+        assert model_identity(model) == eager
+        assert (eager == plain) == fresh
+
+
 def test_injected_and_inactive_adapters() -> None:
     plain = model_identity(tiny_model())
     for fresh in (True, False):

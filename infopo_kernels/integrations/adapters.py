@@ -49,6 +49,7 @@ def adapters_of(model: Any) -> Adapters:
     Args:
         model: of transformers, with or without adapters, in a `PeftModel` or injected.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if importlib.util.find_spec("peft") is None:
         return Adapters(base=list(model.named_parameters()))
     # Imported here: PEFT is optional, and a model without it has no adapter.
@@ -92,7 +93,9 @@ def adapters_of(model: Any) -> Adapters:
             else:
                 parts.append((f"{plain}{adapter or ''}{name}", parameter))
         for name, child in module.named_children():
-            if own is not None and name == own:
+            if name == "_orig_mod":
+                walk(child, plain, adapter)
+            elif own is not None and name == own:
                 walk(child, plain, None)
             elif own is not None or adapter is not None:
                 walk(child, plain, f"{adapter or ''}{name}.")
