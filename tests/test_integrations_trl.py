@@ -295,15 +295,15 @@ def test_nothing_is_refused_that_needs_no_model(start: Path, tmp_path: Path, str
     assert train(again)[0] == pytest.approx(run[0], rel=1e-4, abs=2e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_several_rejected_responses_and_weights(start: Path, tmp_path: Path, packed: bool) -> None:
+@pytest.mark.parametrize(("packed", "precomputed"), [(False, False), (True, False), (False, True), (True, True)])
+def test_several_rejected_responses_and_weights(start: Path, tmp_path: Path, packed: bool, precomputed: bool) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": f"{index} + 2 = ", "chosen": f"{index + 2}.", "rejected": ["Nobody knows."], "weight": 0.5 + index}
         for index in range(4)
     ]
     rows[1]["rejected"] += ["7.", "A number."]
     args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, padding_free=packed, model_init_kwargs={
-        "dtype": "float32", "attn_implementation": "sdpa"})  # fmt: skip
+        "dtype": "float32", "attn_implementation": "sdpa"}, precompute_ref_log_probs=precomputed)  # fmt: skip
     trainer = InfoPOTrainer(
         str(start), args=args, train_dataset=Dataset.from_list(rows), processing_class=byte_tokenizer(),
         ref_model=tiny_model(seed=3, initializer_range=0.1),

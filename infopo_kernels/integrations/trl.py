@@ -8,6 +8,7 @@ log-probabilities, metrics and the checks around them are this library's.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Final
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
-from infopo_kernels.integrations.preferences import check_features, feature_dataset
+from infopo_kernels.integrations.preferences import feature_dataset, lists_rejected, rejected_responses
 from infopo_kernels.integrations.references import ReferenceTable
-from infopo_kernels.integrations.step import reference_logps, split_inputs
+from infopo_kernels.integrations.step import number_of_sequences, reference_logps, rejected_prompts, split_inputs
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
 from infopo_kernels.objectives import DPO, IPO, SFT, InfoPO, Objective, SimPO
 from infopo_kernels.options import KernelOptions
@@ -232,10 +233,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
                 skip_chosen=args.skip_chosen_reference,
                 dtype=computing_type(self.model, self._autocast_type()),
             )
-        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for dataset in (self.train_dataset, *evaluations.values()):
-            if "chosen_ids" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
-                check_features(dataset, self.model, max_length=args.max_length)
+        self._check_data(args.max_length)
         self._is_start = given is None or same_start(self.model, given)
         self._prepare_preferences(self.ref_model, dropout=args.disable_dropout)
 
@@ -297,7 +295,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self._needs_no_reference({"train_dataset": dataset}, self.args):
             return dataset
-        if not dataset.cache_files:
+        if not dataset.cache_files or lists_rejected(dataset[0]):  # TRL's file has one number for each half of a pair
             return self._precompute_in_memory(dataset, batch_size)
         # TRL caches by model and data; what is summed depends on these too.
         kept: Any = vars(self)["_precompute_model_hash"]
@@ -314,11 +312,14 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         # Every rank makes as many passes, since sharded weights travel in each; what is too much is scored twice.
         own = [index % len(dataset) for index in range(rank * size, (rank + 1) * size)]
         model = self.ref_model or self.model
-        values: list[tuple[float, float]] = []
+        values: list[tuple[float, Any]] = []
         for start in range(0, size, batch_size):
-            batch = self.data_collator([dataset[index] for index in own[start : start + batch_size]])
-            chosen, rejected = self.compute_ref_log_probs(model, self._prepare_inputs(batch))
-            values += zip(chosen.tolist(), rejected.tolist(), strict=True)
+            features = [dataset[index] for index in own[start : start + batch_size]]
+            batch = self._prepare_inputs(self.data_collator(features))
+            chosen, rejected = (logps.tolist() for logps in self.compute_ref_log_probs(model, batch))
+            rest = iter(rejected)
+            listed = [list(itertools.islice(rest, len(rejected_responses(feature)))) for feature in features]
+            values += zip(chosen, listed if lists_rejected(features[0]) else rejected, strict=True)
         found = (gather_object(values) if R > 1 else values)[: len(dataset)]
         names = ("ref_chosen_logps", "ref_rejected_logps")
         for name, column in zip(names, zip(*found, strict=True), strict=True):
@@ -350,15 +351,17 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
         with self.accelerator.autocast():
+            model_inputs, known = split_inputs(inputs)
+            prompts = number_of_sequences(model_inputs) - len(rejected_prompts(model_inputs, known))
             logps = reference_logps(
                 model,
-                {**split_inputs(inputs)[0], "use_cache": False},
+                {**model_inputs, "use_cache": False},
                 average=self.objective.average,
                 skip_chosen=self.skip_chosen_reference,
+                num_chosen=prompts,
                 adapter=adapter,
             )
-        chosen, rejected = logps.chunk(2)
-        return chosen, rejected
+        return logps[:prompts], logps[prompts:]
 
     def _reference_logps(self, model: Any, model_inputs: Any, known: Any) -> Tensor:
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
