@@ -353,6 +353,13 @@ def test_a_policy_that_was_changed_is_not_its_own_reference(start: Path, tmp_pat
         trainer.train()
 
 
+def test_a_stream_cannot_be_scored_ahead(tmp_path: Path) -> None:
+    args = config(tmp_path, precompute_ref_log_probs=True)
+    stream = dataset(4).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"the train dataset is a stream; .* `reference_logps`"):
+        InfoPOTrainer(tiny_model(), tiny_model(), args, train_dataset=stream, processing_class=byte_tokenizer()).train()
+
+
 def test_what_the_model_cannot_take_is_refused_before_a_step(tmp_path: Path) -> None:
     learned = save_tiny_model(tmp_path / "learned", architecture="gpt2", n_positions=64)
     given = {"train_dataset": dataset(4), "processing_class": byte_tokenizer()}

@@ -295,6 +295,12 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self._needs_no_reference({"train_dataset": dataset}, self.args):
             return dataset
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` scores all pairs ahead, and the {name} dataset is a stream; "
+                f"leave it out, or score the data once with `python -m infopo_kernels precompute-reference` and pass "
+                f"`reference_logps`, which serves streams too."
+            )
         if not dataset.cache_files or lists_rejected(dataset[0]):  # TRL's file has one number for each half of a pair
             return self._precompute_in_memory(dataset, batch_size)
         # TRL caches by model and data; what is summed depends on these too.
