@@ -7,6 +7,7 @@ seen at the first step, where 0 is right. Implementations of DPO therefore switc
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -41,11 +42,11 @@ def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
     found: dict[tuple[nn.Module, str], float] = {}
     for module in model.modules():
         for name, value in vars(module).items():
-            of_dropout = name == "p" and "Dropout" in type(module).__name__
-            if not (of_dropout or _RANDOM.search(name)):
-                continue
             numbers = list(value.values()) if isinstance(value, dict) else [value]
-            if numbers and all(isinstance(each, float) for each in numbers) and max(numbers) > 0:
+            if not numbers or not all(isinstance(each, float) for each in numbers) or max(numbers) <= 0:
+                continue
+            of_dropout = name == "p" and "Dropout" in type(module).__name__
+            if of_dropout or _RANDOM.search(name):
                 found[module, name] = max(numbers)
         config = vars(module).get("config")
         for name in _read_from_config(type(module)):
@@ -55,7 +56,8 @@ def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
     return found
 
 
-def _read_from_config(kind: type) -> list[str]:
+@functools.cache
+def _read_from_config(kind: Any) -> list[str]:
     """Random parts that a class's forward reads from `self.config`, judged by the names in its code."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     names = () if code is None else code.co_names
