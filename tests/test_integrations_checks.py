@@ -66,6 +66,27 @@ def first_log(run: PreferenceTrainer) -> dict[str, float]:
     return next(entry for entry in run.state.log_history if "loss" in entry)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "wrong", "message"),
+    [
+        ({}, 300, "pair 1, field `rejected`: holds the token id 300, and the model has embeddings for ids below 259"),
+        ({}, -100, "pair 1, field `rejected`: holds the token id -100; ids are from 0 up"),
+        ({"architecture": "gpt2", "n_positions": 8}, 5, "pair 0, .* learned positions for 8"),
+    ],
+)
+@pytest.mark.parametrize("table", [False, True])
+def test_what_the_model_cannot_take_is_refused_at_construction(
+    tmp_path: Path, sizes: dict[str, Any], wrong: int, message: str, table: bool
+) -> None:
+    features = [{"prompt_ids": [3] * 5, "chosen_ids": [4] * 5, "rejected_ids": [6, each]} for each in (7, wrong)]
+    data = pytest.importorskip("datasets").Dataset.from_list(features) if table else features
+    with pytest.raises(ValueError, match=message):
+        PreferenceTrainer(
+            tiny_model(**sizes), transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+            train_dataset=data, data_collator=PreferenceCollator(), reference_free=True,
+        )  # fmt: skip
+
+
 # --- modes (dropout, noise) and types ---------------------------------------------------------------------------------
 
 RANDOM = {
@@ -73,6 +94,7 @@ RANDOM = {
     "attention": lambda: tiny_model(attention_dropout=0.3, attn_implementation="eager"),  # a number of the layer
     "lora": lambda: lora(tiny_model(), lora_dropout=0.5),
     "layerdrop": lambda: tiny_model("opt", layerdrop=0.9, ffn_dim=32, word_embed_proj_dim=32),
+    "persimmon": lambda: tiny_model("persimmon", attention_dropout=0.5, attn_implementation="eager"),  # configuration
     "jitter": lambda: tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.5),
 }
 
@@ -117,6 +139,25 @@ def test_noise_on_embeddings_is_refused(tmp_path: Path) -> None:
         disable_dropout(model)
 
 
+@pytest.mark.parametrize("method", ["LoHaConfig", "LoKrConfig"])
+@pytest.mark.parametrize("kind", ["rank_dropout", "module_dropout"])
+def test_probabilities_that_an_adapter_keeps_by_name(method: str, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, method)(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **{kind: 0.5})
+    model = peft.get_peft_model(tiny_model(), config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * parameter.requires_grad)
+    ids = torch.arange(9)[None] + 3
+
+    def answers() -> torch.Tensor:
+        return torch.stack([model(ids).logits for _ in range(8)])
+
+    assert answers().var(0).max() > 1e-3
+    assert disable_dropout(model) == [f"q_proj.{kind} = 0.5 (2 times)"]
+    assert answers().var(0).max() < 1e-9
+
+
 def test_numbers_that_are_no_probabilities_stay() -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -157,6 +198,18 @@ def test_a_right_first_step_passes(tmp_path: Path, dtype: torch.dtype, layout: s
             chosen, rejected = reference(**PreferenceCollator()([feature]), linear_logps="sum").logps.tolist()
         feature |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     first_log(trainer(tmp_path, tiny_model().to(dtype), made=made, data_collator=collator, strict_checks=True))
+
+
+@pytest.mark.parametrize("kind", ["the model", "its base", "compiled"])
+def test_a_reference_that_would_be_trained_along_is_refused(tmp_path: Path, kind: str) -> None:
+    model = lora(tiny_model()) if kind == "its base" else tiny_model()
+    reference = {
+        "the model": lambda: model,
+        "its base": lambda: model.get_base_model(),
+        "compiled": lambda: torch.compile(model),
+    }
+    with pytest.raises(ValueError, match="`ref_model` shares weights that are trained"):
+        trainer(tmp_path, model, ref_model=reference[kind]())
 
 
 def test_another_reference_is_compared_with_nothing_and_a_stale_one_is_noticed(tmp_path: Path) -> None:

@@ -227,6 +227,26 @@ def test_a_cut_reaches_every_response_and_mask() -> None:
     assert (row != -100).tolist() == [False] * 4 + [True, False, False]
 
 
+@pytest.mark.parametrize("collator", [PreferenceCollator(), PackedPreferenceCollator(share_prompt=True)])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"weight": 0.0}, "`weight` of pair 1 .* above 0, got 0.0"),
+        ({"weight": -1.0}, "`weight` of pair 1 .* above 0, got -1.0"),
+        ({"chosen_mask": [1]}, r"`chosen_mask` of pair 1 .*\[2\]\), got \[1\]"),
+        ({"rejected_mask": [[1, 1]]}, r"`rejected_mask` of pair 1 .*\[2, 1\]\), got \[2\]"),
+        ({"rejected_mask": [[1, 1], [1, 1]]}, r"`rejected_mask` of pair 1 .*got \[2, 2\]"),
+        ({"ref_rejected_logps": -3.0}, "`ref_rejected_logps` of pair 1 .* a list of 2, .* got -3.0"),
+        ({"ref_rejected_logps": [-3.0]}, r"`ref_rejected_logps` of pair 1 .* a list of 2, .* got \[-3.0\]"),
+    ],
+)
+def test_what_does_not_fit_in_a_feature_is_named(collator: Any, wrong: dict[str, Any], message: str) -> None:
+    good = {"prompt_ids": [3, 4], "chosen_ids": [5, 6], "rejected_ids": [[7, 8], [9]]}
+    assert len(collator([good, good])["is_chosen"]) == 6
+    with pytest.raises(ValueError, match=message):
+        collator([good, good | wrong])
+
+
 def test_features_of_rows_and_what_is_wrong_with_them() -> None:
     tokenizer = byte_tokenizer()
     rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "5"}]

@@ -486,6 +486,22 @@ def test_trainable_tokens(tokens: Any, tied: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("first", ["attach", "adapter"])
+def test_mixed_adapters(first: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny("llama")
+    if first == "attach":
+        attach_linear_logps(model)
+    mixed = peft.get_peft_model(model, peft.LoHaConfig(r=2, target_modules=["q_proj"]), mixed=True).eval()
+    if first == "adapter":
+        attach_linear_logps(mixed)
+    assert is_attached(mixed)
+    ids = torch.arange(9)[None] + 3
+    logps = mixed(input_ids=ids, labels=ids, linear_logps="sum").logps
+    expected = mixed(ids).logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+    torch.testing.assert_close(logps, expected[None], rtol=1e-6, atol=1e-4)
+
+
 def test_merging_an_adapter_leaves_the_base_attached() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(

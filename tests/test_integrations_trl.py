@@ -314,15 +314,15 @@ def test_nothing_is_refused_that_needs_no_model(start: Path, tmp_path: Path, str
     assert train(again)[0] == pytest.approx(run[0], rel=1e-4, abs=2e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_several_rejected_responses_and_weights(start: Path, tmp_path: Path, packed: bool) -> None:
+@pytest.mark.parametrize(("packed", "precomputed"), [(False, False), (True, False), (False, True), (True, True)])
+def test_several_rejected_responses_and_weights(start: Path, tmp_path: Path, packed: bool, precomputed: bool) -> None:
     rows: list[dict[str, Any]] = [
         {"prompt": f"{index} + 2 = ", "chosen": f"{index + 2}.", "rejected": ["Nobody knows."], "weight": 0.5 + index}
         for index in range(4)
     ]
     rows[1]["rejected"] += ["7.", "A number."]
     args = config(tmp_path, max_steps=1, per_device_train_batch_size=4, padding_free=packed, model_init_kwargs={
-        "dtype": "float32", "attn_implementation": "sdpa"})  # fmt: skip
+        "dtype": "float32", "attn_implementation": "sdpa"}, precompute_ref_log_probs=precomputed)  # fmt: skip
     trainer = InfoPOTrainer(
         str(start), args=args, train_dataset=Dataset.from_list(rows), processing_class=byte_tokenizer(),
         ref_model=tiny_model(seed=3, initializer_range=0.1),
@@ -370,6 +370,13 @@ def test_a_policy_that_was_changed_is_not_its_own_reference(start: Path, tmp_pat
     trainer = InfoPOTrainer(model, args=config(tmp_path), train_dataset=dataset(), processing_class=byte_tokenizer())
     with pytest.raises(RuntimeError, match="a model that was trained before"):
         trainer.train()
+
+
+def test_a_stream_cannot_be_scored_ahead(tmp_path: Path) -> None:
+    args = config(tmp_path, precompute_ref_log_probs=True)
+    stream = dataset(4).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"the train dataset is a stream; .* `reference_logps`"):
+        InfoPOTrainer(tiny_model(), tiny_model(), args, train_dataset=stream, processing_class=byte_tokenizer()).train()
 
 
 def test_what_the_model_cannot_take_is_refused_before_a_step(tmp_path: Path) -> None:

@@ -426,6 +426,45 @@ def scored(tokenizer: Any, feature: dict[str, Any], half: str) -> str:
     return str(tokenizer.decode([token for token, mask in pairs if mask]))
 
 
+def test_a_stream_keeps_weights_of_turns_that_only_later_rows_have() -> None:
+    datasets = pytest.importorskip("datasets")
+    turns = [
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "go on"},
+        {"role": "assistant", "content": "y"},
+    ]
+    row = {"prompt": [{"role": "user", "content": "hi"}], "rejected": [{"role": "assistant", "content": "no"}]}
+    rows = [row | {"chosen": turns}, row | {"chosen": [turns[0], turns[1] | {"weight": 0}, turns[2]]}]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    first, second = feature_dataset(stream, byte_tokenizer())
+    assert set(first["chosen_mask"]) == {1}
+    assert second["chosen_mask"] == preference_features(byte_tokenizer(), rows[1:])[0]["chosen_mask"]
+    assert 0 in second["chosen_mask"]
+
+
+@pytest.mark.parametrize("bad", [{"rejected": None}, {"rejected": []}, {"chosen": None}])
+@pytest.mark.parametrize("rejected", ["c", ["c", "d"]])
+def test_a_bad_first_row_does_not_decide_what_a_table_holds(bad: dict[str, Any], rejected: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    good = {"prompt": "a", "chosen": "b", "rejected": rejected}
+    if bad.get("rejected") == [] and isinstance(rejected, str):
+        bad = {"rejected": ""}
+    table = datasets.Dataset.from_list([good | bad, good])
+    with pytest.raises(PreferenceError, match=r"row 0, field `(chosen|rejected)`: is"):
+        feature_dataset(table, byte_tokenizer())
+    with pytest.warns(PreferenceWarning, match="1 of 2 rows"):
+        (feature,) = feature_dataset(table, byte_tokenizer(), skip_bad_rows=True)
+    assert feature["rejected_ids"] == preference_features(byte_tokenizer(), [good])[0]["rejected_ids"]
+
+
+@pytest.mark.parametrize("column", ["chosen", "rejected"])
+def test_a_table_without_a_column_is_said(column: str) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    table = pytest.importorskip("datasets").Dataset.from_list([row]).remove_columns(column)
+    with pytest.raises(PreferenceError, match=f"row 0, field `{column}`: is missing"):
+        feature_dataset(table, byte_tokenizer())
+
+
 def test_which_turns_are_scored() -> None:
     tokenizer = byte_tokenizer()
     row = {

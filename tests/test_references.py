@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 
 from infopo_kernels import reference_logps  # noqa: E402
 from infopo_kernels.commands import cli, precompute_reference  # noqa: E402
-from infopo_kernels.integrations.adapters import check_start, load_policy  # noqa: E402
+from infopo_kernels.integrations.adapters import adapter_in, check_start, load_policy  # noqa: E402
 from infopo_kernels.integrations.preferences import PreferenceWarning, preference_features  # noqa: E402
 from infopo_kernels.integrations.references import ReferenceTable, model_fingerprint, model_identity  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
@@ -308,6 +308,23 @@ def test_a_learned_prompt_counts_unless_it_is_off(config: Callable[[], Any]) -> 
         assert model_identity(model) == plain
 
 
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_compiled_model_is_the_same_model(where: str) -> None:
+    plain = model_identity(tiny_model())
+    assert model_identity(torch.compile(tiny_model())) == plain
+    for fresh in (True, False):
+        config = peft.LoraConfig(**_TARGET, r=2, init_lora_weights=fresh)
+        torch.manual_seed(1)
+        eager = model_identity(peft.get_peft_model(tiny_model(), config))
+        torch.manual_seed(1)
+        if where == "outside":
+            model = torch.compile(peft.get_peft_model(tiny_model(), config))
+        else:
+            model = peft.get_peft_model(torch.compile(tiny_model()), config)
+        assert model_identity(model) == eager
+        assert (eager == plain) == fresh
+
+
 def test_injected_and_inactive_adapters() -> None:
     plain = model_identity(tiny_model())
     for fresh in (True, False):
@@ -432,6 +449,14 @@ def test_a_model_with_a_frozen_adapter_inside_is_no_start(tmp_path: Path) -> Non
             check_start(model)
     for model in (str(tmp_path / "base"), tiny_model(), load_policy(str(path), adapter="continue")):
         check_start(model)
+
+
+@pytest.mark.parametrize("content", ["{broken", "[]", '{"peft_type": "LORA", "base_model_name_or_path": null}', "{}"])
+def test_a_configuration_that_is_not_whole_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    for ask in (check_start, adapter_in, load_policy):
+        with pytest.raises(ValueError, match=r"adapter_config.json: is no whole configuration of an adapter"):
+            ask(str(tmp_path))
 
 
 def test_a_learned_prompt_cannot_be_merged(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def adapters_of(model: Any) -> Adapters:
     Args:
         model: of transformers, with or without adapters, in a `PeftModel` or injected.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if importlib.util.find_spec("peft") is None:
         return Adapters(base=list(model.named_parameters()))
     # Imported here: PEFT is optional, and a model without it has no adapter.
@@ -94,7 +95,9 @@ def adapters_of(model: Any) -> Adapters:
             else:
                 parts.append((f"{plain}{adapter or ''}{name}", parameter))
         for name, child in module.named_children():
-            if own is not None and name == own:
+            if name == "_orig_mod":
+                walk(child, plain, adapter)
+            elif own is not None and name == own:
                 walk(child, plain, None)
             elif own is not None or adapter is not None:
                 walk(child, plain, f"{adapter or ''}{name}.")
@@ -268,6 +271,9 @@ def adapter_in(name: str, **hub: Any) -> dict[str, Any] | None:
     Args:
         name: directory or hub id.
         hub: `revision`, `token`, ... for a repository.
+
+    Raises:
+        ValueError: the configuration cannot be read.
     """
     # Imported here: the rest of the file needs PEFT and torch alone.
     from transformers.utils import find_adapter_config_file
@@ -276,7 +282,19 @@ def adapter_in(name: str, **hub: Any) -> dict[str, Any] | None:
         path = find_adapter_config_file(name, **hub)
     except OSError:
         return None
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not config["peft_type"] or not config["base_model_name_or_path"]:
+            raise KeyError("peft_type, base_model_name_or_path")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: is no whole configuration of an adapter ({type(error).__name__}: {error}). Save the adapter "
+            f"again, with the name of its base (`base_model_name_or_path`); or remove the file if the directory holds "
+            f"a model."
+        ) from None
+    return dict(config)
 
 
 def check_start(model: Any) -> None:

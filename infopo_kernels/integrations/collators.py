@@ -118,12 +118,45 @@ def _bounds(lengths: Iterable[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
+def _length(value: Any) -> int | None:
+    """None for what has no length, as a number or a tensor of one."""
+    try:
+        return len(value)
+    except TypeError:
+        return None
+
+
+def _check(feature: Feature, index: int) -> None:
+    """Refuse what features of other hands may hold: masks and references that do not fit, weights that are none."""
+    several, responses = lists_rejected(feature), rejected_responses(feature)
+    weight = feature.get("weight")
+    if weight is not None and not 0 < weight < float("inf"):
+        raise ValueError(f"`weight` of pair {index} of the batch must be a finite number above 0, got {weight}.")
+    for name, ids in (("chosen", [feature["chosen_ids"]]), ("rejected", responses)):
+        mask = feature.get(f"{name}_mask")
+        if mask is None:
+            continue
+        listed = list(mask) if several and name == "rejected" else [mask]
+        sizes = list(map(_length, listed))
+        if sizes != [len(each) for each in ids]:
+            raise ValueError(
+                f"`{name}_mask` of pair {index} of the batch must be as long as `{name}_ids` (lengths "
+                f"{[len(each) for each in ids]}), got {sizes}."
+            )
+    references = feature.get("ref_rejected_logps")
+    if references is not None and _length(references) != (len(responses) if several else None):
+        expected = f"a list of {len(responses)}, one for each rejected response" if several else "one number"
+        raise ValueError(f"`ref_rejected_logps` of pair {index} of the batch must be {expected}, got {references!r}.")
+
+
 @dataclass
 class _Collator:
     max_length: int | None = None
     """Responses are cut where this many tokens of prompt and response end; None never cuts."""
 
     def _prompts(self, features: Sequence[Feature]) -> list[_Prompt]:
+        for index, feature in enumerate(features):
+            _check(feature, index)
         kept = [cut(feature, self.max_length) for feature in features]
         for index, feature in enumerate(kept):
             if (name := nothing_to_score(feature)) is not None:

@@ -124,7 +124,7 @@ def _table_fits(dataset: Any, limits: ModelLimits, max_length: int | None) -> bo
     """Whether all rows of a `datasets.Dataset` fit: read by columns, a hundred times faster than by rows."""
     # Imported here: whoever has a dataset has it, and others need not.
     compute = importlib.import_module("pyarrow.compute")
-    largest = longest = 0
+    largest = smallest = longest = 0
     for table in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow").iter(10_000):
         prompt, chosen, rejected = (table[name].combine_chunks() for name in table.column_names)
         nested = rejected.type.value_type != prompt.type.value_type
@@ -136,10 +136,11 @@ def _table_fits(dataset: Any, limits: ModelLimits, max_length: int | None) -> bo
             total = compute.max(compute.add(lengths, compute.list_value_length(responses))).as_py()
             longest = max(longest, total or 0)
         for ids in (prompt, chosen, flat):
-            largest = max(largest, compute.max(compute.list_flatten(ids)).as_py() or 0)
+            ends = compute.min_max(compute.list_flatten(ids)).as_py()
+            smallest, largest = min(smallest, ends["min"] or 0), max(largest, ends["max"] or 0)
     if max_length is not None:
         longest = min(longest, max_length)
-    fits = limits.vocabulary is None or largest < limits.vocabulary
+    fits = smallest >= 0 and (limits.vocabulary is None or largest < limits.vocabulary)
     return fits and (limits.positions is None or longest <= limits.positions)
 
 
@@ -150,7 +151,14 @@ def _check_feature(feature: dict[str, Any], limits: ModelLimits, where: str, max
     responses |= {f"rejected[{k}]": ids for k, ids in enumerate(rejected)} if nested else {"rejected": rejected}
     for name, ids in {"prompt": [], **responses}.items():
         sequence = [*prompt, *ids][:max_length]
-        largest = max(sequence, default=0)
+        smallest, largest = min(sequence, default=0), max(sequence, default=0)
+        if smallest < 0:
+            raise PreferenceError(
+                f"holds the token id {smallest}; ids are from 0 up. What is not to be scored is said in `chosen_mask` "
+                f"and `rejected_mask` (0), and padding is the collator's.",
+                where=where,
+                field=name,
+            )
         if limits.vocabulary is not None and largest >= limits.vocabulary:
             raise PreferenceError(
                 f"holds the token id {largest}, and the model has embeddings for ids below {limits.vocabulary}; "

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from infopo_kernels.integrations import first_step
 from infopo_kernels.integrations.adapters import check_start, has_virtual_tokens
+from infopo_kernels.integrations.model_limits import check_features
 from infopo_kernels.integrations.randomness import check_no_neftune, disable_dropout
 from infopo_kernels.integrations.references import same_start
 from infopo_kernels.integrations.step import (
@@ -75,6 +76,8 @@ class PreferenceTraining:
     state: Any
     model: Any
     model_wrapped: Any
+    train_dataset: Any
+    eval_dataset: Any
 
     objective: Objective
     strict_checks: bool = False
@@ -124,8 +127,16 @@ class PreferenceTraining:
                         "(disable_dropout=False keeps it on).", name, ", ".join(changed),
                     )  # fmt: skip
         if reference is not None:
+            _refuse_shared_weights(self.model, reference)
             first_step.report(first_step.other_type(self.model, reference), self.strict_checks)
         self.add_callback(ReferenceMemory(self))  # type: ignore[attr-defined]
+
+    def _check_data(self, max_length: int | None) -> None:
+        """Refuse features that the model cannot take (see `check_features`); streams are not looked at."""
+        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        for dataset in (self.train_dataset, *evaluations.values()):
+            if hasattr(dataset, "__len__") and len(dataset) and "chosen_ids" in dataset[0]:
+                check_features(dataset, self.model, max_length=max_length)
 
     # --- the step -------------------------------------------------------------------------------------------------
 
@@ -307,6 +318,18 @@ class PreferenceTraining:
 
     def _log(self, logs: dict[str, float], start_time: float | None) -> None:
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def _refuse_shared_weights(model: Any, reference: Any) -> None:
+    """A reference that is trained along gives log-ratios of 0 for ever."""
+    frozen = {id(parameter) for parameter in reference.parameters()}
+    shared = [name for name, p in model.named_parameters() if p.requires_grad and id(p) in frozen]
+    if shared:
+        raise ValueError(
+            f"`ref_model` shares weights that are trained with the policy ({shared[0]} and {len(shared) - 1} more), so "
+            f"that it would be trained along and every log-ratio be 0. Pass a model of its own "
+            f"(copy.deepcopy(model), or load it again); a policy with an adapter needs none: leave `ref_model` out."
+        )
 
 
 def _refuse_split_sequences(accelerator: Any, name: str) -> None:

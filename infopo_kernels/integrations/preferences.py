@@ -330,7 +330,7 @@ def feature_dataset(
     """`preference_features` for a `datasets.Dataset` or `IterableDataset`: the same rows with the features' columns.
 
     Columns that were there stay (but those that a feature has); rows are tokenised by `Dataset.map`, with its cache.
-    Masks are a column if `score_turns` is "assistant" or the messages of the first row have weights. A stream is
+    Masks are a column of a stream, and of a table if `score_turns` is "assistant" or messages have weights. A stream is
     checked as it is read: a bad row raises then, or with `skip_bad_rows` warns and is passed over.
 
     Args:
@@ -348,18 +348,22 @@ def feature_dataset(
         raise PreferenceError(f"the {name} dataset has no rows.")
     if all(first.get(key) is not None for key in _IDS):
         return dataset
+    if not hasattr(dataset, "__len__"):  # a later row may have weights: only a table has the columns of all in one
+        return _feature_stream(dataset, _RowEncoder(tokenizer, name, score_turns, True, max_length), skip_bad_rows)
+    shown = next((row for row in dataset if row.get("chosen") and row.get("rejected")), None)
+    if shown is None:  # every row is wrong, and the first one says how
+        parse_preference(first, f"{name} dataset, row 0")
+        raise AssertionError("a row without responses was taken")
     masks = score_turns != "all" or any(
         isinstance(turn, dict) and "weight" in turn
-        for response in (first.get("chosen"), *(first.get("rejected") or ()))
+        for response in (shown["chosen"], *shown["rejected"])
         for turn in (response if isinstance(response, list) else [response])
     )
     encoder = _RowEncoder(tokenizer, name, score_turns, masks, max_length)
-    if not hasattr(dataset, "__len__"):
-        return _feature_stream(dataset, encoder, skip_bad_rows)
     # Imported here: `datasets` is optional, and whoever passes one of its datasets has it.
     datasets = importlib.import_module("datasets")
     ids = datasets.List(datasets.Value("int64"))
-    several = isinstance(first["rejected"], list) and not isinstance(first["rejected"][0], dict)
+    several = isinstance(shown["rejected"], list) and not isinstance(shown["rejected"][0], dict)
     columns = dict.fromkeys(("prompt_ids", "chosen_ids", *(("chosen_mask",) if masks else ())), ids)
     columns |= dict.fromkeys(
         ("rejected_ids", *(("rejected_mask",) if masks else ())), datasets.List(ids) if several else ids

@@ -7,9 +7,11 @@ seen at the first step, where 0 is right. Implementations of DPO therefore switc
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, cast, Final
 
 from torch import nn
 
@@ -33,15 +35,42 @@ def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
     """Attributes of a model's modules that make its forward random in training mode: probabilities and noise widths.
 
     `torch.nn.Dropout` and its kin (PEFT's too) hold one as `p`; attention layers and routers hold a number by a name
-    that says so (`attention_dropout`, `layerdrop`, `jitter_noise`).
+    that says so (`attention_dropout`, `layerdrop`, `jitter_noise`). Layers of PEFT hold one for each adapter, in a
+    dictionary (LoHa's and LoKr's `rank_dropout`, `module_dropout`); the largest counts. Some models (Persimmon, BLT)
+    read it from the configuration whenever they are called: "config.attention_dropout".
     """
     found: dict[tuple[nn.Module, str], float] = {}
     for module in model.modules():
         for name, value in vars(module).items():
+            numbers = list(value.values()) if isinstance(value, dict) else [value]
+            if not numbers or not all(isinstance(each, float) for each in numbers) or max(numbers) <= 0:
+                continue
             of_dropout = name == "p" and "Dropout" in type(module).__name__
-            if isinstance(value, float) and value > 0 and (of_dropout or _RANDOM.search(name)):
-                found[module, name] = value
+            if of_dropout or _RANDOM.search(name):
+                found[module, name] = max(numbers)
+        config, kind = vars(module).get("config"), cast(Any, type(module))
+        for name in _read_from_config(kind):
+            value = getattr(config, name, None)
+            if isinstance(value, float) and value > 0:
+                found[module, f"config.{name}"] = value
     return found
+
+
+@functools.cache
+def _read_from_config(kind: Any) -> list[str]:
+    """Random parts that a class's forward reads from `self.config`, judged by the names in its code."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    names = () if code is None else code.co_names
+    return [name for name in names if _RANDOM.search(name)] if "config" in names else []
+
+
+def _switch_off(module: nn.Module, attribute: str) -> None:
+    owner: Any = module
+    *path, name = attribute.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    value = getattr(owner, name)
+    setattr(owner, name, dict.fromkeys(value, 0.0) if isinstance(value, dict) else 0.0)
 
 
 def disable_dropout(model: Any) -> list[str]:
@@ -60,7 +89,7 @@ def disable_dropout(model: Any) -> list[str]:
     changed: dict[str, int] = {}
     names = {module: name.rsplit(".", 1)[-1] or type(module).__name__ for name, module in model.named_modules()}
     for (module, attribute), value in random_parts(model).items():
-        setattr(module, attribute, 0.0)
+        _switch_off(module, attribute)
         text = f"{names[module]}.{attribute} = {value:g}"
         changed[text] = changed.get(text, 0) + 1
     return [f"{text} ({times} times)" if times > 1 else text for text, times in changed.items()]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator
 from infopo_kernels.integrations.step import (
     check_finite,
     number_of_chosen,
@@ -145,7 +146,8 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
 
     Raises:
         ValueError: several GPUs in one process (`nn.DataParallel`), split sequences (context parallelism), NEFTune
-            together with `disable_dropout`, or no reference and no `reference_free`.
+            together with `disable_dropout`, no reference and no `reference_free`, or (with a collator of this package)
+            token ids or lengths that the model cannot take.
         FloatingPointError: while training, a loss or a gradient that is not finite; no weight is changed by that step.
         RuntimeError: the model's attached forward was lost; with `strict_checks`, a first step that is not the
             reference's.
@@ -176,6 +178,8 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
         for each in (self.model, ref_model):
             if each is not None and not is_attached(each):
                 attach_linear_logps(each, kernel=kernel)
+        if isinstance(self.data_collator, PreferenceCollator | PackedPreferenceCollator):  # others may cut otherwise
+            self._check_data(self.data_collator.max_length)
         self._prepare_preferences(ref_model, ref_model, dropout=not disable_dropout)
         self.ref_model = ref_model
         if ref_model is not None:

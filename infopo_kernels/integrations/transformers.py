@@ -131,13 +131,16 @@ def _of_model(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def causal_model(model: Any) -> Any:
-    """The causal language model inside `PeftModel`, `torch.compile`, DDP, FSDP1 or DeepSpeed's engine; or the model."""
+    """The causal language model inside PEFT's models, `torch.compile`, DDP, FSDP1, DeepSpeed's engine; or the model."""
     while True:
         inner = vars(model).get("_modules", {}).get("_orig_mod")
         if inner is None and hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         if inner is None and not hasattr(type(model), "get_output_embeddings"):
-            inner = vars(model).get("_modules", {}).get("module") or vars(model).get("_fsdp_wrapped_module")
+            children = vars(model).get("_modules", {})
+            inner = children.get("module") or vars(model).get("_fsdp_wrapped_module")
+            if type(model).__name__ == "PeftMixedModel":  # which has no `get_base_model`
+                inner = children["base_model"].model
         if inner is None:
             return model
         model = inner

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from infopo_kernels.integrations.adapters import check_start
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator, pad_token_id
-from infopo_kernels.integrations.preferences import by_feature, check_features, feature_dataset, lists_rejected
+from infopo_kernels.integrations.preferences import by_feature, feature_dataset, lists_rejected
 from infopo_kernels.integrations.references import ReferenceTable
 from infopo_kernels.integrations.step import LAYOUT_KEYS, number_of_chosen, reference_logps, split_inputs
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
@@ -231,10 +231,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
                 skip_chosen=args.skip_chosen_reference,
                 dtype=computing_type(self.model, self._autocast_type()),
             )
-        evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for dataset in (self.train_dataset, *evaluations.values()):
-            if "chosen_ids" in (getattr(dataset, "column_names", None) or ()) and hasattr(dataset, "__len__"):
-                check_features(dataset, self.model, max_length=args.max_length)
+        self._check_data(args.max_length)
         self._prepare_preferences(self.ref_model, given, dropout=args.disable_dropout)
 
     def _needs_no_reference(self, kwargs: dict[str, Any], args: Any) -> bool:
@@ -288,6 +285,12 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self._needs_no_reference({"train_dataset": dataset}, self.args):
             return dataset
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` scores all pairs ahead, and the {name} dataset is a stream; "
+                f"leave it out, or score the data once with `python -m infopo_kernels precompute-reference` and pass "
+                f"`reference_logps`, which serves streams too."
+            )
         if not dataset.cache_files or _lists_rejected(dataset):  # TRL's cache holds one value a pair
             return self._precompute_in_memory(dataset, batch_size)
         # TRL caches by model and data; what is summed depends on these too.
