@@ -1,7 +1,7 @@
 """The optional C++ extension; everything else about the package stands in pyproject.toml.
 
 Without a compiler, without torch at build time, or with INFOPO_KERNELS_SKIP_EXTENSION=1, the package installs without
-its native CPU kernels and says so; plain PyTorch serves on a CPU then.
+its C++ kernels and says so; plain PyTorch serves on a CPU then.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def say(message: str) -> None:
 def extension_arguments() -> dict[str, Any]:
     """`ext_modules` and `cmdclass`, or nothing, with the reason printed."""
     if os.environ.get("INFOPO_KERNELS_SKIP_EXTENSION", "") not in ("", "0"):
-        say("INFOPO_KERNELS_SKIP_EXTENSION is set: installing without the native CPU kernels.")
+        say("INFOPO_KERNELS_SKIP_EXTENSION is set: installing without the C++ kernels.")
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         say(
-            f"torch cannot be imported at build time ({error}): installing without the native CPU kernels. "
+            f"torch cannot be imported at build time ({error}): installing without the C++ kernels. "
             "Install torch first and pass --no-build-isolation to have them."
         )
         return {}
@@ -44,7 +44,7 @@ def extension_arguments() -> dict[str, Any]:
                 super().run()
             except Exception as error:
                 self.extensions: list[Any] = []  # what comes after would copy files that are not there
-                say(f"the extension did not build ({error}): installing without the native CPU kernels.")
+                say(f"the extension did not build ({error}): installing without the C++ kernels.")
 
     # at::parallel_for is a template over OpenMP: without the flag it is a plain loop. Apple's compiler lacks the flag.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]

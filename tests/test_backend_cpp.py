@@ -1,4 +1,4 @@
-"""What only the native CPU kernels have: instruction sets, threads, schedules chosen by size, a bound on memory."""
+"""What only the C++ kernels have: instruction sets, threads, schedules chosen by size, a bound on memory."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tests.primitives import plain
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 N, H, V = 19, 24, 500
 TILE = 96
-"""Entries of a tile of the native kernels; a block of theirs has at most 3072, a tile of plain PyTorch's 4096."""
+"""Entries of a tile of the C++ kernels; a block of theirs has at most 3072, a tile of plain PyTorch's 4096."""
 
 
 @pytest.fixture(params=support.CPU_BACKENDS)

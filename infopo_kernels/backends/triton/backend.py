@@ -12,6 +12,8 @@ from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
 from infopo_kernels.packing import Rows
 
+# Methods import kernels and launchers when they are called: the class has to load where Triton is missing, to say so.
+
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 OLDEST_CUDA = (8, 0)

@@ -122,10 +122,3 @@ def to_logits(
         # tanh would turn an infinity into a plausible number; acc - acc turns it into NaN.
         acc = softcap * tanh(acc / softcap) + (acc - acc)
     return tl.where(column_ok[None, :], acc * scale, float("-inf"))
-
-
-@triton.jit
-def softcap_slope(z, softcap, scale):
-    """1 - tanh(a / softcap)^2, from z; 1 where z is masked."""
-    t = z / (scale * softcap)
-    return tl.where(z == float("-inf"), 1.0, 1.0 - t * t)
