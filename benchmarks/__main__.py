@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ _COMMANDS: Final = {
     "tuning-sweep": ("benchmarks.parts.tuning_sweep", "which beta and learning rate to start from"),
     "kernels": ("benchmarks.gpu.kernel_report", "compile the GPU kernels for every target; no GPU needed"),
     "roofline": ("benchmarks.gpu.roofline", "a model of the GPU kernels' time; no GPU needed"),
+    "first-contact": ("benchmarks.gpu.first_contact", "ten minutes on a GPU: what is right, and where the time goes"),
     "gpu-kernels": ("benchmarks.gpu.gpu_kernels", "the GPU kernels against bare products, on a GPU"),
 }
 """Commands, each a module with a `main(words)`, imported when it is run."""
@@ -64,7 +66,7 @@ def _measure(plan: Plan, part: str, output: Path, progress: Callable[[str], None
         "memory": memory, "long-context": long_context, "accuracy": accuracy, "training": training,
     }  # fmt: skip
     rows = measure[part](plan, progress)
-    records.write(output, part, machine, rows, memory_gib=plan.limit_gib(part))
+    records.save(output, part, machine, rows, memory_gib=plan.limit_gib(part))
     return 0
 
 
@@ -83,7 +85,11 @@ def _run(words: Sequence[str]) -> int:
             with console.status(part) as status:
                 code |= _measure(plan, part, args.output, status.update)
         console.print(f"{part}: {time.perf_counter() - start:.0f} s")
-    report.show(args.output / environment(plan.device)["processor"], console)
+    folder = args.output / environment(plan.device)["processor"]
+    if importlib.util.find_spec("pandas") is None:
+        console.print(f"pandas is not installed; where it is, show these records: python -m benchmarks show {folder}")
+        return code
+    report.show(folder, console)
     return code
 
 

@@ -16,7 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-import pandas as pd
+try:
+    import pandas as pd
+except ModuleNotFoundError:  # a GPU machine without it measures and writes records; tables are drawn elsewhere
+    pd = None  # type: ignore[assignment]
 
 from benchmarks.contenders import FLOOR, OURS
 from benchmarks.measure.timing import spread
@@ -151,12 +154,17 @@ def path_of(folder: Path, part: str, machine: dict[str, Any]) -> Path:
     return path
 
 
-def write(folder: Path, part: str, machine: dict[str, Any], rows: list[dict[str, Any]], **settings: Any) -> Record:
+def save(folder: Path, part: str, machine: dict[str, Any], rows: list[dict[str, Any]], **settings: Any) -> Path:
     """Write a record; it replaces an existing one."""
     content = {"machine_info": machine, **settings, "rows": rows}
     path = path_of(folder, part, machine)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    return read(path)
+    return path
+
+
+def write(folder: Path, part: str, machine: dict[str, Any], rows: list[dict[str, Any]], **settings: Any) -> Record:
+    """`save`, and the record as it is read."""
+    return read(save(folder, part, machine, rows, **settings))
 
 
 def merge(

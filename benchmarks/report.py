@@ -9,7 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import pandas as pd
+try:
+    import pandas as pd
+except ModuleNotFoundError:  # a GPU machine without it measures and writes records; tables are drawn elsewhere
+    pd = None  # type: ignore[assignment]
 from rich.console import Console
 from rich.table import Table as RichTable
 

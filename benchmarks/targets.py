@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-import pandas as pd
+try:
+    import pandas as pd
+except ModuleNotFoundError:  # as in `records`
+    pd = None  # type: ignore[assignment]
 
 from benchmarks.cases import MAIN_SHAPE
 from benchmarks.contenders import CONTENDERS, FLOOR, OURS

@@ -1,49 +1,74 @@
 // Registration with torch, namespace `infopo_kernels_cpp`. The ops take tensors, check that all reads and writes stay
 // in bounds, and pass raw pointers on. The caller checks labels (a label outside the vocabulary is safe; its l is NaN).
+//
+// Only this file calls torch, and only through its stable ABI (TORCH_TARGET_VERSION in setup.py). With Python's limited
+// API, one build serves every torch from 2.10 and every Python from 3.10.
 
 #include <Python.h>
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "errors.h"
 #include "linear_logprob.h"
+#include "threads.h"
 
 namespace infopo {
+
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
+void parallel_parts(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
 namespace {
 
-using at::Tensor;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+
+std::string text(IntHeaderOnlyArrayRef numbers) {
+  std::string result = "[";
+  for (const int64_t number : numbers) result += (result.size() > 1 ? ", " : "") + std::to_string(number);
+  return result + "]";
+}
 
 Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case at::kFloat:
+    case ScalarType::Float:
       return Dtype::kFloat32;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return Dtype::kBFloat16;
-    case at::kHalf:
+    case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      TORCH_CHECK_TYPE(false, "`", name, "` must be float32, bfloat16 or float16, got ", x.scalar_type(), ".");
+      type_error("`", name, "` must be float32, bfloat16 or float16, got ", toString(x.scalar_type()), ".");
   }
 }
 
-void check_vector(const Tensor& x, const char* name, int64_t n, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(x.scalar_type() == dtype, "`", name, "` must be ", dtype, ", got ", x.scalar_type(), ".");
-  TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == n && x.is_contiguous(), "`", name, "` must be [", n,
-                    "], contiguous; got ", x.sizes(), " with strides ", x.strides(), ".");
+void check_vector(const Tensor& x, const char* name, int64_t n, ScalarType dtype) {
+  if (x.scalar_type() != dtype) {
+    type_error("`", name, "` must be ", toString(dtype), ", got ", toString(x.scalar_type()), ".");
+  }
+  if (x.dim() != 1 || x.size(0) != n || !x.is_contiguous()) {
+    value_error("`", name, "` must be [", n, "], contiguous; got ", text(x.sizes()), " with strides ",
+                text(x.strides()), ".");
+  }
 }
 
 Matrix check_matrix(const Tensor& x, const char* name) {
-  TORCH_CHECK_VALUE(x.dim() == 2, "`", name, "` must have 2 dimensions, got ", x.sizes(), ".");
-  TORCH_CHECK_VALUE(x.stride(1) == 1 || x.size(1) == 1, "`", name, "` must have stride 1 in its last dimension, got ",
-                    x.strides(), "; call contiguous().");
+  if (x.dim() != 2) value_error("`", name, "` must have 2 dimensions, got ", text(x.sizes()), ".");
+  if (x.stride(1) != 1 && x.size(1) != 1) {
+    value_error("`", name, "` must have stride 1 in its last dimension, got ", text(x.strides()),
+                "; call contiguous().");
+  }
   return {.data = x.const_data_ptr(), .stride = x.stride(0), .dtype = dtype_of(x, name)};
 }
 
@@ -51,11 +76,15 @@ Head check_head(const Tensor& hidden, const Tensor& weight, const MaybeTensor& b
                 std::optional<double> softcap, double scale, int64_t workspace_bytes) {
   const Matrix x = check_matrix(hidden, "hidden"), w = check_matrix(weight, "weight");
   const int64_t N = hidden.size(0), H = hidden.size(1), V = weight.size(0);
-  TORCH_CHECK_TYPE(x.dtype == w.dtype, "`weight` must have the type of `hidden`, ", hidden.scalar_type(), ", got ",
-                   weight.scalar_type(), ".");
-  TORCH_CHECK_VALUE(weight.size(1) == H && H > 0 && V > 0, "`weight` must be [V, ", H, "], got ", weight.sizes(), ".");
+  if (x.dtype != w.dtype) {
+    type_error("`weight` must have the type of `hidden`, ", toString(hidden.scalar_type()), ", got ",
+               toString(weight.scalar_type()), ".");
+  }
+  if (weight.size(1) != H || H <= 0 || V <= 0) {
+    value_error("`weight` must be [V, ", H, "], got ", text(weight.sizes()), ".");
+  }
   if (bias) check_vector(*bias, "bias", V, hidden.scalar_type());
-  check_vector(labels, "labels", N, at::kLong);
+  check_vector(labels, "labels", N, ScalarType::Long);
   return {.hidden = x,
           .weight = w,
           .N = N,
@@ -72,28 +101,41 @@ Gradients check_gradients(const Head& head, const Tensor& hidden, const MaybeTen
                           const MaybeTensor& grad_weight, const MaybeTensor& grad_bias) {
   Gradients to{.weight_dtype = head.weight.dtype};
   if (grad_hidden) {
-    TORCH_CHECK_VALUE(grad_hidden->sizes() == hidden.sizes() && grad_hidden->is_contiguous() &&
-                          grad_hidden->scalar_type() == hidden.scalar_type(),
-                      "`grad_hidden` must be contiguous and like `hidden` ", hidden.sizes(), ", got ",
-                      grad_hidden->scalar_type(), " ", grad_hidden->sizes(), ".");
+    if (grad_hidden->dim() != 2 || grad_hidden->size(0) != head.N || grad_hidden->size(1) != head.H ||
+        !grad_hidden->is_contiguous() || grad_hidden->scalar_type() != hidden.scalar_type()) {
+      value_error("`grad_hidden` must be contiguous and like `hidden` ", text(hidden.sizes()), ", got ",
+                  toString(grad_hidden->scalar_type()), " ", text(grad_hidden->sizes()), ".");
+    }
     to.hidden = grad_hidden->mutable_data_ptr();
   }
   if (grad_weight) {
     to.weight_dtype = dtype_of(*grad_weight, "grad_weight");
-    TORCH_CHECK_VALUE(grad_weight->dim() == 2 && grad_weight->size(0) == head.V && grad_weight->size(1) == head.H &&
-                          grad_weight->is_contiguous() &&
-                          (to.weight_dtype == head.weight.dtype || to.weight_dtype == Dtype::kFloat32),
-                      "`grad_weight` must be a contiguous [", head.V, ", ", head.H,
-                      "] of the weight's type or float32, got ", grad_weight->scalar_type(), " ", grad_weight->sizes(),
-                      ".");
+    if (grad_weight->dim() != 2 || grad_weight->size(0) != head.V || grad_weight->size(1) != head.H ||
+        !grad_weight->is_contiguous() || (to.weight_dtype != head.weight.dtype && to.weight_dtype != Dtype::kFloat32)) {
+      value_error("`grad_weight` must be a contiguous [", head.V, ", ", head.H,
+                  "] of the weight's type or float32, got ", toString(grad_weight->scalar_type()), " ",
+                  text(grad_weight->sizes()), ".");
+    }
     to.weight = grad_weight->mutable_data_ptr();
   }
   if (grad_bias) {
-    check_vector(*grad_bias, "grad_bias", head.V, at::kFloat);
-    to.bias = grad_bias->mutable_data_ptr<float>();
+    check_vector(*grad_bias, "grad_bias", head.V, ScalarType::Float);
+    to.bias = static_cast<float*>(grad_bias->mutable_data_ptr());
   }
   return to;
 }
+
+const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
+const int64_t* integers(const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); }
+
+// l and lse: [N] zeros.
+std::tuple<Tensor, Tensor> row_results(const Tensor& hidden) {
+  const int64_t N = hidden.size(0);
+  return {torch::stable::new_zeros(hidden, {&N, 1}, ScalarType::Float),
+          torch::stable::new_zeros(hidden, {&N, 1}, ScalarType::Float)};
+}
+
+float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
 int64_t kept_rows_op(const Tensor& hidden, const Tensor& grad_weight, int64_t workspace_bytes) {
   Head head{};
@@ -107,10 +149,11 @@ int64_t kept_rows_op(const Tensor& hidden, const Tensor& grad_weight, int64_t wo
 // The store in `grad_weight`. Throws if it has too few slots for the rows that `labels` score.
 LogitStore check_store(const Gradients& to, const Head& head, const Tensor& labels) {
   const LogitStore store = LogitStore::in(to.weight, to.weight_dtype, head.H);
-  const int64_t* y = labels.const_data_ptr<int64_t>();
+  const int64_t* y = integers(labels);
   const int64_t scored = head.N - std::count(y, y + head.N, kIgnoreIndex);
-  TORCH_CHECK_VALUE(scored <= store.slots, "at most ", store.slots, " rows may be kept in the weight gradient, got ",
-                    scored, ".");
+  if (scored > store.slots) {
+    value_error("at most ", store.slots, " rows may be kept in the weight gradient, got ", scored, ".");
+  }
   return store;
 }
 
@@ -120,8 +163,8 @@ std::tuple<Tensor, Tensor> logprob_op(const Tensor& hidden, const Tensor& weight
   const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes);
   LogitStore store{};
   if (keep) store = check_store(check_gradients(head, hidden, {}, keep, {}), head, labels);
-  Tensor l = at::zeros({head.N}, hidden.options().dtype(at::kFloat)), lse = at::zeros_like(l);
-  logprob(head, labels.const_data_ptr<int64_t>(), store, l.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>());
+  const auto [l, lse] = row_results(hidden);
+  logprob(head, integers(labels), store, mutable_floats(l), mutable_floats(lse));
   return {l, lse};
 }
 
@@ -131,11 +174,10 @@ std::tuple<Tensor, Tensor> logprob_and_grad_op(const Tensor& hidden, const Tenso
                                                const MaybeTensor& grad_bias, std::optional<double> softcap,
                                                double scale, int64_t workspace_bytes) {
   const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes);
-  check_vector(row_weight, "row_weight", head.N, at::kFloat);
+  check_vector(row_weight, "row_weight", head.N, ScalarType::Float);
   const Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
-  Tensor l = at::zeros({head.N}, hidden.options().dtype(at::kFloat)), lse = at::zeros_like(l);
-  logprob_and_grad(head, labels.const_data_ptr<int64_t>(), row_weight.const_data_ptr<float>(), to,
-                   l.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>());
+  const auto [l, lse] = row_results(hidden);
+  logprob_and_grad(head, integers(labels), floats(row_weight), to, mutable_floats(l), mutable_floats(lse));
   return {l, lse};
 }
 
@@ -144,26 +186,26 @@ void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& 
                  const MaybeTensor& grad_weight, const MaybeTensor& grad_bias, const MaybeTensor& kept,
                  std::optional<double> softcap, double scale, int64_t workspace_bytes) {
   const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes);
-  check_vector(lse, "lse", head.N, at::kFloat);
-  check_vector(row_weight, "row_weight", head.N, at::kFloat);
+  check_vector(lse, "lse", head.N, ScalarType::Float);
+  check_vector(row_weight, "row_weight", head.N, ScalarType::Float);
   const Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
   if (kept) {
-    check_vector(*kept, "kept", head.N, at::kLong);
-    TORCH_CHECK_VALUE(to.weight, "`kept` needs `grad_weight`, whose memory holds the logits.");
+    check_vector(*kept, "kept", head.N, ScalarType::Long);
+    if (!to.weight) value_error("`kept` needs `grad_weight`, whose memory holds the logits.");
     check_store(to, head, *kept);
   }
-  backward(head, labels.const_data_ptr<int64_t>(), lse.const_data_ptr<float>(), row_weight.const_data_ptr<float>(), to,
-           {.any = kept.has_value(), .labels = kept ? kept->const_data_ptr<int64_t>() : nullptr});
+  backward(head, integers(labels), floats(lse), floats(row_weight), to,
+           {.any = kept.has_value(), .labels = kept ? integers(*kept) : nullptr});
 }
 
-std::string isa(at::ScalarType dtype) {
-  return select_kernels(dtype == at::kBFloat16 ? Dtype::kBFloat16 : Dtype::kFloat32).name;
+std::string isa(ScalarType dtype) {
+  return select_kernels(dtype == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kFloat32).name;
 }
 
 }  // namespace
 }  // namespace infopo
 
-TORCH_LIBRARY(infopo_kernels_cpp, m) {
+STABLE_TORCH_LIBRARY(infopo_kernels_cpp, m) {
   m.def(
       "logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor(a!)? keep, float? softcap, "
       "float scale, int workspace_bytes) -> (Tensor, Tensor)");
@@ -176,15 +218,17 @@ TORCH_LIBRARY(infopo_kernels_cpp, m) {
       "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor? kept, float? softcap, "
       "float scale, int workspace_bytes) -> ()");
   m.def("kept_rows(Tensor hidden, Tensor grad_weight, int workspace_bytes) -> int");
-  m.def("isa(ScalarType dtype) -> str", &infopo::isa);
+  m.def("isa(ScalarType dtype) -> str");
 }
 
-TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
-  m.impl("logprob", &infopo::logprob_op);
-  m.impl("logprob_and_grad", &infopo::logprob_and_grad_op);
-  m.impl("backward", &infopo::backward_op);
-  m.impl("kept_rows", &infopo::kept_rows_op);
+STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
+  m.impl("logprob", TORCH_BOX(&infopo::logprob_op));
+  m.impl("logprob_and_grad", TORCH_BOX(&infopo::logprob_and_grad_op));
+  m.impl("backward", TORCH_BOX(&infopo::backward_op));
+  m.impl("kept_rows", TORCH_BOX(&infopo::kept_rows_op));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&infopo::isa)); }
 
 // `import infopo_kernels._C` loads the library, and loading registers the ops. The module itself is empty.
 PyMODINIT_FUNC PyInit__C() {

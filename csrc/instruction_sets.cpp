@@ -1,10 +1,10 @@
 // The choice of the instruction set. The machine that runs makes it, not the machine that built.
-#include <c10/util/Exception.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdlib>
 #include <string>
 
+#include "errors.h"
 #include "tile_kernels.h"
 
 namespace infopo {
@@ -57,12 +57,14 @@ const TileKernels& named(const std::string& name, bool bf16) {
   for (const InstructionSet& set : kInstructionSets) {
     known += (known.empty() ? "" : ", ") + std::string(set.kernels.name);
     if (name != set.kernels.name) continue;
-    TORCH_CHECK_VALUE(set.machine_has(), "INFOPO_KERNELS_CPU_ISA=", name,
-                      " asks for an instruction set that this machine lacks; unset it to let the machine decide.");
+    if (!set.machine_has()) {
+      value_error("INFOPO_KERNELS_CPU_ISA=", name,
+                  " asks for an instruction set that this machine lacks; unset it to let the machine decide.");
+    }
     return set.other_types && !bf16 ? *set.other_types : set.kernels;
   }
-  TORCH_CHECK_VALUE(false, "INFOPO_KERNELS_CPU_ISA=", name, " is not one of ", known,
-                    ", which this build has; unset it to let the machine decide.");
+  value_error("INFOPO_KERNELS_CPU_ISA=", name, " is not one of ", known,
+              ", which this build has; unset it to let the machine decide.");
 }
 
 }  // namespace

@@ -4,8 +4,6 @@
 // depends on the number of threads, never on their timing.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -35,12 +33,19 @@ class FlushSubnormals {
 #endif
 };
 
+// torch's threads, as bindings.cpp hands them over: the kernels share its pool and obey torch.set_num_threads.
+int64_t num_threads();
+
+// Calls body(begin, end, context) on parts that cover [0, n), in parallel.
+void parallel_parts(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
 template <typename F>
 void on_threads(int64_t threads, const F& f) {
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  const auto body = [](int64_t begin, int64_t end, void* context) {
     const FlushSubnormals guard;
-    for (int64_t t = begin; t < end; ++t) f(t);
-  });
+    for (int64_t t = begin; t < end; ++t) (*static_cast<const F*>(context))(t);
+  };
+  parallel_parts(threads, body, const_cast<void*>(static_cast<const void*>(&f)));
 }
 
 struct Range {

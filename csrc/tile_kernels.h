@@ -120,8 +120,8 @@ extern const TileKernels kKernels;
 }
 #endif
 
-// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names. Throws
-// c10::ValueError if the machine does not have them.
+// The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names. Throws a ValueError
+// (errors.h) if the machine does not have them.
 const TileKernels& select_kernels(Dtype);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -131,8 +131,8 @@ inline int64_t product_tasks(const TileKernels& k, int64_t M, int64_t N) {
   return ceil_div(N, k.panel) * ceil_div(M, k.row_group);
 }
 
-// Upper bound on the size of the panels of a matrix [K, N], in floats (bfloat16 pairs take half, with K rounded up to
-// even).
+// Upper bound on the size of the panels of a matrix [K, N], in floats (pairs of bfloat16 take half of it, for K rounded
+// up to even).
 inline int64_t packed_size(const TileKernels& k, int64_t K, int64_t N) { return K * round_up(N, k.lanes); }
 
 }  // namespace infopo

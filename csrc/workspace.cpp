@@ -1,9 +1,9 @@
 #include "workspace.h"
 
-#include <ATen/Parallel.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
+
+#include "errors.h"
+#include "threads.h"
 
 namespace infopo {
 namespace {
@@ -58,7 +58,7 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
       {kMostRows, 3072, 0}, {kMostRows, 2048, 0}, {kMostRows, 1024, 0}, {256, 1024, 0}, {256, 512, 0},
       {128, 512, 0},        {128, 256, 0},        {64, 256, 0},         {48, 192, 0},   {32, 96, 0},
       {16, 96, 0},          {16, 48, 0},          {16, 16, 0},          {1, 16, 0}};
-  for (int64_t threads = at::get_num_threads(); threads >= 1; threads /= 2) {
+  for (int64_t threads = num_threads(); threads >= 1; threads /= 2) {
     for (const Sizes& step : kLadder) {
       sizes = {even_size(n, step.C, k.lanes), std::min(step.Vb, p.V), threads};
       if (bytes_of(k, p, sizes, want) <= p.workspace_bytes) return true;
@@ -69,9 +69,10 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
 
 Sizes require_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want) {
   Sizes sizes{};
-  const bool fits = find_sizes(k, p, n, want, sizes);
-  TORCH_CHECK_VALUE(fits, "`workspace_mib` is too small for hidden size ", p.H, ": one row at a time needs ",
-                    bytes_of(k, p, sizes, want), " bytes, got ", p.workspace_bytes, "; raise it.");
+  if (!find_sizes(k, p, n, want, sizes)) {
+    value_error("`workspace_mib` is too small for hidden size ", p.H, ": one row at a time needs ",
+                bytes_of(k, p, sizes, want), " bytes, got ", p.workspace_bytes, "; raise it.");
+  }
   return sizes;
 }
 

@@ -1,9 +1,10 @@
 // The workspace of a call: one allocation, divided into the wanted buffers, as large as the bound allows.
 #pragma once
 
-#include <c10/core/CPUAllocator.h>
-
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "linear_logprob.h"
 #include "tile_kernels.h"
@@ -21,8 +22,10 @@ constexpr int64_t kMostRows = 512;
 class Arena {
  public:
   Arena() = default;
-  explicit Arena(int64_t bytes)
-      : data_(c10::GetCPUAllocator()->allocate(bytes)), base_(static_cast<char*>(data_.get())) {}
+  explicit Arena(int64_t bytes) : data_(std::aligned_alloc(64, round_up(bytes, 64))) {
+    if (!data_ && bytes > 0) throw std::bad_alloc();
+    base_ = static_cast<char*>(data_.get());
+  }
 
   template <typename T>
   T* take(int64_t n) {
@@ -34,7 +37,10 @@ class Arena {
   int64_t used() const { return used_; }
 
  private:
-  c10::DataPtr data_;
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> data_;
   char* base_ = nullptr;
   int64_t used_ = 0;
 };
@@ -89,7 +95,7 @@ int64_t even_size(int64_t n, int64_t most, int64_t lanes);
 // Finds the largest sizes that fit. Reduces rows and block first, then threads. Returns false if no size fits.
 bool find_sizes(const TileKernels&, const Head&, int64_t n, const Want&, Sizes&);
 
-// As `find_sizes`; throws c10::ValueError if no size fits.
+// As `find_sizes`; throws a ValueError (errors.h) if no size fits.
 Sizes require_sizes(const TileKernels&, const Head&, int64_t n, const Want&);
 
 }  // namespace infopo

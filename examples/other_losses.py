@@ -2,9 +2,9 @@
 
     python examples/other_losses.py --loss simpo --steps 10
 
-`linear_preference_loss` takes any objective and forms its gradients with fewer products. Any other loss of
-log-probabilities goes by `linear_logps`, which hands them out with their gradient; ORPO shows it (in docs/objectives.md
-it is an objective of its own).
+`linear_preference_loss` takes any objective, and needs fewer products for the gradients. For any other loss of
+log-probabilities use `linear_logps`, which returns them with a gradient. ORPO shows this here; docs/objectives.md
+writes ORPO as an objective.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def orpo(logps: Tensor, weight: float = 0.1) -> Tensor:
 
 
 def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """What enters the head, [2B, T, H]."""
+    """The hidden states that enter the head, [2B, T, H]."""
     hidden: Tensor = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     return hidden
 

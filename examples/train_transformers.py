@@ -24,11 +24,14 @@ from infopo_kernels.integrations.transformers import attach_linear_logps
 
 
 class InfoPOOnTrainer(Trainer):
-    """What a user of Trainer adds; `infopo_kernels.integrations.trainer.PreferenceTrainer` is this and metrics."""
+    """The code to add to a Trainer. `infopo_kernels.integrations.trainer.PreferenceTrainer` also adds metrics."""
 
-    loss_is_scaled_for_ga = False  # the loss is the mean over the pairs of a batch
     options = InfoPOOptions(beta=0.1)
     reference: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # a mean over the pairs of a batch: divided when it is accumulated
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,9 +1,9 @@
 """InfoPO with TRL: SmolLM2-135M-Instruct on arithmetic word problems.
 
     python examples/train_trl.py                       # full tuning
-    python examples/train_trl.py --lora-rank 16        # LoRA; the adapter switched off is the reference
+    python examples/train_trl.py --lora-rank 16        # LoRA; the model without its adapter is the reference
 
-Against a script that trains with DPO, two names change: InfoPOConfig for DPOConfig and InfoPOTrainer for DPOTrainer.
+A script that trains with DPO needs two changes: InfoPOConfig instead of DPOConfig, InfoPOTrainer instead of DPOTrainer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
         padding_free=True,
         gradient_checkpointing=False,
         use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),  # TRL's default; without bfloat16 units a CPU is faster in float32
+        bf16=torch.cuda.is_available(),  # TRL's default is True; without bfloat16 units a CPU is faster in float32
         precompute_ref_log_probs=True,
         logging_steps=1,
         report_to=[],

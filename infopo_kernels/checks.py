@@ -265,7 +265,7 @@ def infopo_logps(
             f"`{half}_lengths` must hold {len(logps)} integers, one for each of `{half}_logps`, got "
             f"{_shape(lengths)} of {lengths.dtype}."
         )
-    if needed and (lengths < 1).any():
+    if needed and lengths.device.type == "cpu" and (lengths < 1).any():
         raise ValueError(
             f"`{half}_lengths` must be at least 1, got {int(lengths.min())}; drop sequences without a scored token."
         )

@@ -42,7 +42,7 @@ class Op(Generic[Inputs, Results]):
         self, name: str, inputs: type[Inputs], results: type[Results], run: Callable[[Inputs], Results]
     ) -> None:
         self._inputs, self._results = inputs, results
-        self._length = len(dataclasses.fields(inputs))  # type: ignore[arg-type]
+        self._names = tuple(field.name for field in dataclasses.fields(inputs))  # type: ignore[arg-type]
         self.raw = torch.library.custom_op(
             name, lambda *flat: tuple(run(inputs(*flat))), mutates_args=(), schema=_schema(inputs, results)
         )
@@ -50,10 +50,9 @@ class Op(Generic[Inputs, Results]):
     def __call__(self, inputs: Inputs) -> Results:
         return self._results(*self.raw(*self.flat(inputs)))
 
-    @staticmethod
-    def flat(inputs: Inputs) -> tuple[Any, ...]:
-        """The op's arguments."""
-        return tuple(vars(inputs).values())
+    def flat(self, inputs: Inputs) -> tuple[Any, ...]:
+        """The op's arguments. `vars(inputs)` is beyond torch.compile of torch 2.10."""
+        return tuple([getattr(inputs, name) for name in self._names])
 
     def register_fake(self, fake: Callable[[Inputs], Results]) -> None:
         """Register the version that `torch.compile` sees: results of the right shapes and types."""
@@ -72,7 +71,7 @@ class Op(Generic[Inputs, Results]):
 
         def padded(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             first = backward(ctx, *grads)
-            return *first, *(None,) * (self._length - len(first))
+            return *first, *(None,) * (len(self._names) - len(first))
 
         self.raw.register_autograd(padded, setup_context=setup_context)
 

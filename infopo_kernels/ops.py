@@ -11,6 +11,7 @@ Each op finds its backend by name when it runs. This file checks values (on a CP
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,6 +88,10 @@ class HeadInputs:
         return cls(
             rows.hidden, weight, bias, rows.labels, logit.softcap, logit.scale, kernel.backend, kernel.workspace_mib
         )
+
+    def fields(self) -> dict[str, Any]:
+        """For the inputs of an op that takes more. `vars` is beyond torch.compile of torch 2.10."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def head(self) -> Head:
         limit = KernelOptions(workspace_mib=self.workspace_mib).workspace_bytes(self.hidden.device.type)
@@ -194,7 +199,7 @@ def _differentiate_logprob(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[T
         return ()
     hidden, weight, bias, labels, lse = ctx.saved_tensors
     head = HeadInputs(hidden, weight, bias, labels, *ctx.settings)
-    results = _logprob_backward(LogprobBackwardInputs(**vars(head), lse=lse, row_weight=grad, wanted=wanted))
+    results = _logprob_backward(LogprobBackwardInputs(**head.fields(), lse=lse, row_weight=grad, wanted=wanted))
     return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
 
@@ -284,7 +289,7 @@ def _(inputs: PreferenceInputs) -> PreferenceResults:
     )
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """factor * gradient, in the gradient's own memory: a second copy would take V * H numbers.
 
     While a graph is traced, the tensors are subclasses and the product is out of place: the compiler plans the memory.
@@ -293,12 +298,13 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
         return (gradient * factor).to(gradient.dtype)
     if factor.device.type == "cpu" and factor.item() == 1:
         return gradient
-    return gradient.mul_(factor)
+    dispatch.resolve(backend, gradient.device, gradient.dtype).scale_(gradient, factor)
+    return gradient
 
 
 def _save_preference(ctx: Any, inputs: PreferenceInputs, results: PreferenceResults) -> None:
     ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient)
-    ctx.wanted = inputs.wanted
+    ctx.wanted, ctx.backend = inputs.wanted, inputs.backend
     ctx.name = "linear_infopo_loss" if inputs.objective == InfoPO.name else "linear_preference_loss"
     ctx.mark_non_differentiable(*(result for result in results if result is not results.loss))
     ctx.set_materialize_grads(False)
@@ -317,7 +323,7 @@ def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[
         ) from error
     if grad is None:
         return ()
-    return tuple(_scaled(g, grad) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
+    return tuple(_scaled(g, grad, ctx.backend) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
 
 
 _linear_preference.register_autograd(_save_preference, _differentiate_preference)
@@ -338,7 +344,7 @@ def linear_preference(
     grad = torch.is_grad_enabled()
     return _linear_preference(
         PreferenceInputs(
-            **vars(HeadInputs.of(rows, weight, bias, logit, kernel)),
+            **HeadInputs.of(rows, weight, bias, logit, kernel).fields(),
             cu_seqlens=rows.cu_seqlens,
             segments=rows.segments,
             counts=sequences.counts,

@@ -11,7 +11,8 @@ class PreferenceOutput(NamedTuple):
     """The loss and the values to log. Only `loss` has a gradient.
 
     S is the number of sequences, in the order of the call. u_s are their `sequence_weights` (1 if none are given).
-    Delta_s is the difference between the log-probabilities of policy and reference.
+    Delta_s is the difference between the log-probabilities of policy and reference. The properties below select by
+    `is_chosen`: on a GPU the host then waits for the number of chosen sequences.
     """
 
     loss: Tensor

@@ -29,15 +29,28 @@ class Rows:
 
 
 def row_segments(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The sequence of each of the N rows, [N] int64."""
+    """The sequence of each of the N rows, [N] int64, in [0, S) whatever the bounds say."""
     rows = torch.arange(num_rows, device=cu_seqlens.device)
-    return torch.bucketize(rows, cu_seqlens[1:].to(torch.int64), right=True)
+    segments = torch.bucketize(rows, cu_seqlens[1:].to(torch.int64), right=True)
+    return segments.clamp_(max=len(cu_seqlens) - 2)
+
+
+def bounds_hold(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Whether `cu_seqlens` starts at 0, increases, and ends at N: [] bool, on its device."""
+    steps = (cu_seqlens[1:] > cu_seqlens[:-1]).all()
+    return steps & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_rows)
 
 
 def sequence_sums(values: torch.Tensor, segments: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """Sums of `values` [N] over the rows of each sequence: [S] float64, or int64 for integers and booleans."""
+    """Sums of `values` [N] over the rows of each sequence: [S] float64, or int64 for integers and booleans.
+
+    Two runs agree bitwise. On a GPU `index_add` adds by atomics, in any order; `index_put` sorts first.
+    """
     total = torch.float64 if values.is_floating_point() else torch.int64
-    return torch.zeros(num_sequences, dtype=total, device=values.device).index_add(0, segments, values.to(total))
+    zeros, values = torch.zeros(num_sequences, dtype=total, device=values.device), values.to(total)
+    if values.device.type == "cpu":
+        return zeros.index_add(0, segments, values)
+    return zeros.index_put((segments,), values, accumulate=True)
 
 
 def padded_rows(hidden: torch.Tensor, labels: torch.Tensor, *, shift: bool, ignore_index: int) -> Rows:
@@ -71,6 +84,10 @@ def packed_rows(
         if segments is not None:  # the last row of a sequence does not predict the first token of the next
             follows = torch.nn.functional.pad(segments[1:] == segments[:-1], (0, 1), value=False)
             y = torch.where(follows, y, IGNORE_INDEX)
+    if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
+        # Nobody could check the bounds without waiting for the device: wrong ones make every label one that no
+        # vocabulary has, whose log-probability is NaN.
+        y = torch.where(bounds_hold(cu_seqlens, len(y)), y, -1)
     return Rows(hidden.reshape(-1, hidden.shape[-1]), y.contiguous(), cu_seqlens, segments)
 
 

@@ -28,9 +28,10 @@ InfoPO: D chosen, U rejected. SFT: D chosen, Z rejected. DPO, IPO, SimPO: all ro
       accumulator is too large    for dW only                                                 4 D + 2 U + 2 live + 2 Z
       and where no row is kept
 
-A 16-bit dW takes the float32 way if a float32 copy of it fits half of the workspace. With every weight known, a 16-bit
-dW may take a fourth product (`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen
-head. `linear_logps` and a loss by hand take 4, and 3 with a frozen head.
+If all rows can be kept, they are, and everything takes 3 products at most. A 16-bit dW takes the float32 way if a
+float32 copy of it fits half of the workspace. With every weight known, a 16-bit dW may take a fourth product
+(`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen head. `linear_logps` and a loss
+by hand take 4, and 3 with a frozen head.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def preference(
     if wanted.weight:  # not zeroed here: it may hold logits first
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
+        if objective.known != "all" and backend.kept_rows(head, empty) >= len(rows.labels):
+            return _every_row_kept(backend, head, rows.labels, gradients, evaluate), gradients
     into, head = _accumulators(head, gradients)
     if objective.known == "all":
         known = _known_row_weights(head, rows, sequences, objective)
@@ -123,6 +126,17 @@ def _every_weight_known(
         into.weight.zero_()
     logp, _ = backend.logprob_and_grad(head, torch.where(decided, labels, IGNORE_INDEX), known, into)
     return evaluate(logp.add_(backend.logprob(head, torch.where(decided, IGNORE_INDEX, labels))[0]))
+
+
+def _every_row_kept(
+    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate
+) -> Evaluation:
+    """Two calls and no list of which row goes where: half of the launches of a small batch, which they take longer to
+    start than to run."""
+    logp, lse = backend.logprob(head, labels, into.weight)
+    result = evaluate(logp)
+    backend.backward(head, labels, lse, result.row_weight, into, labels)
+    return result
 
 
 def _some_weights_known(
@@ -208,18 +222,8 @@ def _unit_hidden_gradient(
     ones = torch.ones(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
     logp, lse = backend.logprob_and_grad(head, labels, ones, Gradients(hidden_gradient, None, None))
     result = evaluate(logp)
-    scale_rows_(hidden_gradient, result.row_weight)
+    backend.scale_(hidden_gradient, result.row_weight)
     return result, lse
-
-
-def scale_rows_(rows: torch.Tensor, scale: torch.Tensor) -> None:
-    """rows[t] *= scale[t] in place, in float32.
-
-    Takes a bounded part at a time, because a product of two types copies its operands.
-    """
-    step = max(1, (1 << 18) // rows.shape[1])
-    for part, factor in zip(torch.split(rows, step), torch.split(scale, step), strict=True):
-        part.mul_(factor[:, None])
 
 
 def _accumulators(head: Head, gradients: Gradients) -> tuple[Gradients, Head]:

@@ -1,28 +1,30 @@
-"""How far a right kernel may be from float64: the one error budget of all tests.
+"""The error budget of all tests: the largest allowed difference between a right kernel and float64.
 
-What a kernel computes stands in `infopo_kernels.backends.base`; what it rounds is bounded here, entry by entry, from
-the problem in float64. With u = 2^-24 (float32 logits and sums; 2^-53 for float64 inputs), s = dz/da / scale the slope
-of the softcap, p = exp(z - lse), and g(n) = min(n, 2 sqrt(n)) u the error of n roundings in a row, relative to the sum
-of the summands' sizes (at most n u; roundings are as good as independent, and 2 sqrt(n) u is hardly ever exceeded:
-Higham, Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput. 41, 2019):
+`infopo_kernels.backends.base` says what a kernel computes. This file bounds its rounding errors, entry by entry, from
+the problem in float64. Here u = 2^-24 (float32 logits and sums; 2^-53 for float64 inputs), s = dz/da / scale is the
+slope of the softcap, and p = exp(z - lse). g(n) = min(n, 2 sqrt(n)) u is the error of n roundings in a row, relative to
+the sum of the sizes of the summands. (The error is at most n u. Roundings are nearly independent, and then it hardly
+ever exceeds 2 sqrt(n) u: Higham, Mary, "A new approach to probabilistic rounding error analysis", SIAM J. Sci. Comput.
+41, 2019.)
 
     a      H products, their sum, the bias             da   = g(H + 2) (|X| |W|^T + |b|)
-    z      a map of few operations                     dz   = what da makes of z, and 8 u |z|
-    lse    exponentials of z - max z, and their sum    dlse = what dz makes of lse, 32 u + 4 u |lse| + u |z - max z|
+    z      a map of few operations                     dz   = effect of da on z, plus 8 u |z|
+    lse    exponentials of z - max z, and their sum    dlse = effect of dz on lse, plus 32 u + 4 u |lse|
+                                                              + u |z - max z|
     l      z_y - lse                                   dl   = dz_y + dlse + 2 u |l|
-    p      exp(z - lse)                                log p is off by e = dz + dlse + u |log p| + 8 u
+    p      exp(z - lse)                                log p has the error e = dz + dlse + u |log p| + 8 u
     G      c scale s (1[v = y] - p); s from z          dG   = |c scale| (s dp + |1[v = y] - p| ds
-                                                              + (4 u s + 16 u) (1[v = y] + p)), ds: what da makes of s
-           where products take G in 16 bits              + r |c scale| s max(|1[v = y] - p|, p)
+                                                              + (4 u s + 16 u) (1[v = y] + p)), ds: effect of da on s
+           if products take G in 16 bits                 + r |c scale| s max(|1[v = y] - p|, p)
     dX     V products and their sum                    ddX  = dG |W| + g(V) |c scale| s (1[v = y] + p) |W|
-    dW, db likewise over N rows                        ddW, ddb
+    dW, db the same over N rows                        ddW, ddb
 
-r is what rounds G (or p before it, where the label's part is exact) as the operand of a product: 0 where products take
-float32, half a step of the type (2^-8 for bfloat16, 2^-11 for float16) for each rounding where they take 16 bits
-(`operand_rounding`). What a result costs on its way into its own type is added where it is compared (`assert_within`).
+r is the rounding of G as the operand of a product (or of p, if the part of the label is exact). It is 0 if products
+take float32. If they take 16 bits, it is half a step of the type for each rounding (2^-8 for bfloat16, 2^-11 for
+float16; `operand_rounding`). `assert_within` adds the rounding of a result into its own type.
 
-Exponentials are taken of the bounds themselves, not to first order, so that the budget holds where logits are so large
-that float32 cannot tell which entry is the largest. Numbers below 2^-126 may count as 0.
+The exponentials of the bounds are exact, not of first order. So the budget also holds where logits are so large that
+float32 cannot tell which entry is the largest. Numbers below 2^-126 may count as 0.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ HALF_STEP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2
 """Largest relative error of one rounding to the type."""
 
 SMALLEST = {torch.float64: 0.0, torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
-"""Largest absolute error of one rounding where the type runs out of exponents."""
+"""Largest absolute error of one rounding below the smallest exponent of the type."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Budget:
 
 
 def operand_rounding(backend: str, dtype: torch.dtype, roundings: int = 2) -> float:
-    """r: relative error of what a backend's products take for G. `roundings` of the Triton kernels, two at most."""
+    """r: relative error of G as an operand of a backend's products. `roundings`: of the Triton kernels, at most two."""
     if backend == "cpp":
         return HALF_STEP[dtype] if cpp.isa(dtype) == "avx512_bf16" else 0.0
     return roundings * HALF_STEP[dtype] if backend == "triton" and dtype.itemsize == 2 else 0.0
@@ -74,10 +76,10 @@ def error_budget(
     head: Head,
     labels: Tensor,  # [N] int64
     c: Tensor,  # [N]
-    c_error: Tensor | None = None,  # [N]: what c itself may be off by
+    c_error: Tensor | None = None,  # [N]: allowed error of c
     operand: float = 0.0,
 ) -> Budget:
-    """Allowed errors of l, lse, dX, dW and db (the head's workspace plays no part)."""
+    """Allowed errors of l, lse, dX, dW and db. They do not depend on the head's workspace."""
     (N, H), V = head.hidden.shape, head.weight.shape[0]
     u = HALF_STEP[head.accumulator_dtype]
     scored = labels != IGNORE_INDEX
@@ -89,7 +91,7 @@ def error_budget(
     own = torch.nn.functional.one_hot(y, V).double()
 
     a = x @ w.T + b
-    masked = a == -torch.inf  # a bias of -inf takes an entry out, exactly
+    masked = a == -torch.inf  # a bias of -inf removes an entry exactly
     da = torch.where(masked, 0.0, accumulated(H + 2, u) * (x.abs() @ w.abs().T + b.abs()))
     if head.softcap is None:
         z, slope, steepest, dslope = head.scale * a, torch.ones_like(a), torch.ones_like(a), torch.zeros_like(a)
@@ -102,7 +104,7 @@ def error_budget(
     lse = z.logsumexp(1, keepdim=True)
     log_p = z - lse
     largest = z.max(1, keepdim=True).values
-    # exp(z - max z) is off by u |z - max z|, which weighs p: nothing where exp is 0
+    # exp(z - max z) has the relative error u |z - max z|, weighted by p: it is 0 where exp is 0
     depth = u * torch.where(masked, 0.0, largest - z).clamp(max=200)
     dlse = torch.maximum((z + dz + depth).logsumexp(1, True) - lse, lse - (z - dz - depth).logsumexp(1, True))
     dlse = dlse + 32 * u + 4 * u * lse.abs()
@@ -139,9 +141,9 @@ def error_budget(
 def assert_within(
     name: str, got: Tensor, truth: Tensor, allowed: Tensor, roundings: int = 1, factor: float = 1.0
 ) -> None:
-    """|got - truth| <= allowed, and `roundings` into got's type; what is not finite must be so in both.
+    """|got - truth| <= allowed plus `roundings` into got's type. A value that is not finite must be the same in both.
 
-    `factor`: what the result was multiplied by after it had been rounded; `truth` and `allowed` have it already.
+    `factor`: the result was multiplied by this after its rounding; `truth` and `allowed` already contain it.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)} instead of {tuple(truth.shape)}"
     got, truth = got.detach().cpu(), truth.detach().cpu()

@@ -1,4 +1,4 @@
-"""Before any test imports Triton: without a GPU its kernels run in the interpreter, which has to be said that early."""
+"""Without a GPU Triton's kernels run in the interpreter. This must be set before any test imports Triton."""
 
 from __future__ import annotations
 

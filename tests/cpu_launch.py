@@ -1,7 +1,7 @@
-"""`infopo_kernels` where a launcher of GPUs runs on a CPU; for tests.
+"""For tests: `infopo_kernels` on a CPU, under a launcher that expects GPUs.
 
-Accelerate takes FSDP and DeepSpeed on a GPU only: on a CPU it runs plain data parallelism instead, silently. Here its
-state says that there are GPUs, while the device is the CPU and the process group gloo.
+Accelerate takes FSDP and DeepSpeed on a GPU only; on a CPU it silently runs plain data parallelism instead. Here its
+state says that there are GPUs, while the device is the CPU and the process group is gloo.
 
     accelerate launch --config_file F --num_processes 2 tests/cpu_launch.py train ...
 """
@@ -24,7 +24,7 @@ from infopo_kernels.commands.cli import main
 
 
 def pretend_gpus() -> None:
-    """See above. `PartialState` is where Accelerate asks what there is."""
+    """Change `PartialState`, which tells Accelerate which devices there are; see the top of the file."""
     begin = state.PartialState.__init__
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
@@ -41,19 +41,19 @@ def pretend_gpus() -> None:
 
     state.PartialState.__init__ = init
     if deepspeed:
-        # DeepSpeed would compile shared-memory collectives first, for a minute; gloo's serve as well.
+        # DeepSpeed would first compile shared-memory collectives, which takes a minute; those of gloo are enough.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         state.PartialState._prepare_backend, state.PartialState.set_device = prepare_backend, set_device
 
 
 class Kill(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Ends the first process after this many steps, without a word."""
+    """Kills the first process after this many steps, without a message."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """At the step's begin the checkpoint of the step before is whole."""
+        """At the beginning of a step the checkpoint of the step before is complete."""
         if state.global_step == self.step and os.environ.get("RANK", "0") == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""The truth of the three primitives: what plain PyTorch gives for a head, labels and row weights, in float64."""
+"""The truth of the three primitives: the results of plain PyTorch for a head, labels and row weights, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Plain:
 
 
 def plain(head: Head, labels: Tensor, c: Tensor) -> Plain:
-    """By autograd, from the scored rows alone: the others may hold anything."""
+    """Computes them with autograd, from the scored rows alone: the other rows may hold anything."""
     scored = labels != IGNORE_INDEX
     x = head.hidden.detach()[scored].double().requires_grad_()
     w = head.weight.detach().double().requires_grad_()
@@ -32,7 +32,7 @@ def plain(head: Head, labels: Tensor, c: Tensor) -> Plain:
     z = head.scale * (a if head.softcap is None else head.softcap * torch.tanh(a / head.softcap))
     lse = z.logsumexp(1)
     picked = z.gather(1, labels[scored][:, None]).squeeze(1)
-    # c (z_y - lse), differentiated without forming it: 0 times -inf is no gradient
+    # the gradient of c (z_y - lse), without forming that product: 0 times -inf would be NaN
     weights = c[scored].double()
     torch.autograd.backward([picked, lse], [weights, -weights])
     assert x.grad is not None

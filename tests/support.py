@@ -1,4 +1,4 @@
-"""The shared table of cases, the inputs that they describe, and the comparison with float64."""
+"""The shared table of cases, their inputs, and the comparison with float64."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from infopo_kernels.packing import Rows, row_segments, sequence_sums
 from tests.budget import HALF_STEP, SMALLEST, assert_within, error_budget, operand_rounding
 
 CPU_BACKENDS = ["torch", "cpp-portable", "cpp-avx2", "cpp-avx512", "cpp-avx512_bf16"]
-"""Backends that serve a CPU, and their instruction sets: whichever is the default, tests run all that a machine has."""
+"""Backends for a CPU, with their instruction sets. Tests run all that a machine has, not only the default."""
 
 
 def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let one of CPU_BACKENDS serve, or skip the test where it cannot; the name of the backend."""
+    """Switch to one of CPU_BACKENDS, or skip the test if it cannot run. Returns the name of the backend."""
     if (reason := missing(name)) is not None:
         pytest.skip(reason)
     backend, _, instructions = name.partition("-")
@@ -36,7 +36,7 @@ def use_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def missing(name: str) -> str | None:
-    """Why one of CPU_BACKENDS cannot serve here, if it cannot."""
+    """The reason why one of CPU_BACKENDS cannot run here, or None."""
     backend, _, instructions = name.partition("-")
     reason = dispatch.unavailable_reason(backend, torch.device("cpu"), torch.float32)
     if reason is not None or not instructions:
@@ -63,7 +63,7 @@ class Case:
     logit: LogitOptions = field(default_factory=LogitOptions)
     objective: Objective = field(default_factory=InfoPO)
     reference: bool = True
-    weighted: bool = False  # each sequence with a weight of its own
+    weighted: bool = False  # each sequence has its own weight
     ignore_index: int = IGNORE_INDEX
     prompt: int = 3
     shift: bool = False
@@ -130,10 +130,10 @@ class Inputs:
     layout: dict[str, Tensor]
     ref_logps: Tensor | None
     shares: dict[str, Any] = field(default_factory=dict)
-    """`sequence_weights` and `num_pairs`, where they are given."""
+    """`sequence_weights` and `num_pairs`, if the case gives them."""
 
     def fresh(self, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor | None]:
-        """Leaves with the same values, in another type or on another device if asked."""
+        """Leaves with the same values, on request in another type or on another device."""
         result: dict[str, Tensor | None] = {}
         for name, value in self.tensors.items():
             leaf = None if value is None else value.detach().to(device, dtype or value.dtype).clone()
@@ -193,12 +193,12 @@ def logps_truth(inputs: Inputs, reduction: str) -> Tensor:
 
 @dataclass
 class Result:
-    """A loss (or log-probabilities) and gradients by name (None where none came)."""
+    """A loss (or log-probabilities) and gradients by name (None if there is no gradient)."""
 
     loss: Tensor
     gradients: dict[str, Tensor | None]
     operand: float = 0.0
-    """What products rounded G by, relative (`budget.operand_rounding`)."""
+    """Relative rounding of G by the products (`budget.operand_rounding`)."""
 
     @classmethod
     def of(cls, loss: Tensor, leaves: dict[str, Tensor | None], factor: float) -> Result:
@@ -207,7 +207,7 @@ class Result:
 
 
 def fused(inputs: Inputs, backend: str, device: str = "cpu", **kernel: Any) -> Result:
-    """`linear_infopo_loss` of a case, or `linear_preference_loss` where its objective is another."""
+    """`linear_infopo_loss` of a case, or `linear_preference_loss` if the objective is not InfoPO."""
     case, there = inputs.case, inputs.moved(device)
     leaves = inputs.fresh(device=device)
     arguments = dict(
@@ -223,7 +223,7 @@ def fused(inputs: Inputs, backend: str, device: str = "cpu", **kernel: Any) -> R
 
 
 def fused_logps(inputs: Inputs, reduction: str, backend: str, device: str = "cpu", **kernel: Any) -> Result:
-    """`linear_logps` of a case, weighted so that every entry has a gradient of its own."""
+    """`linear_logps` of a case, weighted so that every entry has its own gradient."""
     case, there, leaves = inputs.case, inputs.moved(device), inputs.fresh(device=device)
     bounds = {"cu_seqlens": there.layout["cu_seqlens"]} if there.layout else {}
     logps = linear_logps(
@@ -236,12 +236,12 @@ def fused_logps(inputs: Inputs, reduction: str, backend: str, device: str = "cpu
 
 @dataclass
 class Truth(Result):
-    """What plain PyTorch makes of a case in float64, and what its error budget is made of."""
+    """The results of plain PyTorch for a case in float64, and the data for its error budget."""
 
     dtype: torch.dtype = torch.float32
     """Of the inputs."""
     factor: float = 1.0
-    """What the gradients are multiplied by."""
+    """The factor of the gradients."""
     value_error: Tensor | float = 0.0
     """Allowed error of the loss or the log-probabilities."""
     rows: tuple[Head, Tensor, Tensor, Tensor] | None = None
@@ -249,7 +249,7 @@ class Truth(Result):
 
     @property
     def largest_factor(self) -> float:
-        """Of those that a gradient is multiplied by after it has been rounded."""
+        """Allowed error from the factors that multiply a gradient after its rounding."""
         assert self.rows is not None
         c = self.rows[2]
         return max(abs(self.factor), float(c.abs().max()) if len(c) else 0.0)
@@ -318,7 +318,7 @@ def differentiated(
     weight, bias = cast(Tensor, inputs.tensors["weight"]), inputs.tensors["bias"]
     head = Head(rows.hidden, weight, bias, case.logit.softcap, case.logit.scale, 0)
     dl = error_budget(head, rows.labels, c).l
-    # All in one direction move the sums furthest, chosen against rejected ones the margins between them.
+    # Errors in one direction change the sums most; opposite errors of chosen and rejected change the margins most.
     moved = [run(direction * dl) for direction in (torch.ones_like(c), -torch.ones_like(c), c.sign(), -c.sign())]
     c_error = torch.stack([(other[1] - c).abs() for other in moved]).amax(0)
     c_error += 2 * HALF_STEP[head.accumulator_dtype] * c.abs() + SMALLEST[torch.float32] * abs(factor)
@@ -336,12 +336,12 @@ def ramp(like: Tensor) -> Tensor:
 
 
 def assert_value(got: Result, truth: Truth) -> None:
-    """The loss, or the log-probabilities, within budget."""
+    """The loss, or the log-probabilities, are within budget."""
     assert_within("loss", got.loss, truth.loss, truth.value_error)
 
 
 def assert_result(got: Result, truth: Truth) -> None:
-    """The value and every gradient within budget, and gradients only where they were asked for."""
+    """The value and every gradient are within budget, and only wanted gradients exist."""
     assert_value(got, truth)
     allowed, largest = truth.budgets(got.operand), truth.largest_factor
     for name, gradient in truth.gradients.items():
@@ -350,7 +350,8 @@ def assert_result(got: Result, truth: Truth) -> None:
             assert other is None, f"gradient of {name} was not asked for"
             continue
         assert other is not None, f"gradient of {name} is missing"
-        # Stored once, dX of a frozen head (formed for weights of 1) scaled row by row, all scaled by the factor.
+        # Each is rounded once when stored; dX of a frozen head (formed for weights of 1) is then scaled row by row;
+        # then all are scaled by the factor.
         roundings = 1 + (name == "hidden") + (truth.factor != 1)
         limit = allowed[name].reshape(gradient.shape)
         assert_within(f"gradient of {name}", other, gradient, limit, roundings, largest)
@@ -364,9 +365,9 @@ def objective_arguments(
     num_pairs: float,
     weights: Tensor | None = None,
 ) -> tuple[Rows, Sequences]:
-    """What an objective is evaluated on beside log-probabilities; hidden states are of no width."""
+    """The inputs of an objective besides log-probabilities; hidden states have width 0."""
     segments = row_segments(cu_seqlens, len(labels))
-    # Out of order where the bounds are: nobody has checked them.
+    # These are out of order if the bounds are, because nothing has checked the bounds.
     counts = sequence_sums(labels != IGNORE_INDEX, segments.clamp(max=len(is_chosen) - 1), len(is_chosen))
     rows = Rows(torch.empty(len(labels), 0), labels, cu_seqlens, segments)
     return rows, Sequences(counts, is_chosen, ref_logps, num_pairs, weights)

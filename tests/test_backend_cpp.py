@@ -1,4 +1,4 @@
-"""What only the C++ kernels have: instruction sets, threads, schedules chosen by size, a bound on memory."""
+"""Features of the C++ kernels alone: instruction sets, threads, schedules chosen by size, a bound on memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = [*itertools.product(["portable", "avx2", "avx512"], DTYPES), ("avx512_bf16", torch.bfloat16)]
 MIB = 1 << 20
 BEFORE = 1 / 16
-"""What buffers hold that are added to: small, so that rounding the sum hides little of what is added."""
+"""Initial content of buffers that a kernel adds to. It is small, so that rounding of the sum hides little."""
 
 
 def force_isa(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def force_isa(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Problem:
-    """Inputs, and l, lse, dX, dW, db by plain PyTorch in float64 from the same inputs."""
+    """Inputs, and their l, lse, dX, dW, db by plain PyTorch in float64."""
 
     def __init__(
         self,
@@ -77,9 +77,9 @@ class Problem:
     def run(
         self, known: bool, wanted: tuple[str, ...], weight_dtype: torch.dtype, keep: int | None = None
     ) -> dict[str, Tensor]:
-        """One primitive into buffers that are poisoned (assigned ones) or hold BEFORE (those that are added to).
+        """Run one primitive. Buffers that it assigns are poisoned; buffers that it adds to hold BEFORE.
 
-        With `keep` the logits of that many scored rows wait in the memory of dW, every second one from the end.
+        With `keep` the logits of that many scored rows stay in the memory of dW: every second row from the end.
         """
         head = self.head
         gradients = Gradients(
@@ -118,7 +118,7 @@ class Problem:
         return result
 
     def assert_right(self, got: dict[str, Tensor]) -> None:
-        """Each result within the budget of the instruction set that served."""
+        """Each result is within the budget of the instruction set in use."""
         operand = operand_rounding("cpp", self.head.hidden.dtype)
         allowed = self.allowed.get(operand) or error_budget(self.head, self.labels, self.c, operand=operand)
         self.allowed[operand] = allowed
@@ -168,7 +168,7 @@ KEPT_SIZES = {
 def test_logits_kept_in_the_memory_of_the_weight_gradient(
     size: str, name: str, dtype: torch.dtype, keep: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few, some, or as many as fit; some of them with a weight of zero, which costs the others nothing."""
+    """Few rows are kept, some, or as many as fit. Some have weight 0, which does not affect the others."""
     force_isa(name, monkeypatch)
     problem = Problem(dtype=dtype, **KEPT_SIZES[size])  # type: ignore[arg-type]
     for wanted, weight_dtype in itertools.product((WANTED[0], ("weight",)), {dtype, torch.float32}):
@@ -189,7 +189,7 @@ def test_kept_logits_leave_no_trace_where_nothing_is_added() -> None:
 
 
 def test_no_row_at_all_leaves_a_weight_gradient_of_zeros() -> None:
-    """`kept` says that dW is assigned, though the pointer of an empty tensor is null."""
+    """With `kept` dW is assigned, even if `kept` is empty and its pointer is null."""
     head = Head(torch.zeros(0, 96), torch.ones(5, 96), None, None, 1.0, MIB)
     none, dW = torch.zeros(0, dtype=torch.int64), torch.full((5, 96), torch.nan)
     _, lse = BACKEND.logprob(head, none, dW)
@@ -223,7 +223,7 @@ def test_strided_inputs() -> None:
 
 
 def test_running_reference_follows_a_late_maximum() -> None:
-    """The largest logit of each row stands in the last block, far above all before: sums must shrink to nothing."""
+    """The largest logit of each row is in the last block, far above all others: the earlier sums must shrink to 0."""
     problem = Problem(20, 32, 6000, torch.float32, bias=False, workspace=MIB)
     problem.head.weight[-1] = 40 * problem.head.hidden.sum(0) / problem.head.hidden.norm()
     problem.head.weight[2500:2600] *= 8
@@ -365,8 +365,12 @@ def test_ops_keep_reads_in_bounds(change: dict[str, Tensor], error: type[Excepti
         "labels": torch.zeros(4, dtype=torch.int64),
     }
     arguments |= change
-    with pytest.raises(error, match=message):
-        torch.ops.infopo_kernels_cpp.logprob(*arguments.values(), None, None, 1.0, MIB)
+    hidden, weight, bias, labels = arguments.values()
+    assert hidden is not None
+    assert weight is not None
+    assert labels is not None
+    with pytest.raises(error, match=f"^{message}"):
+        BACKEND.logprob(Head(hidden, weight, bias, None, 1.0, MIB), labels)
 
 
 def test_opcheck() -> None:
@@ -416,7 +420,7 @@ FAULTS = [
 def test_the_budget_has_no_room_for_faults(
     name: str, dtype: torch.dtype, fault: Callable[..., Any], known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradients alone give each of them away, in the type of the inputs: l would show more."""
+    """The gradients alone show each of these faults, in the type of the inputs; l would show more."""
     support.use_backend(f"cpp-{name}", monkeypatch)
     problem = Problem(70, 83, 397, dtype, softcap=4.0 if fault is softcap_left_out else None)
     right = problem.head, problem.c

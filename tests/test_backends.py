@@ -1,4 +1,4 @@
-"""Every backend x layout x type x option against float64."""
+"""Every combination of backend, layout, type and option against float64."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_non_contiguous_inputs(dtype: torch.dtype, backend: str) -> None:
 
 
 def test_rows_with_gaps_between_them(backend: str) -> None:
-    """hidden[..., :H] of a wider tensor: last stride 1, rows apart; no copy is needed and the result is the same."""
+    """hidden[..., :H] of a wider tensor: the last stride is 1. No copy is needed, and the result is the same."""
     inputs = support.make(Case("gaps"), torch.float32)
     hidden, weight = inputs.tensors["hidden"], inputs.tensors["weight"]
     assert hidden is not None
@@ -122,7 +122,7 @@ def test_two_runs_are_bitwise_equal(backend: str) -> None:
 
 
 def test_underflown_rejected_weight_leaves_no_gradient(backend: str) -> None:
-    """The float32 weight is exactly 0 and so is the gradient; the chosen half keeps its own."""
+    """The float32 weight is exactly 0, and so is the rejected half's gradient; the chosen half keeps its own."""
     inputs = support.make(next(c for c in CASES if c.name == "underflown"), torch.float32)
     gradient = support.fused(inputs, backend=backend).gradients["hidden"]
     assert gradient is not None

@@ -1,4 +1,4 @@
-"""Bad input: one row a case; each error names the argument, what was expected and what came."""
+"""Bad input, one row for each case. Each error names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(autouse=True)
 def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter, which other tests use, would take the place of a missing GPU."""
+    """Switch off Triton's interpreter: other tests use it, and with it the backend would run without a GPU."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 

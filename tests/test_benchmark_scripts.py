@@ -1,4 +1,4 @@
-"""The parts of benchmarks/ beside the comparison: limits that bite, records that keep what they have, targets."""
+"""The parts of benchmarks/ besides the comparison: limits of memory, records that keep old rows, targets."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_part_of_the_long_context_record_keeps_the_rest(
 
 
 def test_cpu_targets_merge_by_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every part at a size of seconds, with targets met or missed as the figures say."""
+    """Every part at a size that takes seconds. Targets are met or missed as the figures say."""
     monkeypatch.setattr(cpu_targets, "LENGTHS", {"SmolLM2-135M": 16})
     monkeypatch.setattr(cpu_targets, "LONG", 128)
     monkeypatch.setattr(cpu_targets, "PEERS", ("naive PyTorch", "F.linear_cross_entropy"))
@@ -88,7 +88,7 @@ def test_cpu_targets_merge_by_case(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A tiny random model and tokenizer in place of SmolLM2's."""
+    """A small random model and tokenizer instead of SmolLM2's."""
     folder = tmp_path / "model"
     save_tiny_model(folder)
     for module in (packing, tuning_sweep):
@@ -111,7 +111,7 @@ def test_the_sweeps_loss_is_the_formula(loss: str) -> None:
     reference = torch.tensor([-3.5, -1.0, -3.0, -9.0], dtype=torch.float64)
     chosen, rejected = (0.3 * (logps - reference)).detach().chunk(2)
     if loss == "infopo":
-        a = rejected - 1  # the second is beyond the cap of 0, where exp goes on as its tangent
+        a = rejected - 1  # the second is above the cap of 0, where exp continues as its tangent
         expected = (-chosen + torch.stack([a[0].exp(), 1 + a[1]])).mean()
         weight = 0.3 * torch.stack([a[0].exp(), torch.ones(())]).mean()
     else:

@@ -1,4 +1,4 @@
-"""The benchmark suite: right values of every contender, honest timing, records, comparison, plots and the page."""
+"""The benchmark suite: right values of every contender, fair timing, records, comparison, plots and the page."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def small(case: Case, dtype: torch.dtype = torch.float32) -> Batch:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_the_truth_is_the_reference(case: Case) -> None:
-    """What contenders are checked against equals autograd through materialised logits in float64."""
+    """The values that contenders are checked against equal autograd through materialised logits in float64."""
     batch, right = small(case), truth(small(case), torch.float64)
     hidden, weight = (t.detach().double().requires_grad_() for t in (batch.hidden, batch.weight))
     loss = naive.linear_preference_loss(
@@ -159,7 +159,7 @@ def test_repetitions_are_interleaved_and_bounded(monkeypatch: pytest.MonkeyPatch
 
     calls = {"a": call("a", 0.25), "b": call("b", 0.75), "c": call("c", 1.0), "d": call("d", 9.0)}
     times = timing.interleave(calls, 4, 0.5, CPU)
-    # All but a are past their half second after one; b has its three within PATIENCE, c two, d no more than it must.
+    # All but a exceed their half second after one repetition. b has three within PATIENCE, c two, d the minimum.
     assert order == ["a", "b", "c", "d", "b", "c", "a", "a", "b"]
     assert times == {"a": [0.25] * 3, "b": [0.75] * 3, "c": [1.0] * 2, "d": [9.0]}
     assert timing.interleave({"a": call("a", 0.1)}, 4, 0.5, CPU) == {"a": [pytest.approx(0.1)] * 4}
@@ -188,7 +188,7 @@ def _setup(contender: str) -> memory.Setup:
 
 
 def test_memory_in_a_fresh_process() -> None:
-    """Naive logits are seen (two copies of 256 MiB at the least); so is a limit, as a failure."""
+    """The measurement sees naive logits (at least two copies of 256 MiB), and reports a limit as a failure."""
     naive = memory.measure_step(_setup("naive PyTorch"), 4.0)
     assert 500 < naive["peak_mib"] < 1100
     assert "out of memory (limit 0.3 GiB)" in memory.measure_step(_setup("naive PyTorch"), 0.3)["failed"]
@@ -328,7 +328,7 @@ def test_every_contender_has_a_row_of_the_overview(small_run: Path, tmp_path: Pa
 
 
 def test_processors_lie_side_by_side(tmp_path: Path) -> None:
-    """A run on another processor leaves the records of the first alone, and a page shows both."""
+    """A run on another processor does not change the records of the first, and a page shows both."""
     row = {"layout": "padded", "tokens": 3, "seconds": [1.0, 2.0]}
     for processor in ("intel-1-2-3", "amd-4-5-6"):
         machine = {**environment(), "processor": processor, "cpu": processor}
@@ -408,11 +408,11 @@ def test_noise_is_no_regression(small_run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--peers", "nobody"], "--peers: 'nobody' is none of infopo_kernels, naive PyTorch"),
+        (["--peers", "nobody"], "--peers: 'nobody' is not one of infopo_kernels, naive PyTorch"),
         (["--shapes", "GPT-7"], "--shapes: 'GPT-7'"),
         (["--dtype", "int8"], "--dtypes: 'int8'"),
         (["compare", "no.json", "none.json"], "no.json"),
-        (["show", "nowhere"], "nowhere holds no record"),
+        (["show", "nowhere"], "nowhere has no record"),
         *([] if torch.cuda.is_available() else [(["--device", "cuda"], "no CUDA device")]),
     ],
 )
@@ -444,7 +444,7 @@ def test_the_pages_are_those_of_the_records() -> None:
 
 
 def test_every_block_of_a_page_is_generated() -> None:
-    """And every record of figures stands on a page."""
+    """Every record of figures is on a page."""
     names = [name for page in pages.pages() for name in re.findall(r"<!-- ([\w-]+): begin -->", page.read_text())]
     assert sorted(names) == sorted(pages._BLOCKS)
 
@@ -462,7 +462,7 @@ def test_every_command_has_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--product-gflop" in text
 
 
-# Lower may not import higher; every module has a level, by the longest prefix that names it.
+# A module may not import one of a higher level. The longest prefix of its name in this table gives its level.
 LEVELS = {
     "cases": 0,
     "measure": 0,
@@ -489,7 +489,7 @@ LEVELS = {
 
 
 def test_imports_of_benchmarks_run_one_way() -> None:
-    """And nothing of the package imports benchmarks, which are not installed with it."""
+    """The package does not import the benchmarks, because they are not installed with it."""
 
     def imported(path: Path) -> set[str]:
         found = set()

@@ -1,4 +1,4 @@
-"""Infinities, masked entries and logits of any size: the three primitives of every backend that serves a CPU."""
+"""Infinities, masked entries and logits of any size, for the three primitives of every backend for a CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.primitives import plain
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 N, H, V = 19, 24, 500
 TILE = 96
-"""Entries of a tile of the C++ kernels; a block of theirs has at most 3072, a tile of plain PyTorch's 4096."""
+"""Vocabulary entries of a tile of the C++ kernels. Their blocks have at most 3072, tiles of plain PyTorch 4096."""
 
 
 @pytest.fixture(params=support.CPU_BACKENDS)
@@ -48,7 +48,7 @@ def make(dtype: torch.dtype, softcap: float | None = None, scale: float = 1.0) -
 
 
 def ways(backend: Backend, head: Head, labels: Tensor, c: Tensor) -> Iterator[tuple[str, Results]]:
-    """The weights known, the head frozen, and the logsumexp known."""
+    """Three ways: known weights, a frozen head, a known logsumexp."""
 
     def buffers(frozen: bool) -> Gradients:
         dX, db = torch.zeros_like(head.hidden), torch.zeros(len(head.weight))
@@ -67,7 +67,7 @@ def ways(backend: Backend, head: Head, labels: Tensor, c: Tensor) -> Iterator[tu
 
 
 def assert_right(backend: Backend, head: Head, labels: Tensor, c: Tensor) -> None:
-    """Every way against float64."""
+    """Compare every way with float64."""
     truth = plain(head, labels, c)
     allowed = error_budget(head, labels, c, operand=operand_rounding(backend.name, head.hidden.dtype))
     for way, got in ways(backend, head, labels, c):
@@ -79,7 +79,7 @@ def assert_right(backend: Backend, head: Head, labels: Tensor, c: Tensor) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("masked", ["label", "first tiles", "all but one tile", "scattered"])
 def test_entries_at_minus_infinity(backend: Backend, dtype: torch.dtype, masked: str) -> None:
-    """A label on one, whole tiles of them before and after the others, some in each tile."""
+    """Masked entries: one with a label, whole tiles before and after the others, some in each tile."""
     head, labels, c = make(dtype)
     assert head.bias is not None
     if masked == "label":
@@ -107,7 +107,7 @@ def test_negative_scale(backend: Backend, dtype: torch.dtype, softcap: float | N
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("where", ["hidden", "weight", "bias", "every bias"])
 def test_infinity_is_nan(backend: Backend, where: str, softcap: float | None, value: float) -> None:
-    """l and lse, and the gradients that follow from them; never a plausible number, nor an infinity."""
+    """l, lse and the gradients that follow from them are NaN, never a plausible number or an infinity."""
     head, labels, c = make(torch.float32, softcap)
     scored, hit = labels != IGNORE_INDEX, torch.ones(N, dtype=torch.bool)
     assert head.bias is not None
@@ -136,7 +136,7 @@ def test_infinity_is_nan(backend: Backend, where: str, softcap: float | None, va
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e4, 1e8, 1e15, 1e30])
 def test_logits_of_any_size(backend: Backend, dtype: torch.dtype, size: float) -> None:
-    """Where float32 cannot tell which logit is the largest, the budget is wide; no gradient exceeds that of p = 1."""
+    """Where float32 cannot tell which logit is the largest, the budget is wide, but p <= 1 still bounds gradients."""
     head, labels, c = make(dtype)
     head.weight.mul_(size)
     assert_right(backend, head, labels, c)
@@ -147,7 +147,7 @@ def test_logits_of_any_size(backend: Backend, dtype: torch.dtype, size: float) -
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_weight_of_zero_known_beforehand_assigns_zeros(backend: Backend, weight_dtype: torch.dtype) -> None:
-    """Each scored row of dX is assigned by `logprob_and_grad`, whichever way it takes."""
+    """`logprob_and_grad` assigns each scored row of dX, on every way."""
     head, labels, c = make(torch.bfloat16)
     c[4] = 0
     for weight in (None, torch.zeros(V, H, dtype=weight_dtype)):

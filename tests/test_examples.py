@@ -1,4 +1,4 @@
-"""Examples, and imports that wait until they are needed."""
+"""The examples, and imports that happen only when they are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the public functions promise beyond one call on one batch."""
+"""Promises of the public functions beyond one call on one batch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_one_leading_dimension_is_packed_too() -> None:
 
 
 def test_halves_in_different_calls_add_up() -> None:
-    """Chosen alone, then rejected one by one, normalised by the same number of pairs, equal one call."""
+    """A call for the chosen half and a call for each rejected sequence, with the same `num_pairs`, equal one call."""
     x, ref = batch(), torch.tensor([-20.0, -22, -24, -18], dtype=torch.float64)
     leaves = x["hidden"], x["weight"]
     whole = linear_infopo_loss(**x, ref_logps=ref, sft_weight=0.2)
@@ -110,7 +110,7 @@ def test_is_chosen_overrides_chosen_first() -> None:
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trainable", "frozen"])
 def test_the_sequence_of_each_row_is_derived_once(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a shift, a reference to form, and a backward pass; a padded batch needs no search at all."""
+    """This holds with a shift, a reference to form, and a backward pass. A padded batch needs no search."""
     searches, search = [], torch.bucketize
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
@@ -241,7 +241,7 @@ def test_only_the_loss_has_a_gradient() -> None:
 
 
 def test_head_tied_to_the_embedding() -> None:
-    """The head's gradient and the embedding's meet in one tensor."""
+    """The gradients of the head and of the embedding add up in one tensor."""
     x = batch()
     table = x["weight"].detach().clone().requires_grad_()
     ids = torch.randint(0, V, (2 * B, T))
@@ -256,7 +256,7 @@ def test_head_tied_to_the_embedding() -> None:
 
 
 def test_gradient_buffers_are_handed_over_not_copied() -> None:
-    """weight.grad is the memory that the forward pass filled: a second copy of the head would cost V * H."""
+    """weight.grad is the memory that the forward pass filled: a second copy would take V * H numbers."""
     x = batch()
     loss = linear_infopo_loss(**x).loss
     filled = loss.grad_fn.saved_tensors[1].data_ptr()  # type: ignore[union-attr]
@@ -317,7 +317,7 @@ def test_autocast_casts_as_a_linear_layer_does() -> None:
 
 
 def test_products_inside_keep_their_type_under_autocast() -> None:
-    """float64 inputs are left alone, and so is the arithmetic on them."""
+    """float64 inputs, and the arithmetic on them, stay float64."""
     x = batch(dtype=torch.float64)
     expected = linear_infopo_loss(**x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -355,7 +355,7 @@ def test_loss_alone_equals_the_fused_loss(options: InfoPOOptions) -> None:
 
 
 def test_loss_by_hand() -> None:
-    """Two pairs worked out with pencil and paper (beta 0.5, offset 1)."""
+    """Two pairs computed by hand (beta 0.5, offset 1)."""
     out = infopo_loss(
         torch.tensor([-10.0, -20.0]), torch.tensor([-30.0, -8.0]), torch.tensor([-12.0, -18.0]),
         torch.tensor([-28.0, -12.0]), beta=0.5,
@@ -558,7 +558,7 @@ def test_any_packed_batch(lengths: list[int], hidden: int, vocab: int, data: st.
 def test_no_gradient_is_what_memory_held_before(
     backend: str, hidden_size: int, dtype: torch.dtype, workspace_mib: int, labels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weight gradient is not cleared where it is assigned: every entry has to be."""
+    """A weight gradient that is assigned is not set to 0 first, so every entry has to be assigned."""
     if reason := dispatch.unavailable_reason(backend, torch.device("cpu"), dtype):
         pytest.skip(reason)
     g = torch.Generator().manual_seed(0)

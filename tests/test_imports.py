@@ -1,4 +1,4 @@
-"""Imports run one way, every module has its level, and importing the package needs torch only."""
+"""Imports go in one direction, every module has a level, and importing the package needs torch only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "infopo_kernels"
 
-# Lower may not import higher. A module counts at the level of the longest prefix that names it; none is exempt.
+# A module may not import one of a higher level. The longest prefix of its name in this table gives its level. No module
+# is exempt.
 LEVELS = {
+    "libraries": 0,
     "options": 0,
     "op_schema": 0,
     "packing": 1,
@@ -30,14 +32,14 @@ LEVELS = {
     "modules": 9,
     "": 10,  # infopo_kernels/__init__.py, what users import from
     "integrations": 11,
-    "reference_logps": 12,  # the former place of integrations.references
+    "reference_logps": 12,  # the old name of integrations.references
     "commands": 13,
     "__main__": 14,
 }
 
 
 def module_name(path: Path) -> str:
-    """`infopo_kernels.<name>` of a file, without the package's name; that of a folder for its `__init__.py`."""
+    """The module name of a file without `infopo_kernels.`; for an `__init__.py` the name of its folder."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -52,7 +54,7 @@ def level(module: str) -> int:
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports at any place, without the package's name."""
+    """Modules of the package that a file imports anywhere, without the package's name."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -69,7 +71,7 @@ def is_ours(name: str) -> bool:
 
 
 def longest_module(name: str) -> str:
-    """`functional` of `functional.linear_logps`: what is left of a name when attributes are cut off."""
+    """The module part of a name: `functional` for `functional.linear_logps`."""
     while name not in MODULES and not name.startswith("_C") and name:
         name = name.rpartition(".")[0]
     return name
@@ -92,7 +94,7 @@ def test_imports_run_one_way(module: str) -> None:
 
 
 def test_no_folder_imports_back() -> None:
-    """What a folder imports of another does not, by any way, import that folder."""
+    """If a folder imports modules of another, these do not import that folder, directly or indirectly."""
     edges: dict[str, set[str]] = {}
     for module, path in MODULES.items():
         for other in imported(path):
@@ -109,7 +111,7 @@ def test_no_folder_imports_back() -> None:
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    """Levels allow neighbours to import one another; a circle of modules they must not form."""
+    """Modules of one level may import one another, but must not form a cycle."""
     edges = {module: imported(path) - {module} for module, path in MODULES.items()}
     done: set[str] = set()
 
@@ -118,7 +120,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         if module in done or module not in edges:
             return
         for other in edges[module]:
-            # A package's own __init__ exports its modules; that is no circle.
+            # A package's own __init__ exports its modules; that is not a cycle.
             if not module.startswith(other + ".") and other:
                 visit(other, (*above, module))
         done.add(module)
@@ -133,7 +135,7 @@ def test_a_missing_level_is_found() -> None:
 
 
 def test_importing_the_package_needs_torch_only() -> None:
-    """In a fresh process none of the optional packages, nor any integration, comes along."""
+    """In a fresh process the import loads no optional package and no integration."""
     code = (
         "import sys, infopo_kernels\n"
         "bad = {'triton', 'transformers', 'trl', 'peft', 'datasets', 'accelerate', 'rich'} & set(sys.modules)\n"

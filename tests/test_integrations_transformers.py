@@ -408,6 +408,7 @@ def test_copies_and_wrappers_stay_attached(how: str) -> None:
     elif how == "compile":
         model = torch.compile(model, backend="eager")
     else:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of what ran before in this process
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
         model = accelerator.prepare(model)
         assert is_attached(model)

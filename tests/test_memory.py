@@ -1,4 +1,4 @@
-"""The memory ceiling: what a call takes beyond inputs and gradients, by the resident set of a fresh process."""
+"""The memory limit: the resident set of a fresh process shows what a call takes beyond inputs and gradients."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def beyond(call: Call) -> float:
     def batch_of(length: int, shape: Shape) -> Batch:
         return make_batch(case, shape, 2, length, getattr(torch, call.dtype), cpu)
 
-    run(batch_of(8, Shape("small", 64, 512)))  # code, thread pools and the allocator's own arenas are there first
+    run(batch_of(8, Shape("small", 64, 512)))  # loads code, thread pools and the allocator's arenas first
     batch = batch_of(call.tokens // 4, Shape("measured", call.hidden, call.vocab))
     return watch(lambda: run(batch), cpu).peak_mib - batch.gradients_mib
 
@@ -55,9 +55,9 @@ def beyond(call: Call) -> float:
     ids=["InfoPO, underflowed", "InfoPO", "DPO", "InfoPO, PyTorch"],
 )
 def test_workspace_does_not_grow(objective: Objective, backend: str, dtype: str, trained: bool) -> None:
-    """The default of 32 MiB holds (with 4 MiB for vectors and the allocator), where logits alone are 192 MiB.
+    """A call stays within the default of 32 MiB (plus 4 MiB for vectors and the allocator); logits alone are 192 MiB.
 
-    Plain PyTorch keeps its tiles within it; what its products pack comes on top.
+    Plain PyTorch keeps its tiles within this limit, but its products pack additional memory.
     """
     if reason := dispatch.unavailable_reason(backend, torch.device("cpu"), torch.float32):
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Each objective against float64: its terms, its gradients on every backend and layout, and what it costs."""
+"""Each objective against float64: its terms, its gradients on every backend and layout, and its number of products."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def code_of_the_page() -> dict[str, Any]:
 
 ORPO = code_of_the_page()["ORPO"]
 
-# Each loss written down by hand: of chosen and rejected log-probabilities (sums or means) and references, per pair.
+# Each loss of a pair, written by hand from chosen and rejected log-probabilities (sums or means) and references.
 BY_HAND: list[tuple[Objective, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]] = [
     (InfoPO(0.5, 0.3), lambda w, r, rw, rr: -0.5 * (w - rw) + torch.exp(0.5 * (r - rr) - 0.3)),
     (
@@ -76,7 +76,7 @@ def inputs_of(objective: Objective, dtype: torch.dtype = torch.float64, **change
 def test_the_naive_loss_is_the_equation(
     objective: Objective, pair: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], packed: bool
 ) -> None:
-    """Written down by hand on log-probabilities of materialised logits; packed, the kinds alternate."""
+    """Compare with the loss by hand from materialised logits; in the packed layout chosen and rejected alternate."""
     inputs = inputs_of(objective, packed=packed, pairs=3)
     logps = support.logps_truth(inputs, "mean" if objective.average else "sum")
     chosen = inputs.layout["is_chosen"] if packed else torch.arange(6) < 3
@@ -88,7 +88,7 @@ def test_the_naive_loss_is_the_equation(
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_slopes_are_the_derivative_of_the_loss(objective: Objective, weighted: bool) -> None:
-    """By autograd through the terms; where slopes are known beforehand they are the same."""
+    """Compare with autograd through the terms. Slopes that are known beforehand are the same."""
     g = torch.Generator().manual_seed(3)
     counts = torch.tensor([3, 9, 1, 4])
     sums = -torch.rand(4, generator=g).double() * counts
@@ -110,7 +110,7 @@ def test_slopes_are_the_derivative_of_the_loss(objective: Objective, weighted: b
 
 
 def test_what_is_logged_by_hand() -> None:
-    """Two pairs worked out with pencil and paper."""
+    """Two pairs computed by hand."""
     sums, ref = torch.tensor([-10.0, -20, -30, -8]).double(), torch.tensor([-12.0, -18, -28, -12]).double()
     sequences = Sequences(torch.tensor([2, 4, 2, 4]), torch.tensor([True, True, False, False]), ref, 2.0).paired()
     dpo = DPO(0.5).terms(sums, sequences)
@@ -134,7 +134,7 @@ def test_what_is_logged_by_hand() -> None:
 
 @pytest.fixture(params=["torch", "cpp"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each backend; test_backends.py takes each instruction set too, of which objectives know nothing."""
+    """Each backend. Objectives do not depend on the instruction set; test_backends.py runs each of them."""
     return support.use_backend(request.param, monkeypatch)
 
 
@@ -269,7 +269,7 @@ def test_a_sequence_of_weight_zero_leaves_no_gradient() -> None:
 
 
 def test_without_a_partner_the_loss_is_nan_and_nothing_waits() -> None:
-    """What a GPU does with unequal numbers, which a CPU refuses: no value is read back to the host."""
+    """Unequal numbers on a GPU, which raise an error on a CPU: the host reads no value back."""
     labels, ref = torch.zeros(8, dtype=torch.int64), torch.zeros(4).double()
     for chosen in ([True, True, True, False], [False] * 4, [True] * 4):
         rows, sequences = support.objective_arguments(
@@ -277,7 +277,7 @@ def test_without_a_partner_the_loss_is_nan_and_nothing_waits() -> None:
         )
         for objective in (DPO(), IPO(), SimPO(), ORPO()):
             assert evaluate(objective, -torch.rand(8), rows, sequences.paired()).loss.isnan(), (objective, chosen)
-    # Tensors without storage raise where a value is asked for.
+    # Tensors without storage raise an error when a value is read.
     rows, sequences = support.objective_arguments(labels, torch.tensor([0, 2, 4, 6, 8]), torch.arange(4) < 2, ref, 1.0)
     meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in vars(sequences).items()}
     there = replace(rows, labels=labels.to("meta"), segments=torch.zeros(8, dtype=torch.int64, device="meta"))
@@ -290,7 +290,7 @@ def test_without_a_partner_the_loss_is_nan_and_nothing_waits() -> None:
 
 
 class Counting:
-    """A backend that counts products of scored rows, as `backends.base` promises them, and runs another one."""
+    """A backend that runs another one, and counts the products of scored rows that `backends.base` promises."""
 
     def __init__(self, runner: Backend) -> None:
         self._runner, self.products = runner, 0
@@ -322,7 +322,7 @@ class Counting:
         return (gradients.hidden is not None) + (gradients.weight is not None)
 
 
-PRODUCTS = [  # chosen and rejected rows, each in products; nothing kept, then every row kept
+PRODUCTS = [  # products for each chosen and each rejected row: first with no row kept, then with every row kept
     (DPO(), ("hidden", "weight"), (4, 4), (3, 3)),
     (IPO(), ("hidden", "weight"), (4, 4), (3, 3)),
     (SimPO(), ("hidden", "weight"), (4, 4), (3, 3)),
@@ -341,7 +341,7 @@ def test_products(
     objective: Objective, trained: tuple[str, ...], none_kept: tuple[int, int], all_kept: tuple[int, int],
     name: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The table of `schedule.py`; the C++ kernels keep logits where that pays, plain PyTorch keeps none."""
+    """The table of `schedule.py`. The C++ kernels keep logits where that pays; plain PyTorch keeps none."""
     if reason := dispatch.unavailable_reason(name, torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     counting = Counting(dispatch.resolve(name, torch.device("cpu"), torch.float32))

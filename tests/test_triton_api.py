@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above.
 
-from infopo_kernels import DPO, IPO, SFT, InfoPO, InfoPOOptions, SimPO, linear_infopo_loss
+from infopo_kernels import DPO, IPO, SFT, InfoPO, SimPO, linear_infopo_loss
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Head
 from infopo_kernels.backends.triton import TritonBackend, launch
-from infopo_kernels.objectives import Objective, evaluate
+from infopo_kernels.backends.triton import support as support_of_triton
+from infopo_kernels.objectives import Objective
 from tests import support
 from tests.support import CASES, Case
 
@@ -90,55 +92,6 @@ def test_objectives(objective: Objective, trained: tuple[str, ...]) -> None:
     support.assert_result(got, support.plain(inputs))
 
 
-OPTIONS = [
-    InfoPOOptions(),
-    InfoPOOptions(beta=0.3, offset=0.0, max_log_weight=-1.0, min_log_weight=-3.0, sft_weight=0.5, average=True),
-    InfoPOOptions(beta=2.0, max_log_weight=1.0),
-    InfoPOOptions(beta=5.0, min_log_weight=-4.0, sft_weight=1.0),
-    InfoPOOptions(average=True, sft_weight=0.1),
-]
-
-
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("int_type", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
-def test_objective_in_one_launch(options: InfoPOOptions, int_type: torch.dtype, weighted: bool) -> None:
-    """Unequal lengths, kinds in any order, a sequence without a scored token (its own NaN and no other's)."""
-    g = torch.Generator().manual_seed(1)
-    lengths = [5, 1, 4300, 17, 3]
-    n = sum(lengths)
-    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)]).to(int_type)
-    labels = torch.randint(0, 50, (n,), generator=g)
-    labels[torch.rand(n, generator=g) < 0.4] = -100
-    labels[5] = labels[-1] = 3
-    labels[4306:4323] = -100
-    logp = torch.where(labels == -100, 0.0, -torch.rand(n, generator=g))
-    chosen = torch.tensor([True, False, True, False, False])
-    ref = -torch.rand(5, generator=g).double() * torch.tensor([2, 0.5, 1300, 9, 1])
-    weights = torch.tensor([2.0, 0.5, 0.0, 1.0, 3.0]).double() if weighted else None
-    rows, sequences = support.objective_arguments(labels, cu, chosen, ref, 2.5, weights)
-    got, truth = ts.backend().objective(options, logp, rows, sequences), evaluate(options, logp, rows, sequences)
-    assert got is not None
-    for name, value, exact in zip(truth._fields, got, truth, strict=True):
-        assert value.dtype == exact.dtype, name
-        torch.testing.assert_close(value, exact, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
-    assert got.loss.isnan(), "a sequence without a scored token has no log-probability"
-    assert not got.row_weight[:5].isnan().any()
-
-
-def test_objective_keeps_nan_and_infinity() -> None:
-    logp, labels = torch.tensor([-1.0, float("nan"), -2.0, -3.0]), torch.arange(4)
-    cu, chosen = torch.tensor([0, 2, 4]), torch.tensor([False, False])
-    options = InfoPOOptions(max_log_weight=0.0, min_log_weight=-1.0)
-    ref = torch.tensor([0.0, -1e9]).double()
-    got = ts.backend().objective(options, logp, *support.objective_arguments(labels, cu, chosen, ref, 1.0))
-    assert got is not None
-    assert got.loss.isnan()
-    assert got.weights[0].isnan()
-    assert got.row_weight[:2].isnan().all()
-    assert got.weights[1] == pytest.approx(0.1)
-
-
 def test_other_objectives_are_left_to_plain_pytorch() -> None:
     labels, ref = torch.arange(4), torch.zeros(2).double()
     arguments = support.objective_arguments(labels, torch.tensor([0, 2, 4]), torch.tensor([True, False]), ref, 1.0)
@@ -156,6 +109,57 @@ def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.resolve("triton", cpu, torch.float32)
     if not torch.cuda.is_available():
         assert "no GPU" in str(backend.unsupported_reason(torch.device("cuda"), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "triton_version", "said"),
+    [
+        ("2.8.0+cu128", "3.4.0", "need PyTorch 2.9 or newer, this is 2.8.0+cu128"),
+        ("2.11.0", "3.4.0", "need Triton 3.5 or newer, this is 3.4.0"),
+        ("2.9.0a0+git1", "3.5.0+git2", None),
+        ("3.0", "4.0", None),
+    ],
+)
+def test_versions_below_the_floors_are_said(torch_version: str, triton_version: str, said: str | None) -> None:
+    reason = support_of_triton.version_reason(torch_version, triton_version)
+    assert reason is None if said is None else said in str(reason)
+
+
+def test_auto_falls_back_from_an_old_triton_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support_of_triton, "triton_version", lambda: "3.3.1")
+    dispatch._warn_of_fallback.cache_clear()
+    with pytest.warns(UserWarning, match=r"need Triton 3\.5 or newer, this is 3\.3\.1; install"):
+        assert dispatch.resolve("auto", torch.device("cuda"), torch.float32).name == "torch"
+
+
+@pytest.mark.parametrize("name", ["logprob", "logprob_and_grad", "backward", "kept_rows"])
+def test_everything_is_prepared_on_the_device_of_the_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton says of a target, and what a capture is, belong to the current device."""
+    inside = []
+    prepare = launch.prepare
+
+    @contextlib.contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def prepared(head: Head) -> launch.Launch:
+        assert inside, "prepared before the device became the current one"
+        return prepare(head)
+
+    monkeypatch.setattr(launch, "on_device", on_device)
+    monkeypatch.setattr(launch, "prepare", prepared)
+    inputs = ts.make(ts.Problem("device", h=32), torch.float32)
+    got, one = ts.buffers(inputs, "xw"), torch.ones(37)
+    arguments = {
+        "logprob": (inputs.labels,),
+        "logprob_and_grad": (inputs.labels, inputs.c, got),
+        "backward": (inputs.labels, one, inputs.c, got),
+        "kept_rows": (got.weight,),
+    }
+    getattr(ts.backend(), name)(inputs.head, *arguments[name])
+    assert inside == []
 
 
 def test_too_small_a_workspace_is_refused() -> None:
@@ -195,9 +199,10 @@ def test_underflown_sequences_cost_their_forward_only() -> None:
     assert spaces.loads < 0.2 * full.loads
 
 
-def test_the_autotuner_is_asked_with_names_that_kernels_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials need a GPU. Here a choice of the autotuner's is taken without any: every kernel with a product gets it."""
-    tuned = set()
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Kernel and size class of every launch that the autotuner gets. Trials need a GPU: here a choice is taken."""
+    asked: list[tuple[str, int]] = []
 
     class Chosen:
         """What `triton.autotune` makes of a kernel, once it has chosen."""
@@ -205,20 +210,48 @@ def test_the_autotuner_is_asked_with_names_that_kernels_have(monkeypatch: pytest
         def __init__(self, kernel: Any, key: tuple[str, ...], in_place: str | None) -> None:
             restored = () if in_place is None else (in_place,)
             assert {*key, *restored} <= set(kernel.arg_names)
-            tuned.add(kernel.__name__)
+            assert "ROWS" in key
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return partial(self.kernel[grid], GROUP=4, num_warps=8, num_stages=2)
+            def run(*args: Any, **named: Any) -> Any:
+                asked.append((self.kernel.__name__, named["ROWS"]))
+                return self.kernel[grid](*args, **named, GROUP=4, num_warps=8, num_stages=2)
+
+            return run
 
     monkeypatch.setenv("INFOPO_KERNELS_AUTOTUNE", "1")
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_tuned", Chosen)
-    inputs = support.make(Case("autotuned"), torch.float32)
-    got = support.fused(inputs, backend="triton")
-    support.assert_result(got, support.plain(inputs))
+    monkeypatch.setattr(launch, "_TUNED", set())
+    return asked
+
+
+def test_the_autotuner_is_asked_with_names_that_kernels_have(tuned: list[tuple[str, int]]) -> None:
+    """Every kernel with a product gets it, and its choice serves."""
+    inputs = ts.make(ts.Problem("autotuned", ignored=0.0), torch.float32)
+    inputs.c[:] = 0.1
+    truth, before, got = ts.plain(inputs), ts.buffers(inputs, "xw"), ts.buffers(inputs, "xw")
+    _, lse = ts.backend().logprob(inputs.head, inputs.labels)
+    ts.backend().logprob_and_grad(inputs.head, inputs.labels, inputs.c, ts.buffers(inputs, "xw"))
+    ts.backend().backward(inputs.head, inputs.labels, lse, inputs.c, got)
+    ts.assert_gradients(inputs, truth, got, before, roundings=1, zero_rows=False)
     products = ("logprob", "softmax_tile", "gradient_tile", "hidden_product", "weight_product")
-    assert tuned == {f"{name}_kernel" for name in products}
+    assert {name for name, _ in tuned} == {f"{name}_kernel" for name in products}
+
+
+@pytest.mark.parametrize("scored", [10, 60])
+def test_launches_with_little_to_do_are_not_tuned(scored: int, tuned: list[tuple[str, int]]) -> None:
+    """Trials of programs that leave at once would choose at random, and the choice be kept."""
+    inputs = ts.make(ts.Problem("tuned", n=70, v=40, ignored=0.0), torch.float32)
+    inputs.labels[scored:] = -100
+    ts.backend().logprob(inputs.head, inputs.labels)
+    assert tuned == [("logprob_kernel", 128)] * (scored == 60)
+    inputs.labels[:] = 3
+    ts.backend().logprob(inputs.head, inputs.labels)
+    inputs.labels[10:] = -100
+    ts.backend().logprob(inputs.head, inputs.labels)
+    assert len(tuned) == 2 + (scored == 60), "a choice that is made serves every launch"
 
 
 def test_halves_of_a_batch_in_two_calls() -> None:

@@ -31,8 +31,6 @@ from infopo_kernels.backends.triton.kernels import (
     weight_product,
 )
 from infopo_kernels.backends.triton.launch import prepare
-from infopo_kernels.objectives import InfoPOOptions
-from tests.support import objective_arguments
 from tests.triton_support import Problem, interpreter
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -68,16 +66,6 @@ def test_every_access_is_inside(problem: Problem, dtype: torch.dtype) -> None:
 def test_every_access_is_inside_with_chunks() -> None:
     with ts.checked_addresses(), ts.FreshMemory():
         run_everything(ODD, torch.bfloat16, 20_000)
-
-
-@pytest.mark.parametrize("cu", [[0, 3, 3, 20], [0, 7, 9, 64], [-5, 4, 2, 20]])
-def test_objective_stays_inside(cu: list[int]) -> None:
-    """Even with `cu_seqlens` that nobody checked: on a GPU that would take a synchronisation."""
-    logp, labels = -torch.rand(20), torch.arange(20)
-    bounds, chosen = torch.tensor(cu), torch.tensor([True, False, True])
-    arguments = objective_arguments(labels, bounds, chosen, torch.zeros(3).double(), 1.0, torch.ones(3).double())
-    with ts.checked_addresses():
-        ts.backend().objective(InfoPOOptions(), logp, *arguments)
 
 
 # --- the check itself: a kernel with one mask dropped must be caught -------------------------------------------------
@@ -140,7 +128,7 @@ def test_a_dropped_vocabulary_mask_is_caught_by_value() -> None:
 
     inputs = ts.make(Problem("tail", v=75), torch.float32)
     truth = ts.plain(inputs)
-    with mutated(logits, "to_logits", 'float("-inf")', "0.0"):
+    with mutated(logits, "inside", 'float("-inf")', "0.0"):
         logp, lse = ts.backend().logprob(inputs.head, inputs.labels)
     with pytest.raises(AssertionError, match="times the budget"):
         ts.assert_logp(inputs, truth, logp, lse)
@@ -205,8 +193,12 @@ def _launch(n: int, h: int, v: int) -> Any:
 
 
 def _live(n: int, *index: int) -> rows.LiveRows:
-    one = torch.ones(1, dtype=torch.int32)
-    return rows.LiveRows(torch.tensor([*index, *[0] * n][:n], dtype=torch.int32), n * one, one.float(), 0 * one)
+    live = rows.new_list(torch.zeros(n, dtype=torch.int64))
+    live.index.copy_(torch.tensor([*index, *[0] * n][:n]))
+    live.count.fill_(n)
+    live.kept.fill_(0)
+    live.gain.fill_(1.0)
+    return live
 
 
 def test_dw_beyond_two_to_the_31() -> None:
@@ -267,7 +259,9 @@ def test_kept_logits_beyond_two_to_the_31() -> None:
     logp, lse, g = torch.empty(n), torch.empty(n), torch.full((n, 320), float("nan"), dtype=torch.float16)
     with ts.checked_addresses():
         live = rows.find_live_rows(labels, None, skip_zero=False, gain=False, cleared=(logp, lse))
-        softmax_tile.launch_softmax_tile(launch, labels, live, q, part_max, torch.empty(20, n), store.target, 0)
+        part_sum = torch.empty(20, n)
+        softmax_tile.launch_softmax_tile(launch, live, q, part_max, part_sum, 0)
+        logprob.launch_merge(launch, labels, live, part_max, part_sum, logp, lse, 0, store.target)
         _, expected = ts.backend().logprob(inputs.head, labels)
         live, found = kept.find_kept_rows(launch, store, labels, labels, expected, inputs.c)
         kept.launch_kept_gradient(launch, labels, expected, inputs.c, live, found, g, torch.empty(0), 0, 320)

@@ -1,6 +1,6 @@
 """Logits kept in the memory of dW from `logprob` to `backward`, interpreted, against float64.
 
-dW is NaN before each run, so that a row of it which is not assigned, or assigned from what was overwritten, shows.
+dW is NaN before each run. So a row shows if it is not assigned, or if it is assigned from overwritten memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from infopo_kernels.backends.triton.kernels import kept
 from infopo_kernels.backends.triton.launch import Launch
 from infopo_kernels.backends.triton.tiles import TARGETS
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of log(0) in masked lanes
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about log(0) in masked lanes
 
 TYPES = [
     (torch.float32, torch.float32),
@@ -35,12 +35,12 @@ TYPES = [
 
 PART = Problem("part", n=70, h=40, v=130, bias=True, ignored=0.2)
 SMALL = 20_000
-"""Bytes of workspace that hold some of its rows a chunk, and with `narrow` pieces a part of the vocabulary each."""
+"""Bytes of workspace for a part of the rows in each chunk and, with `narrow` pieces, for a part of the vocabulary."""
 
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces may be one tile wide, so that a test's vocabulary takes several."""
+    """Allows pieces of one tile, so that the vocabulary of a test needs several pieces."""
     monkeypatch.setattr(workspace, "PASS_ROWS", 32)
 
 
@@ -78,7 +78,7 @@ def test_some_buffers_are_none(wanted: str) -> None:
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_small_workspace(dtype: torch.dtype) -> None:
-    """Kept rows in the first chunk, others in it and in those that follow."""
+    """Kept rows are in the first chunk; other rows are in the first and in later chunks."""
     inputs = ts.make(PART, dtype, SMALL)
     truth, backend = ts.plain(inputs), ts.backend()
     got, before = ts.fresh_buffers(inputs, "xwb")
@@ -109,7 +109,7 @@ def test_sums_of_exponentials_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("narrow")
 def test_pieces_in_the_other_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of dW would be written over logits that are still needed: the tests above can fail."""
+    """A wrong order writes rows of dW over logits that are still needed: this proves that the tests above can fail."""
 
     def forwards(values: Iterable[int]) -> Iterable[int]:
         return values
@@ -148,7 +148,7 @@ def test_parts_lie_in_front_of_the_rows_that_they_become(h: int, v: int) -> None
 
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: f"{types[0]}-{types[1]}")
 def test_no_row_has_a_weight(types: tuple[torch.dtype, torch.dtype]) -> None:
-    """dW holds logits and has to become 0; kept rows of weight 0 cost nothing but that."""
+    """dW holds logits and has to become 0. Kept rows of weight 0 need no other work."""
     inputs = ts.make(Problem("kept-zero", h=40, bias=True), types[0])
     got, before = ts.fresh_buffers(inputs, "xwb", types[1])
     inputs.c.zero_()
@@ -175,7 +175,7 @@ def test_kept_rows_without_a_weight_are_not_computed() -> None:
 
 
 def test_kept_rows_need_no_second_product() -> None:
-    """dW is formed from what was kept: the head, which is NaN by then, is not read again."""
+    """dW is formed from the kept logits: the head is NaN by then, and is not read again."""
     inputs = ts.make(Problem("kept-product", h=64), torch.float16)
     truth, (got, before) = ts.plain(inputs), ts.fresh_buffers(inputs, "w")
     labels = ts.first_rows(inputs.labels, most_of(inputs, got))

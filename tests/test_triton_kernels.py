@@ -1,4 +1,4 @@
-"""Every Triton kernel, interpreted, against float64: the three primitives over problems x types x buffers."""
+"""Every Triton kernel, interpreted, against float64: the three primitives for all problems, types and buffers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tests import triton_support as ts
 from tests.triton_support import PROBLEMS, Problem
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of log(0) in masked lanes
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about log(0) in masked lanes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = 36_000
@@ -20,7 +20,7 @@ SMALL = 36_000
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_three_primitives(problem: Problem, dtype: torch.dtype) -> None:
-    """Fresh memory is NaN, so what a kernel fails to write, or reads too early, shows."""
+    """Fresh memory is NaN, so it shows if a kernel does not write an entry, or reads it too early."""
     inputs = ts.make(problem, dtype)
     truth, backend = ts.plain(inputs), ts.backend()
     wanted = "xwb" if problem.bias else "xw"
@@ -73,7 +73,7 @@ def test_small_workspace(workspace: int, weight_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("wanted", ["x", "xw"])
 def test_chunks_of_one_tile_way(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks of rows from one tile of logits each, which a test's few rows would not be given."""
+    """Several chunks of rows, each with one tile of logits; the few rows of a test would otherwise be one chunk."""
     from infopo_kernels.backends.triton import workspace
 
     monkeypatch.setattr(workspace, "MIN_ROWS_WITH_WEIGHT", 8)
@@ -120,7 +120,7 @@ def test_label_outside_the_vocabulary_is_nan(label: int) -> None:
 
 
 def test_bias_of_minus_infinity_takes_a_word_out() -> None:
-    """Whole tiles of it as well: exp(-inf + inf) is not 1."""
+    """Whole tiles of -inf too: exp(-inf + inf) is not 1."""
     inputs = ts.make(Problem("masked", bias=True, ignored=0.0), torch.float32)
     assert inputs.head.bias is not None
     inputs.head.bias[:70] = float("-inf")
@@ -193,7 +193,7 @@ def test_two_runs_are_bitwise_equal() -> None:
 
 
 def test_float16_keeps_gradients_below_its_range() -> None:
-    """c p of 1e-9 rounds to 0 in float16; dW must not notice."""
+    """c p = 1e-9 rounds to 0 in float16; this must not change dW."""
     inputs = ts.make(Problem("gain", c_size=1e-9, ignored=0.0), torch.float16)
     truth, before, got = ts.plain(inputs), ts.buffers(inputs, "w"), ts.buffers(inputs, "w")
     assert before.weight is not None

@@ -1,4 +1,4 @@
-"""The demo's pairs, checked by reading their text, not by the code that wrote it."""
+"""The demo's pairs. The tests read the text, and do not use the code that wrote it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_chosen_is_right_and_rejected_slips_once(pair: Pair) -> None:
     assert stated_answer(pair.rejected) == wrong[-1][-1] == pair.wrong_answer != pair.answer
     assert len(wrong) == len(right)
     assert wrong[: pair.slip_step] == right[: pair.slip_step], "nothing differs before the slip"
-    # After the slip every equation is true again and has the right operation: the slip is carried through.
+    # After the slip every equation is true again, has the right operation, and uses the wrong number.
     for mine, theirs in zip(wrong[pair.slip_step + 1 :], right[pair.slip_step + 1 :], strict=True):
         assert true_of(mine)
         assert mine[1] == theirs[1]

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
-    """One token a byte, and three special ones."""
+    """A token for each byte, and three special tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -35,7 +35,7 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
 
 
 def tiny_model(architecture: str = "llama", seed: int = 0, **config: Any) -> Any:
-    """A random model of two layers; weights are large enough for its logits to differ."""
+    """A random model of two layers. Its weights are large enough, so that its logits differ."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     if architecture == "gpt2":

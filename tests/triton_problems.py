@@ -1,4 +1,4 @@
-"""Problems for the Triton kernels and what plain PyTorch makes of them; imports no Triton."""
+"""Problems for the Triton kernels, and the results of plain PyTorch for them. This file does not import Triton."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORKSPACE = 256 << 20
 
 @dataclass(frozen=True)
 class Problem:
-    """A head, labels and row weights; sizes are chosen to leave a tail in every tile (16 x 32 x 16)."""
+    """A head, labels and row weights. The sizes leave a tail in every tile (16 x 32 x 16)."""
 
     name: str
     n: int = 37
@@ -69,7 +69,7 @@ KEPT_PROBLEMS = [
     Problem("kept-large-logits", h=32, size=60.0),
     Problem("kept-tiny-weights", h=32, c_size=1e-7),
 ]
-"""Hidden sizes that leave the memory of dW room for 16 rows, a block of the interpreter's tiles, and more."""
+"""Hidden sizes for which the memory of dW has room for 16 rows (a block of the interpreter's tiles) and for more."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ def _apart(x: torch.Tensor) -> torch.Tensor:
 
 
 def make(problem: Problem, dtype: torch.dtype, workspace: int = WORKSPACE) -> Inputs:
-    """Inputs of a problem, the same in every run; unscored hidden states are NaN, because nobody may read them."""
+    """Inputs of a problem, the same in every run. Unscored hidden states are NaN, because no kernel may read them."""
     g = torch.Generator().manual_seed(sum(map(ord, problem.name)))
     hidden = torch.randn(problem.n, problem.h, generator=g)
     weight = torch.randn(problem.v, problem.h, generator=g) * (problem.size / problem.h**0.5)
@@ -114,12 +114,12 @@ def make(problem: Problem, dtype: torch.dtype, workspace: int = WORKSPACE) -> In
 
 
 def plain(inputs: Inputs) -> Plain:
-    """What plain PyTorch gives in float64."""
+    """The results of plain PyTorch in float64."""
     return primitives.plain(inputs.head, inputs.labels, inputs.c)
 
 
 def buffers(inputs: Inputs, wanted: str, weight_dtype: torch.dtype | None = None) -> Gradients:
-    """Result buffers as a backend gets them: dX poisoned with NaN, dW and db holding something to add to."""
+    """Result buffers as a backend gets them: dX is NaN, dW and db hold numbers to add to."""
     head = inputs.head
     v, h = head.weight.shape
     fill = torch.linspace(-1e-3, 1e-3, v * h).reshape(v, h)
@@ -139,7 +139,7 @@ def first_rows(labels: torch.Tensor, most: int) -> torch.Tensor:
 def keep_and_backward(
     backend: Backend, inputs: Inputs, gradients: Gradients, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """l, lse and the gradients; the logits of the first `most` scored rows stay in dW's memory from l to there."""
+    """l, lse and the gradients. The logits of the first `most` scored rows stay in dW's memory until the gradients."""
     head, labels = inputs.head, inputs.labels
     kept = first_rows(labels, most)
     logp, lse = backend.logprob(head, kept, gradients.weight)
@@ -150,7 +150,7 @@ def keep_and_backward(
 
 
 def fresh_buffers(inputs: Inputs, wanted: str, weight_dtype: torch.dtype | None = None) -> tuple[Gradients, Gradients]:
-    """Result buffers for kept logits, dW poisoned with NaN, and what they stand for: a dW that nothing is in."""
+    """Result buffers for kept logits, with NaN in dW; and the expected initial content, with 0 in dW."""
     got, before = (buffers(inputs, wanted, weight_dtype) for _ in range(2))
     assert got.weight is not None
     assert before.weight is not None
@@ -171,7 +171,7 @@ def assert_logp(inputs: Inputs, truth: Plain, logp: torch.Tensor, lse: torch.Ten
 def assert_gradients(
     inputs: Inputs, truth: Plain, got: Gradients, before: Gradients, roundings: int, zero_rows: bool
 ) -> None:
-    """dX, dW and db; `roundings` of G on its way into products, if they take it in 16 bits."""
+    """dX, dW and db. `roundings`: of G as an operand of products, if they take it in 16 bits."""
     operand = operand_rounding("triton", inputs.head.hidden.dtype, roundings)
     allowed = error_budget(inputs.head, inputs.labels, inputs.c, operand=operand)
     written = inputs.scored if zero_rows else inputs.live
@@ -197,13 +197,13 @@ class FreshMemory(TorchDispatchMode):
         self._storages: list[tuple[StorageWeakRef, int]] = []
 
     def reset(self) -> None:
-        """Count from here on."""
+        """Start to count."""
         self.peak = 0
         self._storages.clear()
 
     def _allocated(self, storage: torch.UntypedStorage) -> None:
         if storage.nbytes() > 4096:
-            gc.collect()  # the interpreter leaves arguments of its last launch in a reference cycle
+            gc.collect()  # the interpreter keeps the arguments of its last launch in a reference cycle
         self._storages = [(ref, size) for ref, size in self._storages if not ref.expired()]
         self._storages.append((StorageWeakRef(storage), storage.nbytes()))
         self.peak = max(self.peak, sum(size for _, size in self._storages))

@@ -1,7 +1,7 @@
-"""Triton's interpreter for tests: switched on before Triton is imported, with every access checked.
+"""Triton's interpreter for tests. It is switched on before Triton is imported, and every access is checked.
 
-Import this module before anything that imports Triton. On a machine without a GPU `tests/conftest.py` (or the
-environment) has to say TRITON_INTERPRET=1 if other tests import Triton first.
+Import this module before any other module that imports Triton. If other tests import Triton first on a machine without
+a GPU, `tests/conftest.py` or the environment has to set TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ def backend() -> TritonBackend:
 
 
 class OutOfBounds(AssertionError):
-    """A kernel touched an address that belongs to no element of the tensor it started from."""
+    """A kernel accessed an address outside the elements of its tensor."""
 
 
 @dataclass
 class AddressSpaces:
-    """Each tensor argument lives at an address of its own, 2^48 bytes from the next, and is reached only from there.
+    """Gives each tensor argument its own address, 2^48 bytes from the next. Only this address reaches the tensor.
 
-    So a pointer that leaves its tensor cannot land in another one unnoticed (workspace is cut from one allocation),
-    and the gaps of a tensor with strides are outside it.
+    So a pointer that leaves its tensor cannot reach another one unnoticed (the workspace is one allocation, cut into
+    parts), and the gaps of a tensor with strides are outside it.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
@@ -155,7 +155,7 @@ def checked_addresses() -> Iterator[AddressSpaces]:
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     interpreter._implicit_cvt = implicit
-    # Everything is on the CPU: nothing has to be copied back (it would touch every page of a huge tensor).
+    # All data is on the CPU, so nothing has to be copied back; a copy would touch every page of a huge tensor.
     interpreter.GridExecutor._restore_args_dev = lambda *args: None
     try:
         yield spaces

@@ -131,9 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         each = interleave(calls, REPETITIONS, float("inf"), gpu)
         model = "-"
         if device is not None:
-            prediction = roofline.predict(device, roofline.calls(work, device, n, h, v), 1.0)
-            bare = roofline.bare(device, work, n, h, v)
-            model = f"{prediction.overlapped / bare:.2f} - {prediction.serial / bare:.2f}"
+            prediction = roofline.predict(device, roofline.calls(work, device, n, h, v))
+            model = f"{prediction.seconds / roofline.bare(device, work, n, h, v):.2f}"
         rows.append(
             {
                 "work": work.name,

@@ -7,7 +7,8 @@ call; Triton's launcher compiles each kernel for the target and is kept from sta
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import launch
 from infopo_kernels.backends.triton.backend import TritonBackend
+from infopo_kernels.backends.triton.products import LibraryProducts
 from infopo_kernels.backends.triton.tiles import Target
 from infopo_kernels.objectives import InfoPO, Sequences
 from infopo_kernels.options import WORKSPACE_MIB_GPU
@@ -90,7 +92,7 @@ def run(shape: Shape) -> None:
     """Every primitive with every combination of buffers that launches kernels of its own."""
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
+        return torch.empty(size, dtype=dtype, device="meta")
 
     n, h, v, dtype = shape.n, shape.h, shape.v, shape.dtype
     bias = empty(v, dtype=dtype) if shape.options else None
@@ -110,6 +112,8 @@ def run(shape: Shape) -> None:
         if gradients.weight is not None and backend.kept_rows(head, gradients.weight):
             backend.logprob(head, labels, gradients.weight)
             backend.backward(head, labels, lse, c, gradients, labels)
+    backend.scale_(hidden, c)
+    backend.scale_(hidden, empty())
     rows = Rows(head.hidden, labels, empty(9, dtype=torch.int32), None)
     for average, weights in itertools.product((False, True), (None, empty(8, dtype=torch.float64))):
         counts, chosen = empty(8, dtype=torch.int64), empty(8, dtype=torch.bool)
@@ -127,27 +131,59 @@ class Launched:
 
 
 @contextmanager
-def _launching(target: Target, launch_instead: Callable[..., Any]) -> Iterator[None]:
-    """Hand every launch of what runs inside to `launch_instead`, as it would be made on `target`."""
-    start, find = JITFunction.run, launch.target_of
-    JITFunction.run, launch.target_of = launch_instead, lambda device: target
-    try:
-        yield
-    finally:
-        JITFunction.run, launch.target_of = start, find
-
-
-@contextmanager
 def recorded(target: Target) -> Iterator[list[Launched]]:
-    """Collect the launches of what runs inside, on meta tensors, as they would be made on `target`; compile nothing."""
+    """Collect the launches of what runs inside, on meta tensors, as they would be made on `target`; compile nothing.
+
+    Products of the library are among them, as "library_hidden" and "library_weight". Tensors without storage have no
+    number of live rows: every product is recorded as if all were live.
+    """
     launches: list[Launched] = []
+    start, find = JITFunction.run, launch.target_of
+    own = LibraryProducts.hidden, LibraryProducts.weight
+
+    def hidden(self: LibraryProducts, g: Any, part: Any, row0: int, v0: int, columns: int, *, add: bool) -> None:
+        arguments = {"g_ptr": g, "part_ptr": part, "row0": row0, "C": part.shape[1], "columns": columns, "ADD": add}
+        launches.append(Launched("library_hidden", (), {**arguments, "H": part.shape[2]}))
+        own[0](self, g, part, row0, v0, columns, add=add)
+
+    def weight(self: LibraryProducts, g: Any, gathered: Any, weight_grad: Any, row0: int, *, add: bool) -> None:
+        columns, h = weight_grad.shape
+        arguments = {"g_ptr": g, "dw_ptr": weight_grad, "row0": row0, "C": len(gathered), "columns": columns, "H": h}
+        launches.append(Launched("library_weight", (), {**arguments, "ADD": add}))
+        own[1](self, g, gathered, weight_grad, row0, add=add)
 
     def collect(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         launches.append(Launched(self.__name__, grid, arguments))
 
-    with _launching(target, collect):
+    JITFunction.run, launch.target_of = collect, lambda device: target  # type: ignore[method-assign]
+    LibraryProducts.hidden, LibraryProducts.weight = hidden, weight  # type: ignore[method-assign]
+    try:
         yield launches
+    finally:
+        JITFunction.run, launch.target_of = start, find
+        LibraryProducts.hidden, LibraryProducts.weight = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def _standing_in(target: Target, found: dict[int, Kernel], current: list[Shape]) -> Iterator[None]:
+    """Send every launch to the compiler for `target`, and keep what it compiles."""
+    start, find = JITFunction.run, launch.target_of
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
+        if id(kernel) not in found:
+            constants = tuple((k, x) for k, x in kwargs.items() if k.isupper() and isinstance(x, (bool, int, str)))
+            found[id(kernel)] = Kernel(self.__name__, current[0], constants, kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    launch.target_of = lambda device: target
+    driver.set_active(_Driver(target))
+    try:
+        yield
+    finally:
+        JITFunction.run, launch.target_of = start, find
 
 
 def compiled(target: Target, which: list[Shape]) -> list[Kernel]:
@@ -162,21 +198,30 @@ def compiled(target: Target, which: list[Shape]) -> list[Kernel]:
     if launch.INTERPRETED:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it before Triton is imported")
     found: dict[int, Kernel] = {}
-    start = JITFunction.run
-    driver.set_active(_Driver(target))
-
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
-        constants = tuple((k, x) for k, x in kwargs.items() if k.isupper() and isinstance(x, (bool, int, str)))
-        found.setdefault(id(kernel), Kernel(self.__name__, shape, constants, kernel))
-        return kernel
-
-    for shape in which:
-        precision = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if shape.tf32 else "ieee"
-        try:
-            with _launching(target, compile_only):
-                run(shape)
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = precision
+    current: list[Shape] = []
+    with _standing_in(target, found, current):
+        for shape in which:
+            current[:] = [shape]
+            precision = torch.backends.cuda.matmul.fp32_precision
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if shape.tf32 else "ieee"
+            try:
+                with products("triton"):  # they serve every target while a graph is captured
+                    run(shape)
+            finally:
+                torch.backends.cuda.matmul.fp32_precision = precision
     return list(found.values())
+
+
+@contextmanager
+def products(which: str) -> Iterator[None]:
+    """dX and dW by "triton" or "library", whatever the table says."""
+    name = "INFOPO_KERNELS_GPU_PRODUCTS"
+    before = os.environ.get(name)
+    os.environ[name] = which
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,24 +1,28 @@
-"""A MODEL of the Triton backend's time on GPUs, from the launches that it makes: bytes, operations, waves, launches.
+"""A MODEL of the GPU backend's time, from the launches that it makes: operations, bytes, epilogues, waves, launches.
 
 Nothing here is measured. The backend runs on tensors without storage; every launch that it asks for is counted from its
-own arguments (rows, columns, tiles, slices), and a device is two data-sheet numbers. Per launch
+own arguments (rows, columns, tiles, slices), and a device is the figures of `DEVICES`. Per launch
 
-    time = max(operations / (rate * share of the last wave that is filled), bytes / bandwidth)       (overlapped)
-    time = operations / (rate * ...) + bytes / bandwidth                                              (serial)
+    time = max(operations / (rate * share of the last wave that is filled), bytes / bandwidth)
+           + waves * (epilogue of a tile + FILL_SECONDS) + LAUNCH_SECONDS
 
-Real kernels lie between the two. The bare products' time takes the same rate, so that their ratio depends on bytes and
-waves, not on how good a product is; `--efficiency` says how much slower Triton's products may be than the bare ones.
+- The rate of a product is the bare products' for the library, and `Device.triton` of it for a Triton kernel. Such a
+  rate was measured with the operands' traffic from L2, so that has no term of its own; operands that do not stay in L2
+  are read from memory as often as their tiles are passed over.
+- An epilogue is the instructions behind the loop over the sum (EPILOGUE), one an issue slot and cycle: one program has
+  a multiprocessor to itself, so that nothing hides them. FILL_SECONDS is what a program waits for its first operands.
+- The bare products' time has none of these terms.
 
-    python -m benchmarks roofline [--rows 8192 --hidden 4096 --vocabulary 151936 --efficiency 1.0] [--details H100]
+    python -m benchmarks roofline [--rows 8192 --hidden 4096 --vocabulary 151936] [--details H100]
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -37,12 +41,26 @@ Taken for every device, for want of a measurement of each.
 """
 
 LAUNCH_SECONDS = 2e-6
-"""Between two kernels of a stream, the host being ahead."""
+"""Between two kernels of a stream, the host being ahead; assumed."""
+
+FILL_SECONDS = 1e-6
+"""Start of a program and latency of its first loads from memory; assumed."""
+
+EPILOGUE = {"logprob": 900, "softmax_tile": 1200, "gradient_tile": 1100, "hidden_product": 500, "weight_product": 500}
+"""Instructions of a thread behind the loop of a 128 x 256 tile in 8 warps, bfloat16, sm_90, Triton 3.9.
+
+The first three have two variants, for tiles with and without the special columns: half of what is outside the loop
+(`make kernels` disassembles it; 1937, 2558 and 2554 instructions in all), less what only special columns need. Of the
+other two, the sums' way to memory: assumed.
+"""
+
+EPILOGUE_BEFORE = {**EPILOGUE, "logprob": 2240, "softmax_tile": 2410, "gradient_tile": 2140}
+"""Of the same kernels with a mask, a comparison, a scale and a shift of its own for every element, counted alike."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Data-sheet figures of one GPU."""
+    """Figures of one GPU: of data sheets, but for `triton`."""
 
     name: str
     target: str
@@ -50,14 +68,21 @@ class Device:
     """Dense bfloat16."""
     terabytes: float
     """Memory bandwidth a second."""
+    gigahertz: float
+    """Boost clock."""
+    l2_mib: int
+    triton: float
+    """Rate of a plain Triton product over the library's."""
+    source: str
+    """Of `triton`."""
 
 
 DEVICES = [
-    Device("A100", "sm_80", 312, 2.039),
-    Device("H100", "sm_90", 989, 3.35),
-    Device("H200", "sm_90", 989, 4.8),
-    Device("B200", "sm_100", 2250, 8.0),
-    Device("MI300X", "gfx942", 1307, 5.3),
+    Device("A100", "sm_80", 312, 2.039, 1.41, 40, 0.96, "measured elsewhere: triton-lang/triton issue 6523"),
+    Device("H100", "sm_90", 989, 3.35, 1.83, 50, 0.76, "measured elsewhere: triton-lang/triton pull request 5726"),
+    Device("H200", "sm_90", 989, 4.8, 1.83, 50, 0.76, "as H100"),
+    Device("B200", "sm_100", 2250, 8.0, 1.85, 126, 0.45, "assumed"),
+    Device("MI300X", "gfx942", 1307, 5.3, 2.1, 256, 0.8, "assumed"),
 ]
 
 
@@ -68,6 +93,11 @@ class Cost:
     operations: float = 0.0
     bytes: float = 0.0
     programs: float = 0.0
+    elements: float = 0.0
+    """Of the tile that a program's epilogue takes."""
+    again: float = 0.0
+    """Bytes of an operand that is read once more for every `passes` over it, if it does not stay in L2."""
+    passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,19 +127,22 @@ def _logits_bytes(a: dict[str, Any], rows: int, columns: int) -> float:
 def logprob(a: dict[str, Any], live: Live) -> Cost:
     tiles = ceil(live.rows / a["BLOCK_N"])
     partial = 8 * live.rows * a["slices"]
-    return Cost(2 * live.rows * a["V"] * a["H"], _logits_bytes(a, live.rows, a["V"]) + partial, tiles * a["slices"])
+    programs, tile = tiles * a["slices"], a["BLOCK_N"] * a["BLOCK_V"] * a["slice_tiles"]
+    return Cost(2 * live.rows * a["V"] * a["H"], _logits_bytes(a, live.rows, a["V"]) + partial, programs, tile)
 
 
 def merge(a: dict[str, Any], live: Live) -> Cost:
     rows = _here(a, live)
-    return Cost(0, rows * (8 * a["parts"] + 24), ceil(rows / a["BLOCK_N"]))
+    targets = 2 * rows * a["H"] * _size(a["x_ptr"])
+    return Cost(0, rows * (8 * a["parts"] + 24) + targets, ceil(rows / a["BLOCK_N"]))
 
 
 def softmax_tile(a: dict[str, Any], live: Live) -> Cost:
     rows = _here(a, live)
     kept = rows * a["num_parts"] * (a["PART"] * _size(a["q_ptr"]) + 8)
     programs = ceil(rows / a["BLOCK_N"]) * ceil(a["V"] / a["BLOCK_V"])
-    return Cost(2 * rows * a["V"] * a["H"], _logits_bytes(a, rows, a["V"]) + kept, programs)
+    tile = a["BLOCK_N"] * a["BLOCK_V"]
+    return Cost(2 * rows * a["V"] * a["H"], _logits_bytes(a, rows, a["V"]) + kept, programs, tile)
 
 
 def normalise(a: dict[str, Any], live: Live) -> Cost:
@@ -126,7 +159,8 @@ def gradient_tile(a: dict[str, Any], live: Live) -> Cost:
     rows, columns = _here(a, live) - min(max(0, live.kept - a["row0"]), a["C"]), a["columns"]
     written = rows * columns * _size(a["g_ptr"])
     programs = ceil(rows / a["BLOCK_N"]) * ceil(columns / a["BLOCK_V"])
-    return Cost(2 * rows * columns * a["H"], _logits_bytes(a, rows, columns) + written, programs)
+    tile = a["BLOCK_N"] * a["BLOCK_V"]
+    return Cost(2 * rows * columns * a["H"], _logits_bytes(a, rows, columns) + written, programs, tile)
 
 
 def hidden_product(a: dict[str, Any], live: Live) -> Cost:
@@ -137,7 +171,7 @@ def hidden_product(a: dict[str, Any], live: Live) -> Cost:
     operands = (rows + a["H"]) * columns * _size(a["g_ptr"])
     sums = 4 * slices * rows * a["H"] * (2 if a["ADD"] else 1)
     programs = ceil(rows / a["BLOCK_N"]) * ceil(a["H"] / a["BLOCK_H"]) * slices
-    return Cost(2 * rows * columns * a["H"], operands + sums, programs)
+    return Cost(2 * rows * columns * a["H"], operands + sums, programs, a["BLOCK_N"] * a["BLOCK_H"])
 
 
 def store_hidden(a: dict[str, Any], live: Live) -> Cost:
@@ -151,14 +185,36 @@ def gather_rows(a: dict[str, Any], live: Live) -> Cost:
 
 
 def weight_product(a: dict[str, Any], live: Live) -> Cost:
-    """G once, the gathered rows once (they stay in L2), dW written, or read and written."""
+    """G once, dW written, or read and written; the gathered rows once for every group of blocks of dW's rows."""
     rows, columns = _here(a, live), a["columns"]
     if not rows and a["ADD"]:
         return Cost()
-    operands = rows * (columns + a["H"]) * _size(a["g_ptr"])
+    x = rows * a["H"] * _size(a["g_ptr"])
     result = columns * a["H"] * _size(a["dw_ptr"]) * (2 if a["ADD"] else 1)
-    programs = ceil(columns / a["BLOCK_V"]) * ceil(a["H"] / a["BLOCK_H"])
-    return Cost(2 * rows * columns * a["H"], operands + result, programs)
+    blocks = ceil(columns / a["BLOCK_V"])
+    programs = blocks * ceil(a["H"] / a["BLOCK_H"])
+    return Cost(
+        2 * rows * columns * a["H"], rows * columns * _size(a["g_ptr"]) + x + result, programs,
+        a["BLOCK_V"] * a["BLOCK_H"], x, ceil(blocks / a["GROUP"]),
+    )  # fmt: skip
+
+
+def library_hidden(a: dict[str, Any], live: Live) -> Cost:
+    """As `hidden_product`, of exactly the live rows and without slices."""
+    rows, columns = _here(a, live), a["columns"]
+    operands = (rows + a["H"]) * columns * _size(a["g_ptr"]) * (rows > 0)
+    return Cost(2 * rows * columns * a["H"], operands + 4 * rows * a["H"] * (2 if a["ADD"] else 1))
+
+
+def library_weight(a: dict[str, Any], live: Live) -> Cost:
+    """As `weight_product`; the library passes over the gathered rows once for every 2048 rows of dW, it is assumed."""
+    rows, columns = _here(a, live), a["columns"]
+    if not rows and a["ADD"]:
+        return Cost()
+    x = rows * a["H"] * _size(a["g_ptr"])
+    result = columns * a["H"] * _size(a["dw_ptr"]) * (2 if a["ADD"] else 1)
+    operands = rows * columns * _size(a["g_ptr"]) + x
+    return Cost(2 * rows * columns * a["H"], operands + result, again=x, passes=ceil(columns / 2048))
 
 
 def live_rows(a: dict[str, Any], live: Live) -> Cost:
@@ -173,11 +229,15 @@ def objective(a: dict[str, Any], live: Live) -> Cost:
     return Cost(0, 24 * a["N"], 1)
 
 
+def total(a: dict[str, Any], live: Live) -> Cost:
+    return Cost(0, 16 * a["S"], 1)
+
+
 MODELS: dict[str, Callable[[dict[str, Any], Live], Cost]] = {
-    f"{model.__name__}_kernel": model
+    model.__name__: model
     for model in (
         logprob, merge, softmax_tile, normalise, gradient_tile, hidden_product, store_hidden, gather_rows,
-        weight_product, live_rows, kept_rows, kept_gradient, objective,
+        weight_product, live_rows, kept_rows, kept_gradient, objective, total, library_hidden, library_weight,
     )
 }  # fmt: skip
 
@@ -186,31 +246,55 @@ MODELS: dict[str, Callable[[dict[str, Any], Live], Cost]] = {
 class Prediction:
     """Modelled seconds of a sequence of launches."""
 
-    overlapped: float = 0.0
-    serial: float = 0.0
+    seconds: float = 0.0
     launches: int = 0
     cost: Cost = field(default_factory=Cost)
-    by_kernel: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 5))
+    by_kernel: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0] * 6))
+    """Launches, operations, bytes; seconds of operations, of bytes, of both with all else."""
 
 
-def predict(device: Device, calls: list[tuple[list[Launched], Live]], efficiency: float) -> Prediction:
+@dataclass(frozen=True)
+class Assumed:
+    """What a prediction takes for granted beside the device."""
+
+    epilogue: Mapping[str, float] = field(default_factory=lambda: EPILOGUE)
+    triton: float = 1.0
+    """Times `Device.triton`."""
+    logit_bytes: int = 0
+    """An element of the logits, by a pass of its own, if the library forms them too."""
+
+
+def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: Assumed | None = None) -> Prediction:
     """Sum over launches; each list comes with the rows that are live in it."""
-    rate = device.tflops * 1e12 * SHARE_OF_PEAK * efficiency
+    assumed = assumed or Assumed()
+    bare_rate, result = device.tflops * 1e12 * SHARE_OF_PEAK, Prediction()
     slots = TARGETS[device.target].multiprocessors
-    result = Prediction()
     for launches, live in calls:
         for launched in launches:
-            cost = MODELS[launched.name](launched.arguments, live)
-            filled = cost.programs / (ceil(cost.programs / slots) * slots) if cost.programs else 1.0
+            name = launched.name.removesuffix("_kernel")
+            cost = MODELS[name](launched.arguments, live)
+            waves = ceil(cost.programs / slots)
+            filled = cost.programs / (waves * slots) if cost.programs else 1.0
+            by_library = name.startswith("library") or (assumed.logit_bytes > 0 and name in LOGITS)
+            rate = bare_rate if by_library else bare_rate * device.triton * assumed.triton
             compute = cost.operations / (rate * filled)
-            memory = cost.bytes / (device.terabytes * 1e12)
-            result.overlapped += max(compute, memory) + LAUNCH_SECONDS
-            result.serial += compute + memory + LAUNCH_SECONDS
+            again = cost.again * max(0, cost.passes - 1) if cost.again > device.l2_mib * 2**20 / 2 else 0.0
+            memory = (cost.bytes + again) / (device.terabytes * 1e12)
+            tail = 0.0
+            if cost.operations and cost.elements:
+                # 8 warps on 4 schedulers: 2 cycles an instruction.
+                cycles = 2 * assumed.epilogue[name] * cost.elements / (128 * 256)
+                tail = waves * (cycles / (device.gigahertz * 1e9) + FILL_SECONDS)
+            if assumed.logit_bytes and name in LOGITS:
+                logits = cost.operations / (2 * launched.arguments["H"])
+                compute, tail = cost.operations / rate, logits * assumed.logit_bytes / (device.terabytes * 1e12)
+            seconds = max(compute, memory) + tail + LAUNCH_SECONDS
+            result.seconds += seconds
             result.launches += 1
             result.cost.operations += cost.operations
-            result.cost.bytes += cost.bytes
-            entry = result.by_kernel[launched.name.removesuffix("_kernel")]
-            for i, x in enumerate((1, cost.operations, cost.bytes, compute, memory)):
+            result.cost.bytes += cost.bytes + again
+            entry = result.by_kernel[name]
+            for i, x in enumerate((1, cost.operations, cost.bytes + again, compute, memory, seconds)):
                 entry[i] += x
     return result
 
@@ -229,20 +313,18 @@ class Work:
     underflowed: bool = False
     """No rejected row has a weight."""
     workspace_mib: int = 256
+    """What the call may take, less a float32 copy of dW where that lies in it."""
 
 
 WORK = [
-    Work("log-probabilities", 1, "logprob"),
-    Work("frozen head: log-probabilities and dX", 2, "logprob_and_grad", frozen=True),
-    Work("known weights (every chosen row), float32 dW", 3, "logprob_and_grad"),
-    Work("the same, workspace of 1 GiB", 3, "logprob_and_grad", workspace_mib=1024),
-    Work("known weights, 16-bit dW", 3, "logprob_and_grad", sixteen=True),
-    Work("InfoPO step, float32 dW, every rejected weight live", 3, "infopo"),
-    Work("InfoPO step, float32 dW, rejected weights underflowed", 3, "infopo", underflowed=True),
-    Work("InfoPO step, 16-bit dW, every weight live", 3, "infopo", sixteen=True),
-    Work("InfoPO step, 16-bit dW, rejected underflowed", 3, "infopo", sixteen=True, underflowed=True),
-    Work("InfoPO step, 16-bit dW, every weight live, 1 GiB", 3, "infopo", sixteen=True, workspace_mib=1024),
+    Work("default setting, every weight live", 3, "infopo", sixteen=True),
+    Work("default setting, rejected weights underflowed", 3, "infopo", sixteen=True, underflowed=True),
+    Work("frozen head", 2, "logprob_and_grad", frozen=True),
+    Work("no gradient (reference, evaluation)", 1, "logprob"),
+    Work("workspace_mib=1024, every weight live", 3, "infopo", sixteen=True, workspace_mib=1024),
+    Work("workspace_mib=5120: a float32 dW lies in it", 3, "infopo", workspace_mib=5120 - 2374),
 ]
+"""Rows that a user reaches: a step of `linear_infopo_loss` on bfloat16 inputs, first as it is by default."""
 
 
 @dataclass(frozen=True)
@@ -339,32 +421,57 @@ def bare(device: Device, work: Work, n: int, h: int, v: int) -> float:
     return work.products * 2 * n * h * v / (device.tflops * 1e12 * SHARE_OF_PEAK)
 
 
-def overview(shape: tuple[int, int, int], efficiency: float) -> report.Table:
-    """Every work on every device, overlapped - serial, over the bare products (milliseconds in brackets)."""
+def overview(shape: tuple[int, int, int]) -> report.Table:
+    """Every work on every device, over the bare products (milliseconds in brackets)."""
     rows = []
     for work in WORK:
         cells = []
         for device in DEVICES:
-            p, floor = predict(device, calls(work, device, *shape), efficiency), bare(device, work, *shape)
-            ratios = f"{p.overlapped / floor:.2f} - {p.serial / floor:.2f}"
-            cells.append(f"{ratios} ({p.overlapped * 1e3:.1f} - {p.serial * 1e3:.1f})")
+            p, floor = predict(device, calls(work, device, *shape)), bare(device, work, *shape)
+            cells.append(f"{p.seconds / floor:.2f} ({p.seconds * 1e3:.1f})")
         rows.append([work.name, str(work.products), *cells])
     title = (
         f"MODEL, nothing measured: bfloat16, {shape[0]} rows, hidden size {shape[1]}, vocabulary {shape[2]};\n"
-        f"products at {SHARE_OF_PEAK:.3f} of peak, Triton's at {efficiency:g} of that. Time over the bare\n"
-        "products' time, overlapped - serial (milliseconds in brackets):"
+        f"bare products at {SHARE_OF_PEAK:.3f} of peak. Time over theirs (milliseconds in brackets):"
     )
     return report.Table("roofline", title, ["work", "bare products", *(device.name for device in DEVICES)], rows)
 
 
-def details(work: Work, device: Device, shape: tuple[int, int, int], efficiency: float) -> report.Table:
-    """Every kernel of a work on a device."""
-    prediction = predict(device, calls(work, device, *shape), efficiency)
+LOGITS: Final = ("logprob", "softmax_tile", "gradient_tile")
+"""Kernels that form logits."""
+
+LEVERS: Final = (
+    ("Triton's products, masks and comparisons at every element", "triton", Assumed(EPILOGUE_BEFORE)),
+    ("lean epilogues", "triton", Assumed()),
+    ("dX and dW by the library: as it is", "library", Assumed()),
+    ("not built: logits from descriptors, 13 % faster (pull request 5461 of triton-lang/triton)", "library",
+     Assumed(triton=1.13)),
+    ("not built: logits by the library too, in float32 through a tile of memory (4 bytes out, 4 in, 2 for G or Q)",
+     "library", Assumed(logit_bytes=10)),
+)  # fmt: skip
+
+
+def levers(device: Device, shape: tuple[int, int, int]) -> report.Table:
+    """What each change brings on `device`, one after the other."""
     rows = []
-    for name, (count, operations, size, compute, memory) in prediction.by_kernel.items():
-        figures = (operations / 1e12, size / 1e9, compute * 1e3, memory * 1e3)
+    for name, products, assumed in LEVERS:
+        with offline.products(products):
+            each = [
+                predict(device, calls(work, device, *shape), assumed).seconds / bare(device, work, *shape)
+                for work in WORK
+            ]
+        rows.append([name, *(f"{ratio:.2f}" for ratio in each)])
+    return report.Table("roofline", f"{device.name}, change by change", ["", *(work.name for work in WORK)], rows)
+
+
+def details(work: Work, device: Device, shape: tuple[int, int, int]) -> report.Table:
+    """Every kernel of a work on a device."""
+    prediction = predict(device, calls(work, device, *shape))
+    rows = []
+    for name, (count, operations, size, *seconds) in prediction.by_kernel.items():
+        figures = (operations / 1e12, size / 1e9, *(1e3 * each for each in seconds))
         rows.append([name, f"{count:.0f}", *(f"{figure:.2f}" for figure in figures)])
-    columns = ["kernel", "launches", "TFLOP", "GB", "ms of operations", "ms of bytes"]
+    columns = ["kernel", "launches", "TFLOP", "GB", "ms of operations", "ms of bytes", "ms"]
     return report.Table("roofline", f"{work.name}, {device.name}: {prediction.launches} launches", columns, rows)
 
 
@@ -374,13 +481,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151936)
-    parser.add_argument("--efficiency", type=float, default=1.0, help="Triton's product rate over the bare one")
     parser.add_argument("--details", choices=[d.name for d in DEVICES], help="count every kernel on this device")
     arguments = parser.parse_args(argv)
-    shape, efficiency = (arguments.rows, arguments.hidden, arguments.vocabulary), arguments.efficiency
-    tables = [overview(shape, efficiency)]
+    shape = (arguments.rows, arguments.hidden, arguments.vocabulary)
+    tables = [overview(shape), levers(next(d for d in DEVICES if d.name == "H100"), shape)]
     for device in DEVICES:
         if device.name == arguments.details:
-            tables += [details(work, device, shape, efficiency) for work in WORK]
+            tables += [details(work, device, shape) for work in WORK]
     print("\n\n".join(f"{table.title}\n\n{report.markdown(table)}" for table in tables))
     return 0

@@ -23,7 +23,7 @@ def _cpu() -> tuple[str, str]:
     """The processor's usual name, and a short name for folders.
 
     Cloud machines hide the model behind names such as "Intel(R) Xeon(R) Processor". Family, model and stepping identify
-    it.
+    it, and whether the machine lets programs use AMX: torch multiplies bfloat16 several times faster then.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -35,9 +35,9 @@ def _cpu() -> tuple[str, str]:
         return name, _slug(name)
     numbers = [found.get(key, "?") for key in ("cpu family", "model", "stepping")]
     vendor = found.get("vendor_id", "")
-    return f"{name} (family/model/stepping {'/'.join(numbers)})", _slug(
-        "-".join([_VENDORS.get(vendor, vendor), *numbers])
-    )
+    amx = ["amx"] if "amx_bf16" in found.get("flags", "").split() else []
+    described = ", ".join([f"family/model/stepping {'/'.join(numbers)}", *(each.upper() for each in amx)])
+    return f"{name} ({described})", _slug("-".join([_VENDORS.get(vendor, vendor), *numbers, *amx]))
 
 
 def _slug(text: str) -> str:

@@ -137,6 +137,14 @@ class Backend(Protocol):
         """
         ...
 
+    def scale_(self, values: torch.Tensor, factor: torch.Tensor) -> None:
+        """values *= factor in place, each product in float32 (float64) and rounded once; bounded memory beside it.
+
+        `factor` is one number [] for contiguous `values`, or [N] for the rows of `values` [N, H]. `scale_in_parts`
+        does it for any backend.
+        """
+        ...
+
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
     ) -> Evaluation | None:
@@ -145,3 +153,13 @@ class Backend(Protocol):
         This pays on a device that takes longer to start the objective's 20 or so small operations than to run them.
         """
         ...
+
+
+def scale_in_parts(values: torch.Tensor, factor: torch.Tensor) -> None:
+    """`Backend.scale_` in plain PyTorch, a bounded part at a time (a mixed product copies its operands)."""
+    if not factor.ndim:
+        values.mul_(factor)
+        return
+    step = max(1, (1 << 18) // values.shape[1])
+    for part, own in zip(torch.split(values, step), torch.split(factor, step), strict=True):
+        part.mul_(own[:, None])

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, scale_in_parts
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.packing import Rows
 
@@ -59,8 +59,19 @@ def isa(dtype: torch.dtype = torch.float32) -> str:
     reason = _missing_extension()
     if reason is not None:
         raise ImportError(reason)
-    name: str = _OPS.isa(dtype)
+    name: str = _call(_OPS.isa, dtype)
     return name
+
+
+def _call(op: Any, *arguments: object) -> Any:
+    """`op(*arguments)`; its errors as ValueError or TypeError where their text begins with that (`csrc/errors.h`)."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        kind, _, text = str(error).partition(": ")
+        if kind not in ("ValueError", "TypeError"):
+            raise
+        raise (ValueError if kind == "ValueError" else TypeError)(text) from None
 
 
 class CppBackend:
@@ -76,8 +87,12 @@ class CppBackend:
         return _missing_extension()
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
-        rows: int = _OPS.kept_rows(head.hidden, weight_gradient, head.workspace_bytes)
+        rows: int = _call(_OPS.kept_rows, head.hidden, weight_gradient, head.workspace_bytes)
         return rows
+
+    def scale_(self, values: torch.Tensor, factor: torch.Tensor) -> None:
+        """values *= factor, in plain PyTorch."""
+        scale_in_parts(values, factor)
 
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
@@ -88,15 +103,24 @@ class CppBackend:
     def logprob(
         self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        result: tuple[torch.Tensor, torch.Tensor] = _OPS.logprob(
-            head.hidden, head.weight, head.bias, labels, keep, head.softcap, head.scale, head.workspace_bytes
+        result: tuple[torch.Tensor, torch.Tensor] = _call(
+            _OPS.logprob,
+            head.hidden,
+            head.weight,
+            head.bias,
+            labels,
+            keep,
+            head.softcap,
+            head.scale,
+            head.workspace_bytes,
         )
         return result
 
     def logprob_and_grad(
         self, head: Head, labels: torch.Tensor, row_weight: torch.Tensor, gradients: Gradients
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        result: tuple[torch.Tensor, torch.Tensor] = _OPS.logprob_and_grad(
+        result: tuple[torch.Tensor, torch.Tensor] = _call(
+            _OPS.logprob_and_grad,
             head.hidden,
             head.weight,
             head.bias,
@@ -120,7 +144,8 @@ class CppBackend:
         gradients: Gradients,
         kept: torch.Tensor | None = None,
     ) -> None:
-        _OPS.backward(
+        _call(
+            _OPS.backward,
             head.hidden,
             head.weight,
             head.bias,

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, scale_in_parts
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows
@@ -92,6 +92,10 @@ class TorchBackend:
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         del head, weight_gradient
         return 0
+
+    def scale_(self, values: torch.Tensor, factor: torch.Tensor) -> None:
+        """values *= factor, in plain PyTorch."""
+        scale_in_parts(values, factor)
 
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences

@@ -46,7 +46,7 @@ class PreferenceError(ValueError):
         self.where = where
         """The row: "pairs.jsonl, line 3", "row 2"; empty if there is no single one."""
         self.field = field
-        """The field of the row, e.g. "rejected[1][0].content"; None if the whole row is meant."""
+        """The field of the row, e.g. `rejected[1][0].content`; None if the whole row is meant."""
 
 
 class PreferenceWarning(UserWarning):

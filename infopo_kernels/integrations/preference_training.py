@@ -70,7 +70,6 @@ class ReferenceMemory(TrainerCallback, ExportableState):  # type: ignore[misc]
 class PreferenceTraining:
     """In front of `Trainer`; `_prepare_preferences` is called at the end of `__init__`."""
 
-    loss_is_scaled_for_ga = False
     accelerator: Any
     args: Any
     state: Any
@@ -105,6 +104,9 @@ class PreferenceTraining:
     def _prepare_preferences(self, reference: Any, given: Any, *, dropout: bool) -> None:
         """`given`: the reference that the user passed, None for the model that training starts from."""
         self._train_sums = []
+        # The loss is a mean over the pairs of a batch, so Trainer divides it by the accumulation steps. Its class
+        # attribute `loss_is_scaled_for_ga` says the same, but transformers before 5.19 does not know it.
+        self.model_accepts_loss_kwargs = False
         self._is_start = given is None or same_start(self.model, given)
         if self.args.n_gpu > 1:
             raise ValueError(

@@ -219,8 +219,11 @@ def metric_sums(
             of weight 0 (see `counted_once`) do not count.
     """
     S, device, known = len(output.is_chosen), output.logps.device, known or {}
-    partner = torch.arange(S // 2) if model_inputs is None else rejected_prompts(model_inputs, known)
-    B, partner = S - len(partner), partner.to(device)
+    if model_inputs is not None and ("rejected_prompt" in known or "sequence_weights" in known):
+        partner = rejected_prompts(model_inputs, known).to(device)
+    else:
+        partner = torch.arange(S // 2, device=device)  # made there: a copy from the host would wait for the device
+    B = S - len(partner)
     weights, pairs = known.get("sequence_weights"), known.get("num_pairs", S / 2)
     counts = torch.ones_like(output.is_chosen) if weights is None else weights > 0
 
@@ -253,7 +256,14 @@ def metric_sums(
         pairs,
         pull.max() if len(pull) else 0.0,
     ]
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values])
+    return torch.stack(
+        [
+            value.detach().to(device, torch.float64)
+            if isinstance(value, Tensor)
+            else torch.full((), value, dtype=torch.float64, device=device)
+            for value in values
+        ]
+    )
 
 
 def metrics(sums: Tensor) -> dict[str, float]:

@@ -15,6 +15,7 @@ from infopo_kernels.integrations.step import (
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
+from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import KernelOptions
 
@@ -24,10 +25,8 @@ try:
 
     from infopo_kernels.integrations.preference_training import PreferenceTraining
 except ImportError as error:
-    raise ImportError(
-        "infopo_kernels.integrations.trainer needs the packages `transformers` and `accelerate`; run: "
-        "pip install 'infopo_kernels[train]'"
-    ) from error
+    raise import_failure(__name__, ("transformers", "accelerate"), "train", error) from error
+warn_untested("transformers", "accelerate", "peft")
 
 
 def compute_infopo_loss(
@@ -44,7 +43,9 @@ def compute_infopo_loss(
     Example::
 
         class MyTrainer(Trainer):
-            loss_is_scaled_for_ga = False  # the loss is the mean over the pairs of the batch
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.model_accepts_loss_kwargs = False  # a mean over the batch's pairs: to be divided when accumulated
 
             def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
                 out = compute_infopo_loss(model, inputs, InfoPOOptions(beta=0.1))

@@ -40,6 +40,7 @@ from infopo_kernels.integrations.heads import (
 )
 from infopo_kernels.integrations.logit_transform import known_logits, logit_options, observed_transform
 from infopo_kernels.integrations.sealed import Sealed, least_cast, unsealed
+from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import KernelOptions, LogitOptions
 from infopo_kernels.output import PreferenceOutput
@@ -47,10 +48,8 @@ from infopo_kernels.output import PreferenceOutput
 try:
     from transformers.utils import ModelOutput
 except ImportError as error:
-    raise ImportError(
-        "infopo_kernels.integrations.transformers needs the package `transformers` (5.0 or later); run: "
-        "pip install 'infopo_kernels[train]'"
-    ) from error
+    raise import_failure(__name__, ("transformers",), "train", error) from error
+warn_untested("transformers")
 
 _ATTACHMENT = "_infopo_attachment"
 

@@ -20,6 +20,7 @@ from infopo_kernels.integrations.preferences import by_feature, check_features, 
 from infopo_kernels.integrations.references import ReferenceTable
 from infopo_kernels.integrations.step import LAYOUT_KEYS, number_of_chosen, reference_logps, split_inputs
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
+from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.objectives import DPO, IPO, SFT, InfoPO, Objective, SimPO
 from infopo_kernels.options import KernelOptions
 
@@ -34,10 +35,8 @@ try:
     from infopo_kernels.integrations.preference_training import PreferenceTraining
     from infopo_kernels.integrations.randomness import check_no_neftune
 except ImportError as error:
-    raise ImportError(
-        "InfoPOTrainer and InfoPOConfig need the package `trl` (1.16 or later) with `transformers`, `accelerate` and "
-        f"`datasets`; run: pip install 'infopo_kernels[trl]'. Reason: {error}"
-    ) from error
+    raise import_failure(__name__, ("trl", "transformers", "accelerate", "datasets"), "trl", error) from error
+warn_untested("trl", "transformers", "accelerate", "datasets", "peft")
 
 _LOSSES: Final = ("infopo", "sigmoid", "ipo", "simpo", "sft")
 """Values of `loss_type`, under TRL's names where it has one: "sigmoid" is DPO."""

@@ -92,8 +92,10 @@ class InfoPO(Objective):
             growth = log_weights.exp()
             weights = growth.detach()
         else:
-            exponential = log_weights.clamp(max=self.max_log_weight).exp()
-            growth = exponential * (1 + (log_weights - self.max_log_weight).relu())
+            # Not by clamp and relu: from torch 2.14 on the gradient of both is 0 at the bound.
+            beyond = log_weights > self.max_log_weight
+            exponential = torch.where(beyond, self.max_log_weight, log_weights).exp()
+            growth = exponential * (1 + torch.where(beyond, log_weights - self.max_log_weight, 0.0))
             weights = exponential.detach()
         if self.min_log_weight is not None:
             negligible = log_weights.detach() < self.min_log_weight

@@ -1,7 +1,7 @@
 """Random cases against float64: python -m tests.fuzz [--minutes M] [--cases N] [--seed S] [--backends ...].
 
-Ends when either limit is reached, and fails if a case failed. Each failure names its seed: `--seed S --cases 1`
-with the same --backends runs it again.
+The run ends at either limit, and fails if a case failed. Each failure prints its seed; `--seed S --cases 1` with the
+same --backends runs that case again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random cases of the three primitives, tame and extreme, and their check against float64."""
+"""Random cases of the three primitives, ordinary and extreme, and their check against float64."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.budget import HALF_STEP, accumulated, assert_within, error_budget, op
 from tests.primitives import plain
 
 RED_ZONE = 64
-"""Numbers before and after each result that nobody may write."""
+"""Numbers before and after each result that a kernel must not write."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """All that makes a case; tensors follow from it and its seed."""
+    """The description of a case; it and the seed determine the tensors."""
 
     seed: int
     backend: str
@@ -88,7 +88,7 @@ def draw(seed: int, backends: list[str]) -> Case:
 
 
 def check(case: Case, backend: Backend) -> None:
-    """Run the case; AssertionError if a result is out of budget, or something was written where nobody may."""
+    """Run the case. Raises AssertionError if a result exceeds its budget, or if a kernel wrote outside its results."""
     head, labels, c = _inputs(case)
     zones = _Zones(case)
     got = zones.gradients
@@ -132,7 +132,7 @@ def check(case: Case, backend: Backend) -> None:
 
 
 def _assert_in_range(name: str, got: Tensor, truth: Tensor, allowed: Tensor) -> None:
-    """Entries that the type of the result, or of the sums on their way to it, can hold."""
+    """Entries that fit the type of the result and of the sums that lead to it."""
     fits = truth.abs() + allowed < min(torch.finfo(got.dtype).max, 1e37) / 2
     assert_within(name, got[fits], truth[fits], allowed[fits])
 
@@ -167,7 +167,7 @@ def _apart(x: Tensor) -> Tensor:
 
 
 class _Zones:
-    """Result buffers inside larger ones, whose rest must stay as it is."""
+    """Result buffers inside larger buffers; the rest of these must not change."""
 
     def __init__(self, case: Case) -> None:
         self.wide: list[Tensor] = []

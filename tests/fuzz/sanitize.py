@@ -1,8 +1,8 @@
 """The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: python tests/fuzz/sanitize.py LIBRARY.
 
 LIBRARY is an extension that was built with INFOPO_KERNELS_SANITIZE=1 (`make sanitize` does both). A fixed set of cases
-runs through the ops, of every instruction set, type, way and kind of size; each tensor is an allocation of its own, so
-that the sanitizer's red zones lie around it. The first fault ends the process with a report.
+runs through the ops: every instruction set, type, way and kind of size. Each tensor has its own allocation, so that the
+sanitizer's red zones surround it. The first fault ends the process with a report.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WANTED = ["xwb", "x", "w", "b", "xb"]
 
 
 def preload() -> str:
-    """The sanitizers' libraries, which have to be there before Python's first allocation."""
+    """The sanitizers' libraries, which have to be loaded before Python's first allocation."""
     names = ("libasan.so", "libubsan.so")
     found = (subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names)
     return " ".join(found)
@@ -32,8 +32,8 @@ def preload() -> str:
 
 def main(library: str) -> int:
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):
-        # Python and torch leave what they hold to the end of the process: leaks are not what is looked for. The fake
-        # stack of detect_stack_use_after_return is aligned to less than an AVX-512 vector by GCC 12: its stores fault.
+        # Python and torch free some memory only at the end of the process; this run does not look for leaks. GCC 12
+        # aligns the fake stack of detect_stack_use_after_return to less than an AVX-512 vector, and stores to it fault.
         asan = "detect_leaks=0:detect_stack_use_after_return=0:strict_init_order=1"
         environment = {
             **os.environ,
@@ -55,7 +55,7 @@ def main(library: str) -> int:
         os.environ["INFOPO_KERNELS_CPU_ISA"] = name
         try:
             ops.isa(torch.bfloat16)
-        except ValueError as error:
+        except RuntimeError as error:
             print(f"{name}: not here ({error})")
             continue
         for dtype in dtypes:
@@ -65,7 +65,7 @@ def main(library: str) -> int:
 
 
 def run(ops: object, dtype: object, N: int, H: int, V: int, softcap: float | None, scale: float, workspace: int) -> int:
-    """All ways through the primitives for one size; how many calls that were."""
+    """Run all ways through the primitives for one size. Returns the number of calls."""
     import torch
 
     g, calls = torch.Generator().manual_seed(N), 0

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import ClassVar
 
 import torch
 
 from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.triton.support import unsupported_reason
 from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
 from infopo_kernels.packing import Rows
 
 # Methods import kernels and launchers when they are called: the class has to load where Triton is missing, to say so.
 
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-OLDEST_CUDA = (8, 0)
-"""Compute capability: bfloat16 products and asynchronous copies to shared memory begin here."""
-
-AMD_ARCHITECTURES = ("gfx942", "gfx950")
-
 
 class TritonBackend:
     """Triton kernels for NVIDIA GPUs from sm_80 on and AMD gfx942 and gfx950.
 
-    Nothing is read back to the host on the way: the number of scored rows stays on the device. Calls run on the
-    current stream, on the device of their inputs, and can be captured in a CUDA graph once they have run (Triton
-    compiles a kernel when it is first launched).
+    The host waits for nothing but the number of live rows, where the library forms products, and for that only when the
+    kernel before them is queued (`products.py`). Calls run on the current stream, on the device of their inputs, and
+    can be captured in a CUDA graph once they have run (Triton compiles a kernel when it is first launched).
 
     Beyond the protocol's contract: a 16-bit `gradients.weight` costs `backward` a fourth product where the float32 sums
     of dX for all rows do not fit the workspace (`gradients.gradients_from_lse`), and keeps no logits then, because it
@@ -39,20 +31,7 @@ class TritonBackend:
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if inputs of this device and type can be served, else why not and what to do, as a sentence."""
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed; `pip install triton` (it comes with PyTorch's builds for GPUs)."
-        if device.type not in ("cuda", "cpu"):
-            return f"Triton kernels run on CUDA and ROCm devices, not on {device.type!r}; use backend='torch'."
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            what = "move the inputs to it" if torch.cuda.is_available() else "none is present here"
-            return f"Triton kernels need a GPU and the inputs are on the CPU ({what}); use backend='cpp' or 'torch'."
-        if device.type == "cuda":
-            reason = _device_reason(device)
-            if reason is not None:
-                return reason
-        if dtype not in SUPPORTED_DTYPES:
-            return f"Triton kernels take float32, bfloat16 and float16, not {dtype}; use backend='torch'."
-        return None
+        return unsupported_reason(device, dtype)
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         """How many rows' logits the memory of `weight_gradient` can hold: about 2 H in a float32 one beside 16-bit
@@ -103,15 +82,15 @@ class TritonBackend:
 
         if labels.numel() == 0 or not _any(gradients):
             return self.logprob(head, labels)
-        launch = prepare(head)
-        in_float32 = gradients.weight is None or gradients.weight.dtype == torch.float32
-        plan = plan_tile(launch, gradients)
-        if plan is None or not (in_float32 or plan.rows >= launch.rows):
-            logp, lse = self.logprob(head, labels)
-            _backward(head, labels, lse, row_weight, gradients, skip_zero=False)
-            return logp, lse
-        logp, lse = _outputs(labels)
         with on_device(labels.device):
+            launch = prepare(head)
+            in_float32 = gradients.weight is None or gradients.weight.dtype == torch.float32
+            plan = plan_tile(launch, gradients)
+            if plan is None or not (in_float32 or plan.rows >= launch.rows):
+                logp, lse = self.logprob(head, labels)
+                _backward(head, labels, lse, row_weight, gradients, skip_zero=False)
+                return logp, lse
+            logp, lse = _outputs(labels)
             gain = head.hidden.dtype == torch.float16
             live = find_live_rows(labels, row_weight, skip_zero=False, gain=gain, cleared=(logp, lse))
             gradients_from_tiles(launch, plan, labels, row_weight, live, logp, lse, gradients)
@@ -136,10 +115,18 @@ class TritonBackend:
             return
         _backward(head, labels, lse, row_weight, gradients, skip_zero=True)
 
+    def scale_(self, values: torch.Tensor, factor: torch.Tensor) -> None:
+        """values *= factor in one launch; where the factor is 1 nothing is touched."""
+        from infopo_kernels.backends.triton.kernels.scale import launch_scale
+        from infopo_kernels.backends.triton.launch import on_device
+
+        with on_device(values.device):
+            launch_scale(values, factor)
+
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
     ) -> Evaluation | None:
-        """InfoPO in one launch; nothing else."""
+        """InfoPO in two launches; nothing else."""
         if not isinstance(objective, InfoPO):
             return None
         from infopo_kernels.backends.triton.kernels.objective import launch_objective
@@ -178,20 +165,3 @@ def _backward(
 
 def _any(gradients: Gradients) -> bool:
     return any(buffer is not None for buffer in (gradients.hidden, gradients.weight, gradients.bias))
-
-
-def _device_reason(device: torch.device) -> str | None:
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU; install a driver and a PyTorch build for it."
-    if torch.version.hip is not None:
-        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        if arch not in AMD_ARCHITECTURES:
-            return f"Triton kernels are tuned and compiled for {', '.join(AMD_ARCHITECTURES)}, not {arch}; use 'torch'."
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CUDA:
-        return (
-            f"Triton kernels need compute capability 8.0 or newer, this device has {capability[0]}.{capability[1]}; "
-            "use backend='torch'."
-        )
-    return None

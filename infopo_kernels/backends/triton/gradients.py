@@ -8,7 +8,7 @@ import torch
 from infopo_kernels.backends.base import Gradients
 from infopo_kernels.backends.triton.kernels.bias_gradient import launch_bias_gradient
 from infopo_kernels.backends.triton.kernels.gradient_tile import launch_gradient_tile
-from infopo_kernels.backends.triton.kernels.hidden_product import launch_hidden_product, launch_store_hidden
+from infopo_kernels.backends.triton.kernels.hidden_product import launch_store_hidden
 from infopo_kernels.backends.triton.kernels.kept import (
     Kept,
     capacity,
@@ -19,12 +19,9 @@ from infopo_kernels.backends.triton.kernels.kept import (
 from infopo_kernels.backends.triton.kernels.logprob import launch_merge
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS, launch_normalise, launch_softmax_tile
-from infopo_kernels.backends.triton.kernels.weight_product import (
-    gathered_stride,
-    launch_gather_rows,
-    launch_weight_product,
-)
+from infopo_kernels.backends.triton.kernels.weight_product import gathered_stride, launch_gather_rows
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
+from infopo_kernels.backends.triton.products import products_of
 from infopo_kernels.backends.triton.workspace import (
     PiecePlan,
     TilePlan,
@@ -52,20 +49,23 @@ def gradients_from_tiles(
     """
     v = launch.vocabulary
     layouts = tile_layouts(launch, plan.rows, plan.slices, gradients)
-    g, target, bias_part, stats, part, gathered = carve(
-        launch.head.workspace_bytes, labels.device, layouts[:3], shared=layouts[3:]
+    g, bias_part, stats, part, gathered = carve(
+        launch.head.workspace_bytes, labels.device, layouts[:2], shared=layouts[2:]
     )
     q = g.view(plan.rows, -1, launch.tiles.logits.part).transpose(0, 1)
+    products = products_of(launch, live)
     for row0 in range(0, launch.rows, plan.rows):
-        launch_softmax_tile(launch, labels, live, q, stats[0], stats[1], target, row0)
-        launch_merge(launch, labels, live, stats[0], stats[1], target, logp, lse, row0)
+        if products.done(row0):
+            break
+        launch_softmax_tile(launch, live, q, stats[0], stats[1], row0)
+        launch_merge(launch, labels, live, stats[0], stats[1], logp, lse, row0)
         launch_normalise(launch, labels, live, g, stats[0], logp, lse, row_weight, bias_part, row0)
         if gradients.hidden is not None:
-            launch_hidden_product(launch, live, g, part, row0, 0, v, add=False)
+            products.hidden(g, part, row0, 0, v, add=False)
             launch_store_hidden(launch, live, part, gradients.hidden, row0)
         if gradients.weight is not None:
             launch_gather_rows(launch, live, gathered, row0)
-            launch_weight_product(launch, live, g, gathered, gradients.weight, row0, add=True)
+            products.weight(g, gathered, gradients.weight, row0, add=True)
         if gradients.bias is not None:
             launch_bias_gradient(launch, live, bias_part, gradients.bias, row0, plan.rows, NORMALISE_ROWS)
 
@@ -96,8 +96,8 @@ def logprob_keeping(
         chunk = slice(row0, min(row0 + c, rows))
         part_sum = sums[: parts * (chunk.stop - row0)].view(parts, -1)
         q, part_max, target = store.q[:, chunk], store.part_max[:, chunk], store.target[chunk]
-        launch_softmax_tile(launch, labels, live, q, part_max, part_sum, target, row0)
-        launch_merge(launch, labels, live, part_max, part_sum, target, logp, lse, row0)
+        launch_softmax_tile(launch, live, q, part_max, part_sum, row0)
+        launch_merge(launch, labels, live, part_max, part_sum, logp, lse, row0, target)
 
 
 def gradients_from_kept(
@@ -172,7 +172,10 @@ def _by_rows(
             ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
         ),
     )
+    products = products_of(launch, live)
     for row0 in range(0, launch.rows, plan.rows):
+        if products.done(row0):
+            break
         if weight is not None:
             launch_gather_rows(launch, live, gathered, row0)
         from_kept = kept if row0 == 0 else None
@@ -186,10 +189,10 @@ def _by_rows(
                     )
             launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns)
             if hidden is not None:
-                launch_hidden_product(launch, live, g, part, row0, v0, columns, add=v0 + columns < v)
+                products.hidden(g, part, row0, v0, columns, add=v0 + columns < v)
             if weight is not None:
                 into, add = weight[v0 : v0 + columns], from_kept is None
-                launch_weight_product(launch, live, g, gathered, into, row0, add=add)
+                products.weight(g, gathered, into, row0, add=add)
             if bias is not None:
                 launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block)
         if hidden is not None:
@@ -218,12 +221,15 @@ def _by_vocabulary(
             ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
         ),
     )
+    products = products_of(launch, live)
     for v0 in range(0, launch.vocabulary, plan.columns):
         columns = min(plan.columns, launch.vocabulary - v0)
         for row0 in range(0, launch.rows, plan.rows):
+            if products.done(row0):
+                break
             launch_gather_rows(launch, live, gathered, row0)
             launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns)
-            launch_weight_product(launch, live, g, gathered, sums[:columns], row0, add=row0 > 0)
+            products.weight(g, gathered, sums[:columns], row0, add=row0 > 0)
             if bias is not None:
                 launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block)
         weight[v0 : v0 + columns].add_(sums[:columns])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,6 +36,8 @@ class Launch:
     precision: str
     """`input_precision` of float32 products: "ieee", or "tf32" where torch allows it."""
     multiprocessors: int
+    library: bool = False
+    """Whether dX and dW are the library's products (`products.py`)."""
 
     @property
     def rows(self) -> int:
@@ -62,6 +64,7 @@ class Launch:
             "scale": head.scale,
             "HAS_BIAS": head.bias is not None,
             "HAS_SOFTCAP": head.softcap is not None,
+            "NEGATIVE": head.scale < 0,
             "BLOCK_N": tile.rows,
             "BLOCK_V": tile.columns,
             "BLOCK_H": tile.depth,
@@ -80,17 +83,38 @@ class Launch:
         return {"PRECISION": self.precision, "num_warps": tile.warps, "num_stages": tile.stages, **FUSED}
 
 
+_TUNED: set[tuple[Any, ...]] = set()
+"""Kernel, type and values of its key for which the autotuner has chosen in this process."""
+
+
 def start_product(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, key: tuple[str, ...], in_place: str | None = None, **named: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    key: tuple[str, ...],
+    rows: int,
+    present: Callable[[], int],
+    in_place: str | None = None,
+    **named: Any,
 ) -> None:
     """Start a kernel with a product as the table says, or as Triton's autotuner finds (INFOPO_KERNELS_AUTOTUNE=1).
 
-    `key` names the arguments that a choice depends on, `in_place` the buffer that is added to, which trials have to
-    restore (a copy of it is made then: the first call of a shape is not held to the workspace).
+    `key` names the arguments that a choice depends on, beside the size class of `rows`, which the grid is laid out
+    for. `present` reads from the device how many of them there are: trials of a launch with little to do would choose
+    at random, so that below half of `rows` the table serves until a fuller launch comes. `in_place` is the buffer that
+    is added to, which trials have to restore (a copy of it is made then: the first call of a shape is not held to the
+    workspace).
     """
+    named["ROWS"] = 0
     if os.environ.get("INFOPO_KERNELS_AUTOTUNE") == "1" and not INTERPRETED:
-        kernel = _tuned(kernel, key, in_place)
-        named = {name: value for name, value in named.items() if name not in ("GROUP", "num_warps", "num_stages")}
+        named["ROWS"] = 1 << (rows - 1).bit_length()
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+        types = tuple(value.dtype for value in arguments if isinstance(value, torch.Tensor))
+        choice = (kernel, types, *(values[name] for name in (*key, "ROWS")))
+        if choice in _TUNED or 2 * present() >= rows:
+            _TUNED.add(choice)
+            kernel = _tuned(kernel, (*key, "ROWS"), in_place)
+            named = {name: value for name, value in named.items() if name not in ("GROUP", "num_warps", "num_stages")}
     kernel[grid](*arguments, **named)
 
 
@@ -114,11 +138,25 @@ def _tuned(kernel: Any, key: tuple[str, ...], in_place: str | None) -> Any:
 
 
 def prepare(head: Head) -> Launch:
-    """The launch of `head` on its device."""
-    target = target_of(head.hidden.device)
-    tiles = target.products(single=head.hidden.dtype == torch.float32, aligned=aligned(head))
+    """The launch of `head` on its device, which has to be the current one."""
+    device = head.hidden.device
+    target, single, whole = target_of(device), head.hidden.dtype == torch.float32, aligned(head)
     precision = "tf32" if target.backend == "cuda" and _tf32_allowed() else "ieee"
-    return Launch(head, tiles, precision, _multiprocessors(head.hidden.device, target))
+    library = whole and head.weight.stride(0) >= head.weight.shape[1] and _library_wanted(target, single=single)
+    if library and device.type == "cuda":
+        library = not torch.cuda.is_current_stream_capturing()
+    tiles = target.products(single=single, aligned=whole)
+    return Launch(head, tiles, precision, _multiprocessors(device, target), library)
+
+
+def _library_wanted(target: Target, *, single: bool) -> bool:
+    """What the table says of the library's products, or INFOPO_KERNELS_GPU_PRODUCTS."""
+    named = os.environ.get("INFOPO_KERNELS_GPU_PRODUCTS")
+    if named is None:
+        return target.library_single if single else target.library_half
+    if named not in ("library", "triton"):
+        raise ValueError(f"INFOPO_KERNELS_GPU_PRODUCTS must be 'library' or 'triton', got {named!r}; or unset it.")
+    return named == "library"
 
 
 def aligned(head: Head) -> bool:
@@ -151,6 +189,11 @@ def target_for(backend: str, arch: int | str) -> Target:
     if not older:
         raise KeyError(f"sm_{arch}")
     return max(older, key=lambda t: int(t.arch))
+
+
+def programs_at_once(device: torch.device) -> int:
+    """Programs of 4 warps that keep a device's memory busy."""
+    return 8 * _multiprocessors(device, target_of(device))
 
 
 def _multiprocessors(device: torch.device, target: Target) -> int:

@@ -60,6 +60,10 @@ class Target:
     """bfloat16 and float16 whose rows do not all begin on 16 elements, if they take tiles of their own."""
     single_unaligned: Products | None = None
     """float32 likewise."""
+    library_half: bool = False
+    """Whether dX and dW of 16-bit inputs are the library's products (`products.py`), for aligned rows."""
+    library_single: bool = False
+    """float32 likewise."""
 
     def products(self, *, single: bool, aligned: bool) -> Products:
         own, unaligned = (self.single, self.single_unaligned) if single else (self.half, self.half_unaligned)
@@ -109,6 +113,12 @@ _WIDE = Tile(128, 256, 64, warps=8, stages=3)
 # (16 MiB at H = 4096 in bfloat16) stay in L2 beside it.
 _WIDE_LOGITS = replace(_WIDE, group=16)
 
+# Whose products form dX and dW: a model until a device has been measured (`python -m benchmarks first-contact`).
+# Hopper and Blackwell: a Triton product that is neither persistent nor specialised reaches 0.76 of cuBLAS on H100
+# (float16, 8192 x 8192 x 512: 217.5 and 285.4 TFLOP/s, pull request 5726 of triton-lang/triton) and, it is assumed,
+# less than half on B200. A100: 0.96 (float16, 2944 cubed: 170.1 and 176.1, issue 6523 there), so that products on plain
+# memory stay. float32 on plain FMA units: cuBLAS', it is assumed. AMD: Triton's until somebody has seen `addmm` with a
+# float32 result there.
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -126,11 +136,38 @@ TARGETS: dict[str, Target] = {
             _SINGLE,
             _UNALIGNED,
             _SINGLE_UNALIGNED,
+            library_single=True,
         ),
         # A10, RTX 30.
-        Target("sm_86", "cuda", 86, 32, 84, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED, _SINGLE_UNALIGNED),
+        Target(
+            "sm_86",
+            "cuda",
+            86,
+            32,
+            84,
+            101_376,
+            255,
+            _99_KIB,
+            _SINGLE,
+            _UNALIGNED,
+            _SINGLE_UNALIGNED,
+            library_single=True,
+        ),
         # L4, L40, RTX 40.
-        Target("sm_89", "cuda", 89, 32, 142, 101_376, 255, _99_KIB, _SINGLE, _UNALIGNED, _SINGLE_UNALIGNED),
+        Target(
+            "sm_89",
+            "cuda",
+            89,
+            32,
+            142,
+            101_376,
+            255,
+            _99_KIB,
+            _SINGLE,
+            _UNALIGNED,
+            _SINGLE_UNALIGNED,
+            library_single=True,
+        ),
         # H100, H200.
         Target(
             "sm_90",
@@ -144,6 +181,8 @@ TARGETS: dict[str, Target] = {
             _SINGLE,
             _UNALIGNED,
             _SINGLE_UNALIGNED,
+            library_half=True,
+            library_single=True,
         ),
         # B200: tcgen05 keeps the sums in tensor memory, of which 128 x 256 float32 are half; else as H100.
         Target(
@@ -158,6 +197,8 @@ TARGETS: dict[str, Target] = {
             _SINGLE_100,
             _UNALIGNED,
             _SINGLE_UNALIGNED_100,
+            library_half=True,
+            library_single=True,
         ),
         # RTX 50, RTX PRO 6000: mma.sync again.
         Target(
@@ -172,6 +213,7 @@ TARGETS: dict[str, Target] = {
             _SINGLE_100,
             _UNALIGNED_120,
             _SINGLE_UNALIGNED_120,
+            library_single=True,
         ),
         # MI300X: 64 KiB of LDS, of which 128 x 128 x 64 takes half, so that two programs share a compute unit. 4 waves
         # hold 64 sums a lane each.

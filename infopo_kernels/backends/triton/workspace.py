@@ -95,12 +95,11 @@ def _largest(n: int, most: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def tile_layouts(launch: Launch, rows: int, slices: int, gradients: Gradients) -> tuple[Layout | None, ...]:
-    """What one chunk of rows takes: G, target logits, column sums, and three that are never needed at a time."""
+    """What one chunk of rows takes: G, column sums, and three that are never needed at a time."""
     h, dtype, tile = launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits
     ld = ceil_div(launch.vocabulary, tile.columns) * tile.columns
     return (
         ((rows, ld), dtype),
-        ((rows,), torch.float32),
         ((ceil_div(rows, NORMALISE_ROWS), ld), torch.float32) if gradients.bias is not None else None,
         ((2, ld // tile.part, rows), torch.float32),
         ((slices, rows, h), torch.float32) if gradients.hidden is not None else None,
@@ -115,7 +114,8 @@ def plan_tile(launch: Launch, gradients: Gradients) -> TilePlan | None:
     """
     budget = launch.head.workspace_bytes - SPARE
     steps = ceil_div(launch.vocabulary, launch.tiles.hidden.depth)
-    most_slices = max(1, min(MAX_SLICES, steps // 16)) if gradients.hidden is not None else 1
+    divided = gradients.hidden is not None and not launch.library
+    most_slices = max(1, min(MAX_SLICES, steps // 16)) if divided else 1
     row_bytes = launch.vocabulary * launch.head.hidden.element_size()
     n, best = launch.rows, None
     for rows in _chunk_sizes(min(n, max(1, budget // row_bytes))):

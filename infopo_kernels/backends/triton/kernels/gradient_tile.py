@@ -4,8 +4,8 @@
     p_iv = exp(z_iv - lse_i)        g_iv = c_i (1[v = label_i] - p_iv)
     G_iv = gain g_iv (1 - tanh(a_iv / softcap)^2)
 
-each element once, in float32, rounded on its way to memory as an operand of dX = G W and dW = G^T X (the factor
-`scale / gain` is left to those products; gain is that of `rows.py`).
+(p in base 2, as `logits.py` has it) each element once, in float32, rounded on its way to memory as an operand of
+dX = G W and dW = G^T X (the factor `scale / gain` is left to those products; gain is that of `rows.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.kernels.logits import (
+    capped,
     column_parts,
-    exp,
+    factor_of,
     grouped_tile,
     head_product,
+    inside,
     load_labels,
-    to_logits,
+    nats_of,
+    unit_of,
 )
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.launch import Launch, ceil_div, start_product
@@ -34,7 +37,7 @@ def store_gradient_part(
     v0,
     row_ok,
     label,
-    lse,
+    level,
     c,
     gain,
     b_ptr,
@@ -43,19 +46,23 @@ def store_gradient_part(
     ld,
     V,
     softcap,
-    scale,
+    unit,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    SPECIAL: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
 ):
-    """Columns `offs_k` of a block of G, and their sums."""
+    """Columns `offs_k` of a block of G, and their sums; SPECIAL where a label or the end of the vocabulary is there."""
     offs_v = v0 + offs_k
-    z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-    p = exp(z - lse[:, None])
-    g = c[:, None] * tl.where(offs_v[None, :] == label[:, None], 1.0 - p, -p)
+    u = inside(capped(acc, b_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs_v, V, SPECIAL, NEGATIVE)
+    # Differences first: where p is near 1 they are exact, and a float32 G has digits to lose.
+    precise: tl.constexpr = g_ptr.dtype.element_ty == tl.float32
+    p = tl.exp2((u - level[:, None]) * unit) if precise else tl.exp2(u * unit - level[:, None])
+    g = c[:, None] * (tl.where(offs_v[None, :] == label[:, None], 1.0 - p, -p) if SPECIAL else -p)
     if HAS_SOFTCAP:
-        t = z / (scale * softcap)
-        g = tl.where(offs_v[None, :] < V, g * (1.0 - t * t), 0.0)
+        slope = 1.0 - u * u
+        g = tl.where((offs_v < V)[None, :], g * slope, 0.0) if SPECIAL else g * slope
     if BIAS_GRAD:
         tl.store(db_part_ptr + offs_k, tl.sum(tl.where(row_ok[:, None], g, 0.0), axis=0) / gain)
     offs_g = offs_n.to(tl.int64)[:, None] * ld + offs_k[None, :]
@@ -89,6 +96,7 @@ def gradient_tile_kernel(
     scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,6 +106,7 @@ def gradient_tile_kernel(
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """g[i, v - v0] = G_iv (0 for v >= V), db_part[block, v - v0] = sum of G_iv / gain over the block's rows.
 
@@ -114,25 +123,40 @@ def gradient_tile_kernel(
     offs_n = begin + pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row_ok = offs_n < here
-    row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
+    row = tl.load(rows_ptr + row0 + tl.minimum(offs_n, here - 1))
     acc = head_product(
-        x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, v0 + offs_k, V, H,
+        x_ptr, row.to(tl.int64) * stride_xn, w_ptr, stride_wv, v0 + offs_k, V, H,
         BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
     )  # fmt: skip
     label = load_labels(labels_ptr, row, row_ok, V)
-    lse = tl.load(lse_ptr + row, mask=row_ok, other=0.0)
+    lse = tl.load(lse_ptr + row)
+    # lse in units of u for float32, in base 2 else (`store_gradient_part`).
+    if g_ptr.dtype.element_ty == tl.float32:
+        level = lse / factor_of(softcap, scale, HAS_SOFTCAP)
+    else:
+        level = (lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))).to(tl.float32)
     c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
     c = tl.where(label >= 0, c, float("nan"))
     gain = tl.load(gain_ptr) if HAS_GAIN else 1.0
     c = c * gain
-    offs_part = pid_n.to(tl.int64) * ld
+    unit = unit_of(softcap, scale, HAS_SOFTCAP)
+    db_part_ptr += pid_n.to(tl.int64) * ld
+    first = v0 + pid_v * BLOCK_V
+    labels_here = tl.sum(((label >= first) & (label < first + BLOCK_V)).to(tl.int32), axis=0)
     parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
-    for p in tl.static_range(BLOCK_V // PART):
-        offs_p = pid_v * BLOCK_V + p * PART + tl.arange(0, PART)
-        store_gradient_part(
-            parts[p], offs_n, offs_p, v0, row_ok, label, lse, c, gain, b_ptr, g_ptr, db_part_ptr + offs_part, ld, V,
-            softcap, scale, HAS_BIAS, HAS_SOFTCAP, BIAS_GRAD,
-        )  # fmt: skip
+    # A label of 128 rows lies in a fifth of the tiles of 256 words (V 151936): comparing every element is left to them.
+    if (labels_here > 0) | (first + BLOCK_V > V):
+        for p in tl.static_range(BLOCK_V // PART):
+            store_gradient_part(
+                parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, level, c, gain,
+                b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, True, BIAS_GRAD,
+            )  # fmt: skip
+    else:
+        for p in tl.static_range(BLOCK_V // PART):
+            store_gradient_part(
+                parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, level, c, gain,
+                b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, False, BIAS_GRAD,
+            )  # fmt: skip
 
 
 def launch_gradient_tile(
@@ -150,6 +174,9 @@ def launch_gradient_tile(
     """G [C, ld] for rows row0 .. row0 + C of the list and columns v0 .. v0 + columns, and its column sums."""
     head, tile = launch.head, launch.tiles.logits
     c, ld = g.shape
+    arguments = launch.logit_arguments
+    # With 64 columns Triton 3.5 to 3.7 spilled on sm_90.
+    arguments["PART"] = min(arguments["PART"], 32)
     start_product(
         gradient_tile_kernel,
         (ceil_div(c, tile.rows) * ceil_div(columns, tile.columns),),
@@ -172,6 +199,8 @@ def launch_gradient_tile(
         ld,
         HAS_GAIN=g.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
-        **launch.logit_arguments,
+        **arguments,
+        rows=c,
+        present=lambda: live.present(row0, c, kept=False),
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )

@@ -53,6 +53,7 @@ def hidden_product_kernel(
     PART: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """part[s, i, h] for one tile (i, h) and slice s; added to what is there if ADD."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
@@ -126,7 +127,12 @@ def store_hidden_kernel(
 
 
 def slices_of(launch: Launch, rows: int, columns: int) -> int:
-    """Slices of a sum over `columns` so that `rows` rows fill the device twice; a power of two, at most 16."""
+    """Slices of a sum over `columns` so that `rows` rows fill the device twice; a power of two, at most 16.
+
+    One for the library, which divides long sums by itself.
+    """
+    if launch.library:
+        return 1
     tile = launch.tiles.hidden
     tiles = ceil_div(rows, tile.rows) * ceil_div(launch.hidden_size, tile.columns)
     steps = ceil_div(columns, tile.depth)
@@ -165,6 +171,8 @@ def launch_hidden_product(
         PART=tile.part,
         GROUP=tile.group,
         **launch.product_arguments(tile),
+        rows=c,
+        present=lambda: live.present(row0, c),
         key=("H", "ld", "ADD"),
         in_place="part_ptr",
     )

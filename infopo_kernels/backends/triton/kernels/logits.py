@@ -4,7 +4,16 @@
 With x_i a scored row, w_v a row of the head, both as given, and everything from the product on in float32:
 
     a_iv = x_i . w_v + b_v
-    z_iv = scale * softcap * tanh(a_iv / softcap)        (scale * a_iv without a softcap), -inf for v >= V
+    u_iv = a_iv, or tanh(a_iv / softcap) with a softcap
+    z_iv = factor u_iv        factor = scale, or scale * softcap with a softcap
+
+Softmaxes are formed in base 2, where exp(z - lse) is one fused multiply-add and one instruction:
+
+    exp(z_iv - lse_i) = exp2(unit u_iv - lse2_i)        unit = factor log2(e) in float32, lse2_i = lse_i unit / factor
+
+Nothing masks the common case: rows beyond the last one and words beyond the vocabulary are copies of the last ones, so
+that loads need no mask; what belongs to copies is not stored. Only the last tile of the vocabulary (EDGE) turns its
+copies' logits into minus infinity.
 """
 
 from __future__ import annotations
@@ -13,7 +22,24 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-"""exp(x) is evaluated as exp2(x * LOG2E): one instruction on every target."""
+
+
+@triton.jit
+def factor_of(softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    return tl.cast(scale * softcap if HAS_SOFTCAP else scale, tl.float32)
+
+
+@triton.jit
+def unit_of(softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    """`unit`: the same float32 number in every kernel."""
+    return factor_of(softcap, scale, HAS_SOFTCAP) * LOG2E
+
+
+@triton.jit
+def nats_of(softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    """factor / unit in float64, so that the rounding of `unit`, which every logit has, is taken out again."""
+    factor = factor_of(softcap, scale, HAS_SOFTCAP)
+    return tl.cast(factor, tl.float64) / tl.cast(unit_of(softcap, scale, HAS_SOFTCAP), tl.float64)
 
 
 @triton.jit
@@ -71,7 +97,6 @@ def column_parts(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.const
 def head_product(
     x_ptr,
     offs_x,
-    row_ok,
     w_ptr,
     stride_wv,
     offs_v,
@@ -83,20 +108,19 @@ def head_product(
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x_i . w_v for rows at element offsets `offs_x` (int64) and columns `offs_v`; 0 where either is masked."""
+    """x_i . w_v for rows at element offsets `offs_x` (int64) and columns `offs_v`, copies of the last beyond V."""
     offs_h = tl.arange(0, BLOCK_H)
     x_ptrs = x_ptr + offs_x[:, None] + offs_h[None, :]
-    w_ptrs = w_ptr + offs_v.to(tl.int64)[None, :] * stride_wv + offs_h[:, None]
-    column_ok = offs_v < V
+    w_ptrs = w_ptr + tl.minimum(offs_v, V - 1).to(tl.int64)[None, :] * stride_wv + offs_h[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for h in range(0, H, BLOCK_H):
         if EVEN_H:
-            x = tl.load(x_ptrs, mask=row_ok[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=column_ok[None, :], other=0.0)
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
         else:
             depth_ok = offs_h < H - h
-            x = tl.load(x_ptrs, mask=row_ok[:, None] & depth_ok[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=column_ok[None, :] & depth_ok[:, None], other=0.0)
+            x = tl.load(x_ptrs, mask=depth_ok[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=depth_ok[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_H
         w_ptrs += BLOCK_H
@@ -104,21 +128,27 @@ def head_product(
 
 
 @triton.jit
-def to_logits(
-    acc,
-    b_ptr,
-    offs_v,
-    V,
-    softcap,
-    scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """z from the product: bias, softcap, scale, and -inf beyond the vocabulary (so that exp gives 0, never 1)."""
-    column_ok = offs_v < V
+def capped(acc, b_ptr, offs_v, V, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """u from the product of columns `offs_v`."""
     if HAS_BIAS:
-        acc += tl.load(b_ptr + offs_v, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(b_ptr + tl.minimum(offs_v, V - 1)).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         # tanh would turn an infinity into a plausible number; acc - acc turns it into NaN.
-        acc = softcap * tanh(acc / softcap) + (acc - acc)
-    return tl.where(column_ok[None, :], acc * scale, float("-inf"))
+        acc = tanh(acc / softcap) + (acc - acc)
+    return acc
+
+
+@triton.jit
+def inside(u, offs_v, V, EDGE: tl.constexpr, NEGATIVE: tl.constexpr):
+    """u, whose logits are -inf beyond the vocabulary (so that exp gives 0, never 1); NEGATIVE says that `unit` is."""
+    if EDGE:
+        u = tl.where((offs_v < V)[None, :], u, float("inf") if NEGATIVE else float("-inf"))
+    return u
+
+
+@triton.jit
+def row_maximum(u, unit, NEGATIVE: tl.constexpr):
+    """The largest unit u_iv of each row, and the same as a shift: 0 where all are -inf (a bias may say so), which must
+    count 0, not exp(-inf + inf)."""
+    largest = unit * (tl.min(u, axis=1) if NEGATIVE else tl.max(u, axis=1))
+    return largest, tl.where(largest == float("-inf"), 0.0, largest)

@@ -1,16 +1,17 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""Token log-probabilities: head product, online log-softmax and target gather in one kernel, then a merge.
+"""Token log-probabilities: head product and online log-softmax in one kernel, then a merge, which has the targets.
 
-For each scored row i and each slice S of the vocabulary
+For each scored row i and each slice S of the vocabulary, in base 2 (`logits.py`),
 
-    m_Si = max_{v in S} z_iv        s_Si = sum_{v in S} exp(z_iv - m_Si)        y_i = z_{i, label_i}
+    m_Si = max_{v in S} unit u_iv        s_Si = sum_{v in S} exp2(unit u_iv - m_Si)
 
 and over the slices
 
-    lse_i = M + log(sum_S s_Si exp(m_Si - M)),  M = max_S m_Si          l_i = y_i - lse_i
+    lse_i = (M + log2(sum_S s_Si exp2(m_Si - M))) factor / unit,  M = max_S m_Si          l_i = z_{i, label_i} - lse_i
 
-Logits live in registers only. Slices let a few rows fill the device; slices are merged in one order, so that two runs
-agree bitwise.
+where the logit of the label is a product of two rows of its own: 2 H multiplications a row, against a comparison with
+the label for each of the row's V logits. Logits live in registers only. Slices let a few rows fill the device; slices
+are merged in one order, so that two runs agree bitwise.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.kernels.logits import (
+    capped,
     column_parts,
-    exp,
     grouped_tile,
     head_product,
+    inside,
     load_labels,
-    to_logits,
+    nats_of,
+    row_maximum,
+    tanh,
+    unit_of,
 )
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
@@ -36,16 +41,54 @@ WAVES = 8
 MERGE_ROWS, MERGE_SLICES = 32, 32
 """Tile of the merge: 32 rows are one coalesced 128-byte access, 32 slices keep 32 of them in flight."""
 
+MERGE_DEPTH = 128
+"""Hidden units a step of the labels' logits: a warp reads 256 bytes of a row at a time."""
+
 
 @triton.jit
-def online_softmax(z, offs_v, label, running_max, running_sum, target):
-    """Maximum, sum of exponentials and target logit with the columns `offs_v` taken in."""
-    target += tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
-    new_max = tl.maximum(running_max, tl.max(z, axis=1))
-    # Logits that are all -inf so far (a bias may say so) must count 0, not exp(-inf + inf).
+def online_softmax(us, unit, running_max, running_sum, NEGATIVE: tl.constexpr):
+    """Maximum and sum of exponentials with the parts `us` of a tile taken in, one reduction over all for each."""
+    top = us[0]
+    for p in tl.static_range(1, len(us)):
+        top = tl.minimum(top, us[p]) if NEGATIVE else tl.maximum(top, us[p])
+    tile_max, _ = row_maximum(top, unit, NEGATIVE)
+    new_max = tl.maximum(running_max, tile_max)
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    running_sum = running_sum * exp(running_max - shift) + tl.sum(exp(z - shift[:, None]), axis=1)
-    return new_max, running_sum, target
+    total = tl.exp2(us[0] * unit - shift[:, None])
+    for p in tl.static_range(1, len(us)):
+        total += tl.exp2(us[p] * unit - shift[:, None])
+    return new_max, running_sum * tl.exp2(running_max - shift) + tl.sum(total, axis=1)
+
+
+@triton.jit
+def take_in(
+    parts,
+    start,
+    running_max,
+    running_sum,
+    b_ptr,
+    V,
+    softcap,
+    unit,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    EDGE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """`online_softmax` of the tile of sums that begins at the word `start`."""
+    us = ()
+    for p in tl.static_range(len(parts)):
+        offs = start + p * PART + tl.arange(0, PART)
+        u = inside(capped(parts[p], b_ptr, offs, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs, V, EDGE, NEGATIVE)
+        if HAS_SOFTCAP:
+            # One part after the other: tanh of all of them beside the sums is more than registers hold.
+            running_max, running_sum = online_softmax((u,), unit, running_max, running_sum, NEGATIVE)
+        else:
+            us = us + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no starred elements)
+    if not HAS_SOFTCAP:
+        running_max, running_sum = online_softmax(us, unit, running_max, running_sum, NEGATIVE)
+    return running_max, running_sum
 
 
 @triton.jit(do_not_specialize=["N", "slice_tiles"])
@@ -53,12 +96,10 @@ def logprob_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
-    labels_ptr,
     rows_ptr,
     count_ptr,
     max_ptr,
     sum_ptr,
-    target_ptr,
     N,
     slices,
     slice_tiles,
@@ -70,6 +111,7 @@ def logprob_kernel(
     scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -77,8 +119,9 @@ def logprob_kernel(
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """max[S, i] = m_Si, sum[S, i] = s_Si, target[i] = y_i for the rows and the slice S of one program."""
+    """max[S, i] = m_Si, sum[S, i] = s_Si for the rows and the slice S of one program."""
     count = tl.load(count_ptr)
     num_n = tl.cdiv(count, BLOCK_N)
     pid = tl.program_id(0)
@@ -86,36 +129,76 @@ def logprob_kernel(
         return
     pid_n, pid_s = grouped_tile(pid, num_n, slices, GROUP)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ok = offs_n < count
-    row = tl.load(rows_ptr + offs_n, mask=row_ok, other=0)
-    label = load_labels(labels_ptr, row, row_ok, V)
+    row = tl.load(rows_ptr + tl.minimum(offs_n, count - 1))
     offs_x = row.to(tl.int64) * stride_xn
+    unit = unit_of(softcap, scale, HAS_SOFTCAP)
 
     running_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_N,), tl.float32)
-    target = tl.zeros((BLOCK_N,), tl.float32)
     begin = pid_s * slice_tiles * BLOCK_V
     end = tl.minimum(begin + slice_tiles * BLOCK_V, V)
     for start in range(begin, end, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
         acc = head_product(
-            x_ptr, offs_x, row_ok, w_ptr, stride_wv, offs_v, V, H, BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION
+            x_ptr, offs_x, w_ptr, stride_wv, start + tl.arange(0, BLOCK_V), V, H,
+            BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
         )  # fmt: skip
         parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
-        for p in tl.static_range(BLOCK_V // PART):
-            offs_p = start + p * PART + tl.arange(0, PART)
-            z = to_logits(parts[p], b_ptr, offs_p, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-            running_max, running_sum, target = online_softmax(z, offs_p, label, running_max, running_sum, target)
+        if start + BLOCK_V > V:
+            running_max, running_sum = take_in(
+                parts, start, running_max, running_sum, b_ptr, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
+                True, PART,
+            )  # fmt: skip
+        else:
+            running_max, running_sum = take_in(
+                parts, start, running_max, running_sum, b_ptr, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
+                False, PART,
+            )  # fmt: skip
 
+    row_ok = offs_n < count
     offs_part = pid_s.to(tl.int64) * N + offs_n
     tl.store(max_ptr + offs_part, running_max, mask=row_ok)
     tl.store(sum_ptr + offs_part, running_sum, mask=row_ok)
-    here = (label >= begin) & (label < end)
-    tl.store(target_ptr + offs_n, target, mask=row_ok & here)
+
+
+@triton.jit
+def target_logits(
+    x_ptr,
+    offs_x,
+    w_ptr,
+    stride_wv,
+    b_ptr,
+    label,
+    ok,
+    H,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """z_{i, label_i}; NaN where the label lies outside the vocabulary."""
+    offs_h = tl.arange(0, BLOCK_H)
+    offs_w = label.to(tl.int64) * stride_wv
+    sums = tl.zeros((ROWS, BLOCK_H), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        there = ok[:, None] & (offs_h < H - h)[None, :]
+        x = tl.load(x_ptr + offs_x[:, None] + (h + offs_h)[None, :], mask=there, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + offs_w[:, None] + (h + offs_h)[None, :], mask=there, other=0.0).to(tl.float32)
+        sums += x * w
+    a = tl.sum(sums, axis=1)
+    if HAS_BIAS:
+        a += tl.load(b_ptr + label, mask=ok, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        a = softcap * (tanh(a / softcap) + (a - a))
+    return tl.where(ok, a * scale, float("nan"))
 
 
 @triton.jit(do_not_specialize=["row0", "C", "parts", "stride_mt"])
 def merge_kernel(
+    x_ptr,
+    w_ptr,
+    b_ptr,
     max_ptr,
     sum_ptr,
     target_ptr,
@@ -129,10 +212,20 @@ def merge_kernel(
     parts,
     stride_mt,
     V,
+    H,
+    stride_xn,
+    stride_wv,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """l and lse of rows row0 .. row0 + C of the list from partial results max [parts, stride_mt], sum [parts, C]."""
+    """l and lse of rows row0 .. row0 + C of the list from partial results max [parts, stride_mt], sum [parts, C]; with
+    KEEP target[i] = z_{i, label_i} as well."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
     pid = tl.program_id(0)
     if pid * BLOCK_N >= here:
@@ -150,14 +243,22 @@ def merge_kernel(
         part_sum = tl.load(sum_ptr + offs_sum, mask=ok, other=0.0)
         new_max = tl.maximum(total_max, tl.max(part_max, axis=0))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        total_sum = total_sum * exp(total_max - shift) + tl.sum(part_sum * exp(part_max - shift[None, :]), axis=0)
+        total_sum = total_sum * tl.exp2(total_max - shift) + tl.sum(
+            part_sum * tl.exp2(part_max - shift[None, :]), axis=0
+        )
         total_max = new_max
-    lse = total_max + tl.log(total_sum)
+    lse2 = total_max.to(tl.float64) + tl.log2(total_sum).to(tl.float64)
+    lse = lse2 * nats_of(softcap, scale, HAS_SOFTCAP)
     row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
     label = load_labels(labels_ptr, row, row_ok, V)
-    target = tl.load(target_ptr + offs_n, mask=row_ok & (label >= 0), other=float("nan"))
-    tl.store(logp_ptr + row, target - lse, mask=row_ok)
-    tl.store(lse_ptr + row, lse, mask=row_ok)
+    target = target_logits(
+        x_ptr, row.to(tl.int64) * stride_xn, w_ptr, stride_wv, b_ptr, label, label >= 0, H, softcap, scale,
+        HAS_BIAS, HAS_SOFTCAP, BLOCK_N, BLOCK_H,
+    )  # fmt: skip
+    if KEEP:
+        tl.store(target_ptr + offs_n, target, mask=row_ok)
+    tl.store(logp_ptr + row, (target.to(tl.float64) - lse).to(tl.float32), mask=row_ok)
+    tl.store(lse_ptr + row, lse.to(tl.float32), mask=row_ok)
 
 
 def slices_of(launch: Launch) -> tuple[int, int]:
@@ -187,30 +288,29 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     n, head = launch.rows, launch.head
     slices, slice_tiles = slices_of(launch)
     arguments = launch.logit_arguments
-    if head.softcap is not None and head.hidden.dtype != torch.float32:
-        # tanh beside running sums of 128 x 256 logits spilled on sm_90.
+    if head.softcap is not None:
+        # tanh beside running sums of 128 x 256 logits spilled on sm_90, of float32 on sm_80 with Triton 3.9.
         arguments["PART"] = min(arguments["PART"], 32)
     partial = torch.empty(2, slices, n, dtype=torch.float32, device=labels.device)
-    target = torch.empty(n, dtype=torch.float32, device=labels.device)
     start_product(
         logprob_kernel,
         (ceil_div(n, launch.tiles.logits.rows) * slices,),
         head.hidden,
         head.weight,
         head.bias,
-        labels,
         live.index,
         live.count,
         partial[0],
         partial[1],
-        target,
         n,
         slices,
         slice_tiles,
         **arguments,
+        rows=n,
+        present=lambda: live.present(0, n),
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )
-    launch_merge(launch, labels, live, partial[0], partial[1], target, logp, lse, row0=0)
+    launch_merge(launch, labels, live, partial[0], partial[1], logp, lse, row0=0)
 
 
 def launch_merge(
@@ -219,14 +319,20 @@ def launch_merge(
     live: LiveRows,
     part_max: torch.Tensor,
     part_sum: torch.Tensor,
-    target: torch.Tensor,
     logp: torch.Tensor,
     lse: torch.Tensor,
     row0: int,
+    target: torch.Tensor | None = None,
 ) -> None:
-    """l and lse of the rows of the list that the partial results [parts, C] stand for; `part_max` may have a stride."""
-    parts, c = part_sum.shape
+    """l and lse of the rows of the list that the partial results [parts, C] stand for; `part_max` may have a stride.
+
+    With `target` [C] the logits of their labels as well.
+    """
+    (parts, c), head = part_sum.shape, launch.head
     merge_kernel[(ceil_div(c, MERGE_ROWS),)](
+        head.hidden,
+        head.weight,
+        head.bias,
         part_max,
         part_sum,
         target,
@@ -240,8 +346,17 @@ def launch_merge(
         parts,
         part_max.stride(0),
         launch.vocabulary,
+        launch.hidden_size,
+        head.hidden.stride(0),
+        head.weight.stride(0),
+        1.0 if head.softcap is None else head.softcap,
+        head.scale,
+        HAS_BIAS=head.bias is not None,
+        HAS_SOFTCAP=head.softcap is not None,
+        KEEP=target is not None,
         BLOCK_N=MERGE_ROWS,
         BLOCK_S=MERGE_SLICES,
+        BLOCK_H=MERGE_DEPTH,
         num_warps=4,
         **FUSED,
     )

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-"""InfoPO (`infopo_kernels.objectives.infopo`, equations (1) to (8)) in one launch.
+"""InfoPO (`infopo_kernels.objectives.infopo`, equations (1) to (8)) in two launches.
 
 For sequence s, rows cu[s] .. cu[s + 1], n_s of them scored, u_s its weight (1 if none is given), all in float64:
 
@@ -12,8 +12,8 @@ For sequence s, rows cu[s] .. cu[s + 1], n_s of them scored, u_s its weight (1 i
              = u_s weight_s k_s / P                     rejected
     loss     = (sum_s u_s term_s - sft sum_{chosen} u_s sum_t l_t / n_s) / P          bound = -sum_s u_s term_s / P
 
-One program walks all sequences: 8 bytes a row, while a product of the same rows moves thousands. So the sums have one
-order, and no other program has to be waited for.
+One program a sequence; a last one adds their terms in one order, so that two runs agree bitwise. Bounds that nobody
+could check without waiting for the device never lead outside the rows: a sequence whose bounds are wrong has L_s = NaN.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from infopo_kernels.objectives import Evaluation, InfoPO, Sequences
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows
 
-BLOCK = 4096
-"""Rows a step: 8 warps with 16 loads in flight each."""
+BLOCK = 1024
+"""Rows a step: 4 warps with 8 loads in flight each; a sequence has hundreds to thousands of rows."""
+
+TOTAL_BLOCK = 256
+"""Sequences a step of the last program."""
 
 
 @triton.jit(do_not_specialize=["N", "S"])
@@ -41,8 +44,7 @@ def objective_kernel(
     chosen_ptr,
     ref_ptr,
     u_ptr,
-    loss_ptr,
-    bound_ptr,
+    terms_ptr,
     logps_ptr,
     rewards_ptr,
     weights_ptr,
@@ -60,57 +62,71 @@ def objective_kernel(
     IGNORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """loss, bound; logps[s] = L_s, rewards[s] = beta Delta_s, weights[s] = u_s weight_s; dl[t] = d loss / d l_t."""
+    """terms[s] = u_s term_s, sft[s]; logps[s] = L_s, rewards[s] = beta Delta_s, weights[s] = u_s weight_s;
+    dl[t] = d loss / d l_t for the rows of one sequence."""
+    s = tl.program_id(0)
+    first = tl.load(cu_ptr + s).to(tl.int64)
+    last = tl.load(cu_ptr + s + 1).to(tl.int64)
+    sound = (first < last) & (first >= 0) & (last <= N) & ((s > 0) | (first == 0)) & ((s < S - 1) | (last == N))
+    begin = tl.where(sound, first, 0).to(tl.int32)
+    end = tl.where(sound, last, 0).to(tl.int32)
     offs = tl.arange(0, BLOCK)
-    terms = tl.full((), 0.0, tl.float64)
-    sft_terms = tl.full((), 0.0, tl.float64)
-    for s in range(0, S):
-        begin = tl.maximum(tl.load(cu_ptr + s).to(tl.int32), 0)
-        end = tl.minimum(tl.load(cu_ptr + s + 1).to(tl.int32), N)
-        sums = tl.zeros((BLOCK,), tl.float64)
-        counts = tl.zeros((BLOCK,), tl.int32)
-        for start in range(begin, end, BLOCK):
-            offs_n = start + offs
-            inside = offs_n < end
-            scored = tl.load(labels_ptr + offs_n, mask=inside, other=IGNORE) != IGNORE
-            sums += tl.load(logp_ptr + offs_n, mask=scored, other=0.0).to(tl.float64)
-            counts += scored.to(tl.int32)
-        count = tl.sum(counts, axis=0)
-        # A sequence without a scored token has no log-probability; 0 would be a plausible number.
-        total = tl.where(count > 0, tl.sum(sums, axis=0), float("nan"))
-        length = count.to(tl.float64)
-        mean = total / length
-        level = mean if AVERAGE else total
+    sums = tl.zeros((BLOCK,), tl.float64)
+    counts = tl.zeros((BLOCK,), tl.int32)
+    for start in range(begin, end, BLOCK):
+        offs_n = start + offs
+        inside = offs_n < end
+        scored = tl.load(labels_ptr + offs_n, mask=inside, other=IGNORE) != IGNORE
+        sums += tl.load(logp_ptr + offs_n, mask=scored, other=0.0).to(tl.float64)
+        counts += scored.to(tl.int32)
+    count = tl.sum(counts, axis=0)
+    # A sequence without a scored token has no log-probability; 0 would be a plausible number.
+    total = tl.where(count > 0, tl.sum(sums, axis=0), float("nan"))
+    length = count.to(tl.float64)
+    mean = total / length
+    level = mean if AVERAGE else total
 
-        chosen = tl.load(chosen_ptr + s) != 0
-        reward = beta * (level - tl.load(ref_ptr + s))
-        log_weight = reward - offset
-        # Comparisons are written so that NaN stays: minimum and maximum would drop it.
-        over = log_weight > max_log_weight
-        growth = tl.exp(tl.where(over, max_log_weight, log_weight))
-        term = tl.where(chosen, -reward, growth * (1.0 + tl.where(over, log_weight - max_log_weight, 0.0)))
-        weight = beta * tl.where(chosen, 1.0, tl.where(log_weight < min_log_weight, 0.0, growth))
-        sft_term = tl.where(chosen, -sft_weight * mean, 0.0)
-        if WEIGHTED:
-            u = tl.load(u_ptr + s)
-            term, weight, sft_term, sft = u * term, u * weight, u * sft_term, u * sft_weight
-        else:
-            sft = sft_weight
-        per_row = weight / length if AVERAGE else weight
-        per_row = tl.where(chosen, -per_row - sft / length, per_row) / num_pairs
-        terms += term
-        sft_terms += sft_term
+    chosen = tl.load(chosen_ptr + s) != 0
+    reward = beta * (level - tl.load(ref_ptr + s))
+    log_weight = reward - offset
+    # Comparisons are written so that NaN stays: minimum and maximum would drop it.
+    over = log_weight > max_log_weight
+    growth = tl.exp(tl.where(over, max_log_weight, log_weight))
+    term = tl.where(chosen, -reward, growth * (1.0 + tl.where(over, log_weight - max_log_weight, 0.0)))
+    weight = beta * tl.where(chosen, 1.0, tl.where(log_weight < min_log_weight, 0.0, growth))
+    sft_term = tl.where(chosen, -sft_weight * mean, 0.0)
+    if WEIGHTED:
+        u = tl.load(u_ptr + s)
+        term, weight, sft_term, sft = u * term, u * weight, u * sft_term, u * sft_weight
+    else:
+        sft = sft_weight
+    per_row = weight / length if AVERAGE else weight
+    per_row = tl.where(chosen, -per_row - sft / length, per_row) / num_pairs
+    tl.store(terms_ptr + s, term)
+    tl.store(terms_ptr + S + s, sft_term)
+    tl.store(logps_ptr + s, level)
+    tl.store(rewards_ptr + s, reward)
+    tl.store(weights_ptr + s, weight)
+    for start in range(begin, end, BLOCK):
+        offs_n = start + offs
+        inside = offs_n < end
+        scored = tl.load(labels_ptr + offs_n, mask=inside, other=IGNORE) != IGNORE
+        tl.store(dl_ptr + offs_n, tl.where(scored, per_row, 0.0).to(dl_ptr.dtype.element_ty), mask=inside)
 
-        tl.store(logps_ptr + s, level)
-        tl.store(rewards_ptr + s, reward)
-        tl.store(weights_ptr + s, weight)
-        for start in range(begin, end, BLOCK):
-            offs_n = start + offs
-            inside = offs_n < end
-            scored = tl.load(labels_ptr + offs_n, mask=inside, other=IGNORE) != IGNORE
-            tl.store(dl_ptr + offs_n, tl.where(scored, per_row, 0.0).to(dl_ptr.dtype.element_ty), mask=inside)
-    tl.store(loss_ptr, (terms + sft_terms) / num_pairs)
-    tl.store(bound_ptr, -terms / num_pairs)
+
+@triton.jit(do_not_specialize=["S"])
+def total_kernel(terms_ptr, loss_ptr, bound_ptr, S, num_pairs: tl.float64, BLOCK: tl.constexpr):
+    """loss and bound from the terms [2, S]."""
+    offs = tl.arange(0, BLOCK)
+    terms = tl.zeros((BLOCK,), tl.float64)
+    sft_terms = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, S, BLOCK):
+        inside = start + offs < S
+        terms += tl.load(terms_ptr + start + offs, mask=inside, other=0.0)
+        sft_terms += tl.load(terms_ptr + S + start + offs, mask=inside, other=0.0)
+    total = tl.sum(terms, axis=0)
+    tl.store(loss_ptr, (total + tl.sum(sft_terms, axis=0)) / num_pairs)
+    tl.store(bound_ptr, -total / num_pairs)
 
 
 def launch_objective(objective: InfoPO, logp: torch.Tensor, rows: Rows, sequences: Sequences) -> Evaluation:
@@ -119,16 +135,17 @@ def launch_objective(objective: InfoPO, logp: torch.Tensor, rows: Rows, sequence
     n, s, device = logp.numel(), sequences.is_chosen.numel(), logp.device
     loss, bound = (torch.empty((), dtype=torch.float64, device=device) for _ in range(2))
     logps, rewards, weights = (torch.empty(s, dtype=torch.float64, device=device) for _ in range(3))
-    row_weight = torch.empty(n, dtype=logp.dtype, device=device)
-    objective_kernel[(1,)](
+    terms = torch.empty(2, s, dtype=torch.float64, device=device)
+    # Rows that no sequence has, where bounds are wrong, are NaN too.
+    row_weight = torch.full((n,), math.nan, dtype=logp.dtype, device=device)
+    objective_kernel[(s,)](
         logp,
         rows.labels,
         rows.cu_seqlens.contiguous(),
         sequences.is_chosen.contiguous(),
         sequences.ref_logps.contiguous(),
         None if sequences.weights is None else sequences.weights.contiguous(),
-        loss,
-        bound,
+        terms,
         logps,
         rewards,
         weights,
@@ -145,7 +162,8 @@ def launch_objective(objective: InfoPO, logp: torch.Tensor, rows: Rows, sequence
         WEIGHTED=sequences.weights is not None,
         IGNORE=IGNORE_INDEX,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=4,
         **FUSED,
     )
+    total_kernel[(1,)](terms, loss, bound, s, float(sequences.num_pairs), BLOCK=TOTAL_BLOCK, num_warps=1, **FUSED)
     return Evaluation(loss, bound, logps, rewards, weights, row_weight)

@@ -30,16 +30,26 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class LiveRows:
-    """The rows that are computed. Both tensors live on the device of the labels."""
+    """The rows that are computed. All tensors live on the device of the labels."""
 
     index: torch.Tensor
     """[N] int32; the first `count` entries hold row numbers, ascending; the others are not defined."""
+    numbers: torch.Tensor
+    """[3] int32: the memory of the next three, which so reach the host in one copy."""
     count: torch.Tensor
     """[1] int32."""
-    gain: torch.Tensor
-    """[1] float32, a power of two; defined only where it was asked for."""
     kept: torch.Tensor
     """[1] int32; as many rows at the head of the list have their logits kept (`kept.py`), 0 in most calls."""
+    gain: torch.Tensor
+    """[1] float32, a power of two; defined only where it was asked for."""
+
+    def present(self, row0: int, rows: int, *, kept: bool = True) -> int:
+        """How many of the rows row0 .. row0 + rows of the list there are, with those whose logits are kept or without.
+
+        The host waits for the device.
+        """
+        count, first, _ = (min(max(number - row0, 0), rows) for number in self.numbers.tolist())
+        return count if kept else count - first
 
 
 @triton.jit
@@ -108,12 +118,9 @@ def new_list(labels: torch.Tensor) -> LiveRows:
     n, device = labels.numel(), labels.device
     if n >= 2**31 - BLOCK:
         raise ValueError(f"`labels` must have fewer than 2^31 - {BLOCK} rows on a GPU, got {n}; split the batch.")
-    return LiveRows(
-        torch.empty(n, dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
-        torch.empty(1, dtype=torch.float32, device=device),
-        torch.empty(1, dtype=torch.int32, device=device),
-    )
+    numbers = torch.empty(3, dtype=torch.int32, device=device)
+    count, kept, gain = numbers.split(1)
+    return LiveRows(torch.empty(n, dtype=torch.int32, device=device), numbers, count, kept, gain.view(torch.float32))
 
 
 def find_live_rows(

@@ -1,16 +1,16 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 """Logits of a chunk of rows kept once, as unnormalised probabilities, and turned into G when the logsumexp is known.
 
-The first kernel forms the logits and keeps, relative to the maximum m of a row within its own part T of the vocabulary
-(64 words; 32 where rows are not aligned),
+The first kernel forms the logits, in base 2 (`logits.py`), and keeps, relative to the maximum m of a row within its own
+part T of the vocabulary (64 words; 32 where rows are not aligned),
 
-    Q_iv = exp(z_iv - m_Ti) * (1 - tanh(a_iv / softcap)^2)      m_Ti, s_Ti = sum_{v in T} exp(z_iv - m_Ti), y_i
+    Q_iv = exp2(unit u_iv - m_Ti) * (1 - tanh(a_iv / softcap)^2)    m_Ti, s_Ti = sum_{v in T} exp2(unit u_iv - m_Ti)
 
 whose largest value is 1, so that rounding Q to the input type costs a relative half step like rounding G itself; the
 softmax's sum is taken from float32 before it. Q lies in the workspace, row after row, or part after part in the memory
 of a weight gradient (`kept.py`). With lse from the merge, the second kernel finishes in place
 
-    G_iv = -c_i gain exp(m_Ti - lse_i) Q_iv                     for v != label_i
+    G_iv = -c_i gain exp2(m_Ti - lse2_i) Q_iv                   for v != label_i
     G_iv = c_i gain (1 - exp(l_i)) (1 - (z_iy / (scale softcap))^2),  z_iy = l_i + lse_i,    for v = label_i
 
 (gain from `rows.py`; the factor `scale` is left to the products). One product, where forming G with a known
@@ -24,13 +24,17 @@ import triton
 import triton.language as tl
 
 from infopo_kernels.backends.triton.kernels.logits import (
+    capped,
     column_parts,
     exp,
     grouped_tile,
     head_product,
+    inside,
     load_labels,
+    nats_of,
+    row_maximum,
     rows_first,
-    to_logits,
+    unit_of,
 )
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
@@ -45,12 +49,10 @@ def store_softmax_part(
     part,
     offs_n,
     row_ok,
-    label,
     b_ptr,
     q_ptr,
     max_ptr,
     sum_ptr,
-    target_ptr,
     C,
     num_parts,
     stride_qt,
@@ -58,28 +60,25 @@ def store_softmax_part(
     stride_mt,
     V,
     softcap,
-    scale,
+    unit,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    EDGE: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Columns part * PART .. (part + 1) * PART of Q, with their maximum and sum."""
-    # The last tile of the vocabulary may begin parts that nobody has room for.
-    row_ok = row_ok & (offs_n < tl.where(part < num_parts, C, 0))
+    if EDGE:
+        # The last tile of the vocabulary may begin parts that nobody has room for.
+        row_ok = row_ok & (offs_n < tl.where(part < num_parts, C, 0))
     offs_v = part * PART + tl.arange(0, PART)
-    z = to_logits(acc, b_ptr, offs_v, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-    target = tl.sum(tl.where(offs_v[None, :] == label[:, None], z, 0.0), axis=1)
-    inside = (label >= part * PART) & (label < part * PART + PART)
-    tl.store(target_ptr + offs_n, target, mask=row_ok & inside)
-
-    part_max = tl.max(z, axis=1)
-    shift = tl.where(part_max == float("-inf"), 0.0, part_max)
-    q = exp(z - shift[:, None])
+    u = inside(capped(acc, b_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs_v, V, EDGE, NEGATIVE)
+    part_max, shift = row_maximum(u, unit, NEGATIVE)
+    q = tl.exp2(u * unit - shift[:, None])
     tl.store(max_ptr + part.to(tl.int64) * stride_mt + offs_n, part_max, mask=row_ok)
     tl.store(sum_ptr + part.to(tl.int64) * C + offs_n, tl.sum(q, axis=1), mask=row_ok)
     if HAS_SOFTCAP:
-        t = z / (scale * softcap)
-        q = tl.where(offs_v[None, :] < V, q * (1.0 - t * t), 0.0)
+        q = tl.where((offs_v < V)[None, :], q * (1.0 - u * u), 0.0) if EDGE else q * (1.0 - u * u)
     offs_q = part.to(tl.int64) * stride_qt + offs_n.to(tl.int64)[:, None] * stride_qn + tl.arange(0, PART)[None, :]
     tl.store(q_ptr + offs_q, q.to(q_ptr.dtype.element_ty), mask=row_ok[:, None])
 
@@ -89,13 +88,11 @@ def softmax_tile_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
-    labels_ptr,
     rows_ptr,
     count_ptr,
     q_ptr,
     max_ptr,
     sum_ptr,
-    target_ptr,
     row0,
     C,
     num_parts,
@@ -110,6 +107,7 @@ def softmax_tile_kernel(
     scale,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -117,8 +115,9 @@ def softmax_tile_kernel(
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """q[T, i, v - PART T] = Q_iv (0 for v >= V), max[T, i] = m_Ti, sum[T, i] = s_Ti, target[i] = y_i."""
+    """q[T, i, v - PART T] = Q_iv (0 for v >= V), max[T, i] = m_Ti, sum[T, i] = s_Ti."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
     num_n = tl.cdiv(here, BLOCK_N)
     num_v = tl.cdiv(V, BLOCK_V)
@@ -129,26 +128,37 @@ def softmax_tile_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
     row_ok = offs_n < here
-    row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
+    row = tl.load(rows_ptr + row0 + tl.minimum(offs_n, here - 1))
     acc = head_product(
-        x_ptr, row.to(tl.int64) * stride_xn, row_ok, w_ptr, stride_wv, offs_v, V, H,
+        x_ptr, row.to(tl.int64) * stride_xn, w_ptr, stride_wv, offs_v, V, H,
         BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
     )  # fmt: skip
-    label = load_labels(labels_ptr, row, row_ok, V)
+    unit = unit_of(softcap, scale, HAS_SOFTCAP)
     parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
-    for p in tl.static_range(BLOCK_V // PART):
-        store_softmax_part(
-            parts[p], pid_v * (BLOCK_V // PART) + p, offs_n, row_ok, label, b_ptr, q_ptr, max_ptr, sum_ptr, target_ptr,
-            C, num_parts, stride_qt, stride_qn, stride_mt, V, softcap, scale, HAS_BIAS, HAS_SOFTCAP, PART,
-        )  # fmt: skip
+    if pid_v == num_v - 1:
+        for p in tl.static_range(BLOCK_V // PART):
+            store_softmax_part(
+                parts[p], pid_v * (BLOCK_V // PART) + p, offs_n, row_ok, b_ptr, q_ptr, max_ptr, sum_ptr,
+                C, num_parts, stride_qt, stride_qn, stride_mt, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
+                True, PART,
+            )  # fmt: skip
+    else:
+        for p in tl.static_range(BLOCK_V // PART):
+            store_softmax_part(
+                parts[p], pid_v * (BLOCK_V // PART) + p, offs_n, row_ok, b_ptr, q_ptr, max_ptr, sum_ptr,
+                C, num_parts, stride_qt, stride_qn, stride_mt, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
+                False, PART,
+            )  # fmt: skip
 
 
 @triton.jit
 def normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP: tl.constexpr):
     """G / gain from Q."""
+    lse2 = lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))
     # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well. It is -inf where the
     # label's logit is, and the gradient is finite there.
-    other_columns = -c * exp(part_max - lse) + tl.where(logp == logp, 0.0, logp)
+    shifted = tl.exp2((part_max.to(tl.float64) - lse2).to(tl.float32))
+    other_columns = -c * shifted + tl.where(logp == logp, 0.0, logp)
     at_label = c * (1.0 - exp(logp))
     if HAS_SOFTCAP:
         t = (logp + lse) / (scale * softcap)
@@ -206,15 +216,13 @@ def normalise_kernel(
 
 def launch_softmax_tile(
     launch: Launch,
-    labels: torch.Tensor,
     live: LiveRows,
     q: torch.Tensor,
     part_max: torch.Tensor,
     part_sum: torch.Tensor,
-    target: torch.Tensor,
     row0: int,
 ) -> None:
-    """Q [parts, C, PART], (max, sum) [parts, C] and target [C] for rows row0 .. row0 + C of the list.
+    """Q [parts, C, PART] and (max, sum) [parts, C] for rows row0 .. row0 + C of the list.
 
     `q` and `part_max` may have any strides whose last one is 1; `parts` cover the vocabulary at least.
     """
@@ -226,13 +234,11 @@ def launch_softmax_tile(
         head.hidden,
         head.weight,
         head.bias,
-        labels,
         live.index,
         live.count,
         q,
         part_max,
         part_sum,
-        target,
         row0,
         c,
         parts,
@@ -240,6 +246,8 @@ def launch_softmax_tile(
         q.stride(1),
         part_max.stride(0),
         **launch.logit_arguments,
+        rows=c,
+        present=lambda: live.present(row0, c),
         key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
     )
 

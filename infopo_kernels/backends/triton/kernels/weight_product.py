@@ -82,6 +82,7 @@ def weight_product_kernel(
     PART: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """dw[v, h] of one tile, added to what is there if ADD; dw [columns, H] is contiguous and may be 16-bit."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
@@ -176,6 +177,8 @@ def launch_weight_product(
         PART=tile.part,
         GROUP=tile.group,
         **launch.product_arguments(tile),
+        rows=gathered.shape[0],
+        present=lambda: live.present(row0, gathered.shape[0]),
         key=("H", "ld", "ADD"),
         in_place="dw_ptr",
     )
