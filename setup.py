@@ -1,7 +1,7 @@
 """The optional C++ extension, and the README as a package index shows it. Everything else is in pyproject.toml.
 
 Without a compiler, without torch at build time, or with INFOPO_KERNELS_SKIP_EXTENSION=1, the package installs without
-its native CPU kernels and prints a message. On a CPU it then uses plain PyTorch.
+its C++ kernels and prints a message. On a CPU it then uses plain PyTorch.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def say(message: str) -> None:
 def extension_arguments() -> dict[str, Any]:
     """`ext_modules` and `cmdclass`. If the extension cannot be built: prints the reason and returns nothing."""
     if os.environ.get("INFOPO_KERNELS_SKIP_EXTENSION", "") not in ("", "0"):
-        say("INFOPO_KERNELS_SKIP_EXTENSION is set: installing without the native CPU kernels.")
+        say("INFOPO_KERNELS_SKIP_EXTENSION is set: installing without the C++ kernels.")
         return {}
     try:
         from torch.utils import cpp_extension
     except ImportError as error:
         say(
-            f"torch cannot be imported at build time ({error}): installing without the native CPU kernels. "
+            f"torch cannot be imported at build time ({error}): installing without the C++ kernels. "
             "Install torch first and pass --no-build-isolation to have them."
         )
         return {}
@@ -48,7 +48,7 @@ def extension_arguments() -> dict[str, Any]:
                 super().run()
             except Exception as error:
                 self.extensions: list[Any] = []  # the next step would copy files that do not exist
-                say(f"the extension did not build ({error}): installing without the native CPU kernels.")
+                say(f"the extension did not build ({error}): installing without the C++ kernels.")
             if self.inplace:  # a file of one Python's own ABI, from before the stable one, would be found first
                 for stale in glob.glob("infopo_kernels/_C.cpython-*"):
                     os.remove(stale)

@@ -18,7 +18,7 @@ _COMMANDS: Final = {
     "show": ("benchmarks.report", "tables and plots of records, without measuring"),
     "compare": ("benchmarks.compare", "what became slower between two speed records"),
     "pages": ("benchmarks.pages", "write the figures of README and docs from the committed records"),
-    "cpu-targets": ("benchmarks.parts.cpu_targets", "the targets of the native CPU kernels"),
+    "cpu-targets": ("benchmarks.parts.cpu_targets", "the targets of the C++ kernels"),
     "packing": ("benchmarks.parts.packing", "what packs and shared prompts save"),
     "long-context-training": ("benchmarks.parts.long_context_training", "training steps of up to 128k tokens"),
     "tuning-sweep": ("benchmarks.parts.tuning_sweep", "which beta and learning rate to start from"),
@@ -28,6 +28,9 @@ _COMMANDS: Final = {
     "gpu-kernels": ("benchmarks.gpu.gpu_kernels", "the GPU kernels against bare products, on a GPU"),
 }
 """Commands, each a module with a `main(words)`, imported when it is run."""
+
+
+# Functions import here what they use: a command that needs one part does not wait for the import of all.
 
 
 def _parser() -> argparse.ArgumentParser:

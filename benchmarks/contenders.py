@@ -1,7 +1,8 @@
 """The table of contenders: each implementation through its public interface, in its own best setting.
 
 An implementation gives the reference-free InfoPO loss of a `Batch`, differentiable, and log-probabilities. If it only
-knows token losses, the same few lines of plain PyTorch (`Batch.loss`) form the loss from them.
+knows token losses, the same few lines of plain PyTorch (`Batch.loss`) form the loss from them. Each package is
+optional, so a contender imports its own when it is called.
 """
 
 from __future__ import annotations

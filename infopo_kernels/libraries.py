@@ -36,7 +36,7 @@ def require_torch() -> None:
             raise
         raise ImportError(
             "infopo_kernels needs PyTorch, which is not installed; run: pip install torch (PyTorch's pages list the "
-            "command for each accelerator). To build the native CPU kernels too, install infopo_kernels after it with: "
+            "command for each accelerator). To build the C++ kernels too, install infopo_kernels after it with: "
             "pip install --no-build-isolation infopo_kernels",
             name="torch",
         ) from error

@@ -76,7 +76,7 @@ class KernelOptions:
     """Which backend runs and how much memory it may take.
 
     Args:
-        backend: "auto", "cpp" (native CPU kernels), "triton" (GPU kernels) or "torch" (plain PyTorch, any device).
+        backend: "auto", "cpp" (C++ kernels, CPU), "triton" (GPU kernels) or "torch" (plain PyTorch, any device).
         workspace_mib: bound, in MiB, on the memory that a call allocates beyond its results, for any number of tokens
             and any vocabulary; None takes 32 on a CPU and 256 on a GPU.
 

@@ -1,4 +1,4 @@
-"""Features of the native CPU kernels alone: instruction sets, threads, schedules chosen by size, a bound on memory."""
+"""Features of the C++ kernels alone: instruction sets, threads, schedules chosen by size, a bound on memory."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from benchmarks.measure.environment import environment
 from benchmarks.parts import cpu_targets, long_context_training, packing, tuning_sweep
 from benchmarks.parts.long_context_training import Model, Setup
 from infopo_kernels.backends.dispatch import unavailable_reason
+from tests.training_fixtures import save_tiny_model
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
@@ -88,8 +89,6 @@ def test_cpu_targets_merge_by_case(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A small random model and tokenizer instead of SmolLM2's."""
-    from tests.training_fixtures import save_tiny_model
-
     folder = tmp_path / "model"
     save_tiny_model(folder)
     for module in (packing, tuning_sweep):

@@ -19,7 +19,7 @@ from tests.primitives import plain
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 N, H, V = 19, 24, 500
 TILE = 96
-"""Vocabulary entries of a tile of the native kernels. Their blocks have at most 3072, tiles of plain PyTorch 4096."""
+"""Vocabulary entries of a tile of the C++ kernels. Their blocks have at most 3072, tiles of plain PyTorch 4096."""
 
 
 @pytest.fixture(params=support.CPU_BACKENDS)

@@ -275,15 +275,20 @@ def test_every_refusal_names_reason_and_way_out() -> None:
     assert attached(**inputs).logits.shape == (4, 12, V)
 
 
+def attached_with_adapter(model: Any, config: Any, first: str) -> Any:
+    """The model with both, in either order."""
+    peft = pytest.importorskip("peft")
+    if first == "attach":
+        return peft.get_peft_model(attach_linear_logps(model), config)
+    return attach_linear_logps(peft.get_peft_model(model, config))
+
+
 @pytest.mark.parametrize("first", ["attach", "adapter"])
 def test_lora(first: str) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
     model, inputs = tiny("llama"), batch()
-    if first == "attach":
-        model = peft.get_peft_model(attach_linear_logps(model), config)
-    else:
-        model = attach_linear_logps(peft.get_peft_model(model, config))
+    model = attached_with_adapter(model, config, first)
     own_logps(model, inputs)[0].sum().backward()
     truth = gradients(model)
     model(**inputs, linear_logps="none").logps.sum().backward()
@@ -299,18 +304,12 @@ def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_served(first: str)
     peft = pytest.importorskip("peft")
     on_head = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"])
     model, inputs = tiny("llama"), batch()
-    with pytest.raises(TypeError, match=r"carries an adapter.*modules_to_save"):  # noqa: PT012
-        if first == "attach":
-            peft.get_peft_model(attach_linear_logps(model), on_head)(**inputs, linear_logps="sum")
-        else:
-            attach_linear_logps(peft.get_peft_model(model, on_head))
+    with pytest.raises(TypeError, match=r"carries an adapter.*modules_to_save"):
+        attached_with_adapter(model, on_head, first)(**inputs, linear_logps="sum")
 
     saved = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = tiny("llama")
-    if first == "attach":
-        model = peft.get_peft_model(attach_linear_logps(model), saved)
-    else:
-        model = attach_linear_logps(peft.get_peft_model(model, saved))
+    model = attached_with_adapter(model, saved, first)
     own_logps(model, inputs)[0].sum().backward()
     truth = gradients(model)
     model(**inputs, linear_logps="none").logps.sum().backward()

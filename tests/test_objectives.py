@@ -341,7 +341,7 @@ def test_products(
     objective: Objective, trained: tuple[str, ...], none_kept: tuple[int, int], all_kept: tuple[int, int],
     name: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The table of `schedule.py`. The native kernels keep logits where that pays; plain PyTorch keeps none."""
+    """The table of `schedule.py`. The C++ kernels keep logits where that pays; plain PyTorch keeps none."""
     if reason := dispatch.unavailable_reason(name, torch.device("cpu"), torch.float32):
         pytest.skip(reason)
     counting = Counting(dispatch.resolve(name, torch.device("cpu"), torch.float32))

@@ -1,4 +1,4 @@
-"""The targets of the native CPU kernels: time over bare products, memory, long context, accuracy, equal repetitions.
+"""The targets of the C++ kernels: time over bare products, memory, long context, accuracy, equal repetitions.
 
     python -m benchmarks cpu-targets [--shapes smollm,llama] [--dtypes bfloat16] [--parts speed,memory,long,accuracy]
 

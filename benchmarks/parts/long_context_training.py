@@ -20,12 +20,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import plots, records, report
 from benchmarks.measure import memory
 from benchmarks.measure.environment import environment
 from benchmarks.measure.fresh import in_fresh_process
 from infopo_kernels import InfoPOOptions, infopo_loss
+from infopo_kernels.integrations.transformers import attach_linear_logps
 
 RECORD = "long-context-training"
 WAYS = ("fused", "naive")
@@ -54,10 +56,6 @@ class Setup:
 
 def step(setup: Setup) -> dict[str, Any]:
     """Run one step in this process: its seconds and its peak memory beyond model and gradients, or how it failed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from infopo_kernels.integrations.transformers import attach_linear_logps
-
     memory.one_arena()
     device, size = torch.device(setup.device), setup.model
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import records, report
 from benchmarks.measure.environment import environment
@@ -53,8 +54,6 @@ def table(record: records.Record) -> report.Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and show."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     parser = records.parser(RECORD, __doc__)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)

@@ -45,6 +45,7 @@ class Training:
 
 def _stepper(training: Training) -> Callable[[Contender], float]:
     """A model, its optimiser and a batch: a function that makes a step with a contender and returns the loss."""
+    # Imported here: the other parts run without transformers, and its import takes seconds.
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import plots, records, report
 from benchmarks.measure.environment import environment
@@ -70,10 +71,9 @@ class Part:
 
 
 def _model(lora_rank: int | None = None) -> Any:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(str(smollm2_directory()), dtype=torch.float32)
     if lora_rank is not None:
+        # Imported here: PEFT is needed for the run with an adapter only.
         from peft import LoraConfig, get_peft_model
 
         lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -89,8 +89,6 @@ def _logps(model: Any, batch: dict[str, Any], average: bool) -> Tensor:
 
 def prepare(args: argparse.Namespace) -> tuple[Part, Part]:
     """The training batches, one for each step, and the held-out batches. The reference is the same for every run."""
-    from transformers import AutoTokenizer
-
     rows = [pair.row() for pair in word_problems(args.steps * args.batch + args.held_out, 0)]
     features = preference_features(AutoTokenizer.from_pretrained(str(smollm2_directory())), rows, 512)
     collate, model = PreferenceCollator(), _model().eval()

@@ -1,4 +1,4 @@
-"""The native CPU kernels: the three primitives as calls of `torch.ops.infopo_kernels_cpp` (sources in `csrc/`).
+"""The C++ kernels: the three primitives as calls of `torch.ops.infopo_kernels_cpp` (sources in `csrc/`).
 
 `infopo_kernels.backends.base` has the equations, shapes and contract; `docs/cpu.md` explains the kernels. A kernel
 chooses its instruction set when it runs. The environment variable INFOPO_KERNELS_CPU_ISA chooses another; `isa` returns
@@ -75,15 +75,15 @@ def _call(op: Any, *arguments: object) -> Any:
 
 
 class CppBackend:
-    """Native CPU kernels."""
+    """C++ kernels for CPUs."""
 
     name: ClassVar[str] = "cpp"
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
-            return f"the native kernels run on a CPU, not on {device}; move the inputs or pass backend='triton'."
+            return f"the C++ kernels run on a CPU, not on {device}; move the inputs or pass backend='triton'."
         if dtype not in _DTYPES:
-            return f"the native kernels serve {', '.join(map(str, _DTYPES))}, not {dtype}; pass backend='torch'."
+            return f"the C++ kernels serve {', '.join(map(str, _DTYPES))}, not {dtype}; pass backend='torch'."
         return _missing_extension()
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What the user sees: lines from the first process only."""
+"""What the user sees: only the first process prints."""
 
 from __future__ import annotations
 

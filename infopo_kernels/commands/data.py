@@ -1,4 +1,4 @@
-"""The pairs that `train` is given: files and datasets by one name, features by one way."""
+"""The pairs for `train`: files and datasets under one option, made into features in one way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from infopo_kernels.integrations.trl import InfoPOConfig
 
 
 def is_file(name: str | None) -> bool:
-    """Whether a dataset's name is that of a local file of pairs, be it there or not."""
+    """Whether a dataset's name means a local file of pairs, existing or not."""
     return name is not None and (Path(name).is_file() or Path(name).suffix in (".jsonl", ".json"))
 
 
@@ -113,7 +113,7 @@ class Data:
 
 @contextlib.contextmanager
 def _warnings_said() -> Iterator[None]:
-    """What was left out of the data, said in plain lines."""
+    """Prints warnings about the data as plain lines."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PreferenceWarning)
         yield

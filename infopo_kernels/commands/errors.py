@@ -1,4 +1,4 @@
-"""What the user can put right is said in one line, without a traceback."""
+"""Errors that the user can correct: one line, no traceback."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _LONGEST: Final = 600
 
 
 class UserError(ValueError):
-    """Something that the user can put right. The command prints the message and exits with code 2."""
+    """An error that the user can correct. The command prints the message and exits with code 2."""
 
 
 def one_line(text: object) -> str:
-    """The text without line breaks, cut where a terminal would no longer show it at a glance."""
+    """The text without line breaks, cut to `_LONGEST` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
 def _raised_for_bad_input() -> tuple[type[Exception], ...]:
-    """What libraries raise for it. A damaged file of weights has an error of its own, once its package is loaded."""
+    """The errors that libraries raise for bad input; safetensors has one of its own for a damaged file."""
     kinds = (ValueError, TypeError, OSError, ImportError, NotImplementedError)
     safetensors = sys.modules.get("safetensors")
     return kinds if safetensors is None else (*kinds, safetensors.SafetensorError)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what the trainer logs, written as it comes, so that a run that is cut short leaves what it had."""
+"""metrics.jsonl: the trainer's log, written line by line, so that an interrupted run keeps its records."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def write_record(path: Path, record: Record) -> None:
 class MetricsFile(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Writes each log of the trainer as one JSON object with its `step` and `labels`, on the first process only.
 
-    A run keeps the records up to the step at which it begins, and drops those beyond, which it is going to write again.
-    Records with other labels, of another run that shares the file, stay.
+    A resumed run keeps the records up to the step at which it begins, and drops later ones: it writes them again.
+    Records with other labels belong to another run and stay.
     """
 
     def __init__(self, path: Path, **labels: str) -> None:

@@ -1,4 +1,4 @@
-"""The options of `train`: TRL's, InfoPO's, and a few of its own; checked before data and model are looked for."""
+"""The options of `train`: TRL's, InfoPO's, and a few more; checked before data and model are loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from infopo_kernels.integrations.trl import InfoPOConfig, option
 
 @dataclass
 class TrainArguments(ScriptArguments):  # type: ignore[misc, unused-ignore]
-    """TRL's script arguments, and what this command adds."""
+    """TRL's script arguments, and those that this command adds."""
 
     dataset_name: str | None = option(None, "A JSONL file of preference pairs, or a dataset of the hub.")
     eval_dataset_name: str | None = option(None, "Pairs to score: a JSONL file, or a dataset of the hub.")

@@ -50,7 +50,7 @@ def init_options(model: ModelConfig, config: InfoPOConfig) -> dict[str, Any]:
 
 
 def saved_adapter(model: ModelConfig) -> dict[str, Any] | None:
-    """Configuration of the adapter that --model_name_or_path holds in the place of a model; None if it holds none."""
+    """Configuration of the adapter in --model_name_or_path; None if it holds no adapter."""
     with user_errors("--model_name_or_path "):
         return adapter_in(str(model.model_name_or_path), revision=model.model_revision)
 
@@ -65,11 +65,11 @@ def _load_adapter_processor(name: str, saved: dict[str, Any], options: dict[str,
 
 
 def check_adapter(script: TrainArguments, model: ModelConfig) -> str:
-    """What becomes of the adapter in --model_name_or_path; "refuse" where there is none.
+    """What to do with the adapter in --model_name_or_path; "refuse" where there is none.
 
     Raises:
-        UserError: there is one and nothing was said of it, or there is none and something was; or the options ask for
-            an adapter of another rank.
+        UserError: there is an adapter but no --adapter, or --adapter but no adapter; or the options ask for an adapter
+            of another rank.
     """
     name, saved = model.model_name_or_path, saved_adapter(model)
     if saved is None:

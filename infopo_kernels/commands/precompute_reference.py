@@ -117,7 +117,7 @@ def _load(script: TrainArguments, model: ModelConfig, config: InfoPOConfig) -> A
 
 
 def _begin(path: Path, header: Header, *, overwrite: bool) -> int:
-    """Make the file, or find how many pairs a run before has scored. One process looks, all hear of it.
+    """Make the file, or count the pairs that an earlier run has scored. One process looks and tells the others.
 
     Raises:
         UserError: there is another file, or it cannot be written.

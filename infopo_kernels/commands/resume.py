@@ -1,4 +1,4 @@
-"""Going on after a run was cut short: which checkpoint is whole."""
+"""Resuming an interrupted run: finds a complete checkpoint."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def main(words: Sequence[str], prog: str) -> None:
     )
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except FloatingPointError as error:  # a step that is not finite: options, not a fault of the program
+    except FloatingPointError as error:  # a loss that is not finite: the options cause it, not a bug
         raise UserError(one_line(error)) from error
     if data.has_eval and config.eval_strategy == "no":
         trainer.evaluate()

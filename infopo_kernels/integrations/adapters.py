@@ -1,8 +1,8 @@
 """Adapters of PEFT: which parameters are an adapter's, whether it changes the model, and models that are saved as one.
 
-Whether a parameter belongs to an adapter follows from where it lies: PEFT keeps what was there before in `base_layer`
-(of a tuner's layer) or `original_module` (of a wrapper), and puts everything beside it. Names say nothing: each of
-PEFT's forty methods has its own.
+The place of a parameter says whether it belongs to an adapter: PEFT keeps the original in `base_layer` (of a tuner's
+layer) or `original_module` (of a wrapper), and puts its own parameters beside it. Names do not help: each of PEFT's
+forty methods has its own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from infopo_kernels.integrations.randomness import evaluating
 
 WAYS: Final = ("continue", "merge", "refuse")
-"""What becomes of an adapter that the model's directory holds: it is trained on, it is merged into the weights first,
-or the directory is refused."""
+"""What to do with an adapter in the model's directory: train it on, merge it into the weights first, or refuse the
+directory."""
 
 _PROBE: Final = 16
 """Tokens that a model is run on to see whether an adapter changes it."""
@@ -31,10 +31,10 @@ _PROBE: Final = 16
 
 @dataclass(frozen=True)
 class Adapters:
-    """The parameters of a model, the adapters' apart."""
+    """The parameters of a model: its own and those of its adapters."""
 
     base: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    """Those of the model without any adapter, under the names that they have there."""
+    """The model's own, under their names in the model without adapters."""
     active: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     """Those of the adapters that are switched on."""
     layers: list[Any] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Adapters:
     kinds: tuple[str, ...] = ()
     """PEFT's types of the adapters that are switched on: "LORA", "PROMPT_TUNING", ..."""
     prompt: bool = False
-    """Whether one of them is a learned prompt, which never leaves the model as it was."""
+    """Whether one of them is a learned prompt, which always changes the model."""
 
 
 def adapters_of(model: Any) -> Adapters:
@@ -107,7 +107,7 @@ def adapters_of(model: Any) -> Adapters:
     parts: list[tuple[str, nn.Parameter]] = []
     walk(causal, "", None)
     prompt = isinstance(model, PeftModel) and not off and model.active_peft_config.is_prompt_learning
-    if wrapped:  # what a method keeps once for all layers (VB-LoRA), and learned prompts
+    if wrapped:  # parameters that a method shares between layers (VB-LoRA), and learned prompts
         if prompt:
             switched_on.update(model.active_adapters)
         if switched_on:
@@ -125,16 +125,16 @@ def adapters_of(model: Any) -> Adapters:
 
 
 def has_virtual_tokens(model: Any) -> bool:
-    """Whether an adapter of the model is a learned prompt, be it switched on or not."""
+    """Whether one of the model's adapters is a learned prompt, switched on or off."""
     return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
 
 
 def changes_model(model: Any, adapters: Adapters) -> bool:
-    """Whether the adapters that are switched on make a model of it that is not its base.
+    """Whether the adapters that are switched on change the model's outputs.
 
-    A fresh LoRA, IA3, LoHa, ... does not: its product is zero or its factor one. Of LoRA, retrained tokens and whole
-    modules that are trained beside it this is read off the values. For other methods the model is run on a few tokens
-    with and without: a difference beyond rounding is a change. A learned prompt always is one.
+    A fresh LoRA, IA3, LoHa, ... does not: its product is zero or its factor one. For LoRA, retrained tokens and whole
+    trained modules the values tell. For other methods the model runs on a few tokens with and without the adapter: a
+    difference beyond rounding is a change. A learned prompt always is one.
 
     Raises:
         ValueError: the answer takes a run, and the weights are partitioned (ZeRO-3).
@@ -169,7 +169,7 @@ def changes_model(model: Any, adapters: Adapters) -> bool:
 
 
 def _factors(layer: Any) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
-    """Of each active LoRA of a layer its two factors, and whatever else is trained with them (a bias)."""
+    """The two factors of each active LoRA of a layer, and other parameters trained with them (a bias)."""
     for first, second in ((layer.lora_A, layer.lora_B), (layer.lora_embedding_A, layer.lora_embedding_B)):
         for name in second:
             if name in layer.active_adapters:
@@ -266,7 +266,7 @@ def _switched_off(model: Any, adapters: Adapters) -> Iterator[None]:
 
 
 def adapter_in(name: str, **hub: Any) -> dict[str, Any] | None:
-    """The configuration of the adapter that a directory (or repository) holds in the place of a model; None if none.
+    """The configuration of the adapter in a directory (or repository); None if it holds no adapter.
 
     Args:
         name: directory or hub id.
@@ -298,9 +298,10 @@ def adapter_in(name: str, **hub: Any) -> dict[str, Any] | None:
 
 
 def check_start(model: Any) -> None:
-    """Refuse what transformers makes of a directory with an adapter: the base with the adapter injected and frozen.
+    """Refuse a directory with an adapter, and the model that transformers loads from it.
 
-    A trainer would train the base's weights under the adapter, and `save_pretrained` would then save the adapter only.
+    transformers injects such an adapter frozen. A trainer would train the base's weights under it, and then
+    `save_pretrained` would save the adapter only.
 
     Args:
         model: a name, or a model.
@@ -324,14 +325,14 @@ def check_start(model: Any) -> None:
 
 
 def load_policy(name: str, *, adapter: str = "refuse", trainable: bool = True, **kwargs: Any) -> Any:
-    """A causal language model to start from: of a directory of weights, or of one that holds an adapter.
+    """Load a causal language model to start from: a directory of weights, or a directory with an adapter.
 
     Equivalent, without an adapter in the directory, to ``AutoModelForCausalLM.from_pretrained(name, **kwargs)``. That
     call takes a directory with an adapter too, injects it frozen, and trainers then take the model for its bare base.
 
     Args:
         name: directory or hub id.
-        adapter: what becomes of an adapter in `name`. "continue": a `PeftModel` with it, to be trained on (leave
+        adapter: what to do with an adapter in `name`. "continue": a `PeftModel` with it, to be trained on (leave
             `peft_config` out of the trainer); "merge": the base with the adapter merged into its weights (save it
             before you put a new adapter on it: an adapter names its base by the directory); "refuse".
         trainable: whether a continued adapter takes gradients.

@@ -1,7 +1,7 @@
 """Where turns begin and end in a conversation that a chat template renders.
 
-Templates are programs: the only thing known of them is what they render. So turns are found by rendering the beginning
-of a conversation alone and looking how far the whole begins with it.
+Templates are programs, and we know only what they render. So we render the beginning of a conversation alone, and look
+how far the whole conversation begins with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MARK: Final = "qzMARKzq"
 
 
 def common_prefix(*sequences: Sequence[Any]) -> int:
-    """Length of what all begin with."""
+    """Length of the common beginning."""
     length = 0
     for items in zip(*sequences, strict=False):
         if any(item != items[0] for item in items):
@@ -60,7 +60,7 @@ class Renderer:
             kwargs["add_generation_prompt"] = True
         try:
             return self._tokenizer.apply_chat_template(turns, **kwargs, **self._pair.template)
-        except Exception as error:  # templates are programs of others and raise what they like
+        except Exception as error:  # templates are other people's programs and may raise anything
             raise PreferenceError(
                 f"the model's chat template refuses this conversation: {error}", where=self._pair.where
             ) from error
@@ -72,13 +72,13 @@ def _in_parts(turn: Message) -> Message:
 
 
 def check_prompt_is_kept(render: Renderer, pair: Preference, wholes: Sequence[list[Message]]) -> None:
-    """Refuse a pair of which the last prompt turn differs between the prompt alone and the whole conversations.
+    """Refuse a pair whose last prompt turn is rendered differently in the prompt alone and in the conversations.
 
-    What follows the common beginning is scored as the response. If that began before the end of the last turn of the
-    prompt, part of the prompt would be scored, and in this loss the chosen and the rejected copy do not cancel.
+    Everything after the common beginning is scored as the response. If the common beginning ended inside the last turn
+    of the prompt, part of the prompt would be scored, and in this loss the chosen and the rejected copy do not cancel.
 
     Raises:
-        PreferenceError: it does.
+        PreferenceError: the renderings part before the end of that turn.
     """
     assert isinstance(pair.prompt, list)
     last = pair.prompt[-1]
@@ -88,7 +88,7 @@ def check_prompt_is_kept(render: Renderer, pair: Preference, wholes: Sequence[li
     alone = render.text(pair.prompt, reply=True)
     marked = render.text([*pair.prompt[:-1], {**last, "content": _MARK}], reply=True)
     begin = marked.lower().rfind(_MARK.lower())
-    if begin < 0:  # the template does not show the content: there is nothing to look for
+    if begin < 0:  # the template does not show the content: we cannot look for it
         return
     kept = common_prefix(alone, *(render.text(turns) for turns in wholes))
     if kept < begin + len(content.strip()):
@@ -107,8 +107,8 @@ def scored_mask(
 ) -> list[int]:
     """For the tokens of a response, `whole[start:]`: 1 if the turn is scored, 0 if not.
 
-    A turn with weight 0 is not scored, from the end of the turn before it to its own end; with `score="assistant"` no
-    turn of another role is, and of the assistant's turns what follows the template's header.
+    A turn with weight 0 is not scored, from the end of the turn before it to its own end. With `score="assistant"` only
+    the assistant's turns are scored, without the header that the template puts before them.
 
     Raises:
         PreferenceError: the template renders the first turns alone otherwise than inside the conversation.

@@ -1,7 +1,7 @@
 """Preference batches, padded and packed, from the features of `infopo_kernels.integrations.preferences`.
 
-In every batch all chosen sequences come before all rejected ones (those of a prompt beside each other, in their order),
-and what it holds goes straight into the forward of a model with `attach_linear_logps`. Beside the keys of the layout:
+In every batch all chosen sequences come first, then all rejected ones (those of a prompt side by side, in their order).
+A model with `attach_linear_logps` takes the batch as it is. Beside the keys of the layout it holds:
 
     ref_logps           [S] float64, nats, where features hold references; NaN for a chosen one that was skipped
     is_chosen           [S] bool; always in packs, in padded batches with the two below
@@ -62,7 +62,7 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt's sequences and what the loss has to know of them."""
+    """A prompt's sequences, its weight and its references."""
 
     chosen: _Sequence
     rejected: list[_Sequence]
@@ -92,7 +92,7 @@ def _prompt(feature: Feature) -> _Prompt:
 
 
 def _loss_keys(features: Sequence[Feature], prompts: Sequence[_Prompt], *, packed: bool) -> dict[str, Any]:
-    """What the loss takes beside the layout (see the head of this file)."""
+    """The keys for the loss beside the layout (see the head of this file)."""
     keys: dict[str, Any] = {}
     K = [len(p.rejected) for p in prompts]
     several = any(feature.get("weight") is not None or lists_rejected(feature) for feature in features)

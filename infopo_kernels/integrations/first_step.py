@@ -1,7 +1,7 @@
-"""At the first step the policy is the reference: every reward is 0, and the bound -exp(-offset). Proof that it is so.
+"""The check that the policy equals the reference at the first step: every reward is 0, the bound is -exp(-offset).
 
-What goes wrong without an error in preference training shows here: another mode or type of the reference, another
-checkpoint, other tokens, a stale file.
+Many faults of preference training raise no error, but this check shows them: another mode or type of the reference,
+another checkpoint, other tokens, a stale file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CAUSES: Final = (
 
 
 def bound(tokens: Tensor, logps: Tensor, dtype: torch.dtype) -> Tensor:
-    """[S] float64, nats: by how much two passes of one model may differ in a sequence's log-probability.
+    """[S] float64, nats: how far two passes of one model may be apart in a sequence's log-probability.
 
     Each of the n tokens is off by some roundings of its logit, of either sign: 16 of the type's steps times sqrt(n),
     and at least 1e-3 nats, since batches are padded and multiplied in another order, and one part in a million of the
@@ -39,9 +39,9 @@ def bound(tokens: Tensor, logps: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def difference(output: PreferenceOutput, dtype: torch.dtype, average: bool) -> str | None:
-    """What the log-ratios of a first step say against the policy's being the reference; None if nothing.
+    """A message if the log-ratios of a first step show that the policy is not the reference; else None.
 
-    Reads values, and so waits for the device. Sequences without a reference (NaN) are passed over.
+    It reads values, and so waits for the device. It ignores sequences without a reference (NaN).
     """
     log_ratios = output.logps - output.ref_logps
     sums = output.logps * (output.scored_tokens if average else 1)
@@ -77,7 +77,7 @@ def largest_step(model: Any, autocast: torch.dtype | None) -> torch.dtype:
 
 
 def other_type(model: Any, reference: Any) -> str | None:
-    """What the types of policy and reference say against equal log-probabilities at equal weights."""
+    """A message if policy and reference have different types; else None."""
     ours, theirs = (_type_of_weights(each) for each in (model, reference))
     if ours == theirs:
         return None
@@ -94,7 +94,7 @@ def computing_type(model: Any, autocast: torch.dtype | None) -> torch.dtype:
 
 
 def _type_of_weights(model: Any) -> torch.dtype:
-    """The type of most of a model's weights; an adapter's are few."""
+    """The type of most of a model's weights; an adapter has few."""
     size: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
         if parameter.is_floating_point():

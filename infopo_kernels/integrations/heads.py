@@ -1,10 +1,9 @@
-"""The output head of a causal language model, taught to hand over its input and to answer with log-probabilities.
+"""The output head of a causal language model: it hands over its input, and returns log-probabilities on request.
 
 Only the class of the modules changes: weights, hooks, names and `state_dict` stay as they are. In an attached forward
-the head is called twice. The first call, by the model's own forward, only hands over its input. It does not count as a
-call of the module, so that no hook fires: FSDP2 frees the weights of a unit after its last module's call, and
-Accelerate puts final norm and head into one unit, of which the second call would find nothing. The second call is an
-ordinary one, with a request.
+the head is called twice. The first call, by the model's own forward, only hands over its input. It runs no hook of
+the module: FSDP2 frees the weights of a unit after its last module's call, Accelerate puts final norm and head into one
+unit, and so the second call would find no weights. The second call is an ordinary one, with a request.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from infopo_kernels.integrations.sealed import Sealed, least_cast
 
 @dataclass(frozen=True)
 class Request:
-    """What the second call of the head is asked for."""
+    """The request of the second call of the head."""
 
     run: Callable[[Tensor, Tensor, Tensor | None], tuple[Any, ...]]
     """Of hidden states, weight and bias."""
 
     def answer(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        """A plain tuple, which every wrapper's hooks know how to walk through; last the same, sealed."""
+        """A plain tuple, which the hooks of every wrapper understand; its last entry is the same tuple, sealed."""
         values = self.run(hidden.to(weight.device), weight, bias)
         return (*values, Sealed(values))
 
 
 def ask(head: HandsOver, hidden: Tensor, run: Callable[[Tensor, Tensor, Tensor | None], tuple[Any, ...]]) -> Any:
-    """What `run` makes of hidden states and the head's weight, inside the head's forward, where the weight is whole."""
+    """Call `run` on hidden states and the head's weight inside the head's forward, where the weight is whole."""
     *seen, original = head(hidden, request=Request(run))
     return least_cast(tuple(seen), original.value)
 
 
 class HandsOver(nn.Module):
-    """A head that, while it is told to, hands over its input instead of being called."""
+    """A head that, while `handed_over` is active, hands over its input and returns known logits."""
 
     _handed_over: list[Tensor] | None = None
 
@@ -192,7 +191,7 @@ def _check_own_forward(layer: nn.Linear, causal: Any) -> None:
 
 
 def prepare(causal: Any) -> HandsOver:
-    """Teach a model's head, and return it; what was taught before stays as it is.
+    """Turn a model's head into a `HandsOver`, and return it; a head that is one already stays as it is.
 
     Raises:
         TypeError: see `linear_layers`.
@@ -232,7 +231,7 @@ def vocabulary_size(head: Any) -> int:
 
 
 class handed_over:
-    """While active, `head` hands over what enters it; yields the list that it goes to."""
+    """While active, `head` hands over its input; yields the list that receives it."""
 
     def __init__(self, head: HandsOver) -> None:
         self._head = head

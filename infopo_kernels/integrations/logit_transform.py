@@ -1,7 +1,7 @@
 """What a model does to its logits: read from its configuration, and checked against what the model really does.
 
-Every family names it differently. What the table does not know is found by `observed_transform`, which looks at what
-the model's own forward made of a line of known logits.
+Every family names softcap and scale differently. `observed_transform` finds what the table does not know: it looks at
+what the model's own forward does to a line of known logits.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _agrees(before: Tensor, after: Tensor, options: LogitOptions) -> Tensor:
 
 
 def observed_transform(before: Tensor, after: Any, configured: LogitOptions, model_name: str) -> LogitOptions:
-    """What a model made of known logits `before` [1, 1, V]: what its configuration says, or the part of it that holds.
+    """Softcap and scale that a model applied to known logits `before` [1, 1, V]: all or part of its configuration.
 
     Some vision-language wrappers carry a softcap or a scale in the configuration of their text model and do not apply
     it. What counts is what the model does.

@@ -1,7 +1,7 @@
-"""What a model can take: ids that its embedding has a row for, sequences that its positions reach.
+"""The limits of a model: the largest token id and the longest sequence that it can take.
 
-Beyond either a model ends in an IndexError after some steps, on a GPU in a device-side assertion that names nothing. So
-both are compared with the data before any work.
+Beyond them a model raises an IndexError after some steps, or on a GPU a device-side assertion that names nothing. So we
+compare both with the data before any work.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _without_weights(config: Any) -> Any:
     try:
         with torch.device("meta"):
             return factory.from_config(config)
-    except Exception:  # code of others, run on a device that it was not written for
+    except Exception:  # other people's code, on a device that it was not written for
         return None
 
 

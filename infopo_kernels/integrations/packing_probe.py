@@ -1,8 +1,8 @@
 """Does a model keep the sequences of a packed row apart? Asked once, of a few tokens.
 
-transformers tells packed sequences apart by positions that start anew. Many models take no notice of them: recurrent
-and convolutional layers, learned positions that are counted from the mask, ALiBi, attention that builds its own mask.
-Nothing fails then: every sequence but the first is scored in the company of those before it.
+transformers tells packed sequences apart by positions that start anew. Many models ignore them: recurrent and
+convolutional layers, learned positions that are counted from the mask, ALiBi, attention that builds its own mask. No
+error follows: every sequence but the first is scored as if those before it were its prompt.
 
 The probe is two forwards of at most 64 tokens, without gradient, in evaluation mode: [A | B | A] and [A] alone, with A
 and B cut from the batch. All three copies of A must come out alike. (The two in one row agree where every token sees
@@ -94,7 +94,7 @@ def verdict(model: Any, forward: Callable[..., Tensor], ids: Tensor, kwargs: dic
         try:
             row = forward(**probe_inputs(ids, kwargs))[0]
             alone = forward(input_ids=A[None])[0]
-        except Exception as error:  # whatever a model says of a layout that it was not made for
+        except Exception as error:  # a model may raise anything for a layout that it was not made for
             return f"its forward does not take packed rows ({type(error).__name__}: {error})"
     first, last = row[: len(A)], row[-len(A) :]
     for (other, where), bound in zip(

@@ -50,7 +50,7 @@ class PreferenceError(ValueError):
 
 
 class PreferenceWarning(UserWarning):
-    """Preference data of which something was left out, or is not what it seems; training goes on."""
+    """Something was left out of preference data, or the data is not what it seems; training goes on."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Preference:
 
     @property
     def several(self) -> bool:
-        """Whether `rejected` is a list of responses, be it of one."""
+        """Whether `rejected` is a list of responses (one or more)."""
         return isinstance(self.rejected, list) and (not self.conversational or isinstance(self.rejected[0], list))
 
     @property
@@ -91,8 +91,8 @@ def read_preferences(path: str | Path, skip_bad_rows: bool = False) -> list[Pref
 
     Args:
         path: the file, UTF-8, one JSON object a line; blank lines are skipped.
-        skip_bad_rows: leave lines out that cannot be used, with one `PreferenceWarning` that holds their number, and
-            the first of them with the reasons. By default one bad line refuses the file.
+        skip_bad_rows: leave out lines that cannot be used, with one `PreferenceWarning`: how many, the first ones, and
+            why. By default one bad line refuses the file.
 
     Raises:
         PreferenceError: the file cannot be read, holds no usable line, or (by default) one that is wrong; names file,
@@ -127,7 +127,7 @@ def read_preferences(path: str | Path, skip_bad_rows: bool = False) -> list[Pref
 
 
 def report_bad_rows(problems: Sequence[PreferenceError], rows: int, *, skip: bool) -> None:
-    """Refuse `rows` rows for what is wrong with some of them, or with `skip` warn: how many, the first ones, why.
+    """Refuse the data if some of its `rows` rows are wrong; with `skip`, warn: how many, the first ones, and why.
 
     Raises:
         PreferenceError: there is a problem and not `skip`, or no row is left.
@@ -375,7 +375,7 @@ def _references(row: dict[str, Any], several: int | None) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    """A value in words that say what it is, short enough for one line."""
+    """A value in words, short enough for one line."""
     if value is None:
         return "nothing"
     if isinstance(value, list):

@@ -46,10 +46,10 @@ _FEATURE_COLUMNS: Final = (
 
 
 class ReferenceMemory(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Keeps, in the checkpoint's `trainer_state.json`, what the reference says of a few fixed tokens.
+    """Keeps the reference's log-probabilities of a few fixed tokens in the checkpoint's `trainer_state.json`.
 
-    A resumed policy is not the reference any more, so that its first step proves nothing. But the reference after a
-    resume must say what it said before.
+    A resumed policy is not the reference any more, so its first step proves nothing. But the reference must give the
+    same values after a resume as before.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -89,7 +89,7 @@ class PreferenceTraining:
     _is_start: bool = True
     _signature_columns: list[str] | None
 
-    # --- what a trainer says of its reference ---------------------------------------------------------------------
+    # --- the trainer's reference ---------------------------------------------------------------------
 
     def reference_for(self, model: Any) -> tuple[Any, Any] | None:
         """The model to ask for reference log-probabilities and the context in which it is the reference; None: none."""
@@ -310,7 +310,7 @@ class PreferenceTraining:
         return gathered
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics of the steps since the last time to the log of training, which is the one with a `loss`."""
+        """Adds the metrics of the steps since the last log to a log of training (one with `loss`)."""
         if "loss" in logs and self._train_sums:
             logs |= metrics(self._gathered(self._train_sums))
             self._train_sums = []
@@ -333,7 +333,7 @@ def _refuse_shared_weights(model: Any, reference: Any) -> None:
 
 
 def _refuse_split_sequences(accelerator: Any, name: str) -> None:
-    """Context parallelism and Ulysses leave a part of each sequence on a rank, whose sums are of that part."""
+    """Under context parallelism and Ulysses a rank holds a part of each sequence, and its sums are of that part."""
     split = getattr(accelerator, "parallelism_config", None)
     ways = {"cp_size": "context parallelism", "sp_size": "sequence parallelism (Ulysses)"}
     for size, way in ways.items():

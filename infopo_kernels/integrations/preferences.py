@@ -1,4 +1,4 @@
-"""The one way from preference text to features: rows are checked, tokenised, cut, and what says nothing is left out.
+"""The one way from preference text to features: check rows, tokenise, cut, leave out pairs with nothing to compare.
 
 A feature is a pair as token ids, a dictionary in the names of TRL, which the collators take:
 
@@ -60,16 +60,16 @@ Feature: TypeAlias = dict[str, Any]
 def encode(tokenizer: Any, pair: Preference, *, score_turns: str = "all") -> Feature:
     """Token ids of one pair, tokenised as TRL's `DPOTrainer` does.
 
-    Prompt and response are tokenised together; the response begins where the prompt's own tokens end, or earlier where
-    the two part: tokens that merge across the boundary, or a chat template that renders the prompt alone otherwise. A
+    Prompt and response are tokenised together. The response begins where the prompt's own tokens end, or earlier if the
+    two differ before: tokens merge across the boundary, or the chat template renders the prompt alone differently. A
     `PreferenceWarning` says so then. Standard responses get an end-of-sequence token.
 
     Args:
         tokenizer: a tokenizer of transformers, or a processor with one.
         pair: from `parse_preference` or `read_preferences`.
-        score_turns: "all": every token after the prompt is scored, as in TRL's DPO, so that results compare; but those
-            of messages with ``"weight": 0``. "assistant": of a response with several turns, only what the assistant
-            says (TRL's `assistant_only_loss` in its SFT), since user and tool turns are not the model's words.
+        score_turns: "all": every token after the prompt is scored, as in TRL's DPO, so that results compare; except
+            tokens of messages with ``"weight": 0``. "assistant": in a response of several turns, only the assistant's
+            words (TRL's `assistant_only_loss` in its SFT), since user and tool turns are not the model's words.
 
     Returns:
         The feature. Its masks are there if `score_turns` is "assistant" or a message has a weight.
@@ -105,7 +105,7 @@ def _encode(tokenizer: Any, pair: Preference, score_turns: str) -> tuple[Feature
     if start < len(prompt):
         if render is not None:
             check_prompt_is_kept(render, pair, conversations)
-        # Of a string, an end token that the tokenizer puts after every text is no loss.
+        # A tokenizer may put an end token after every string; losing that one does no harm.
         lost = str(tokenizer.decode(prompt[start:], skip_special_tokens=render is None))
     chosen, *rejected = [whole[start:] for whole in wholes]
     feature: Feature = {
@@ -131,7 +131,7 @@ def _has_turn_weights(responses: Sequence[Any]) -> bool:
 
 
 def _warn_of_lost_prompts(lost: Sequence[tuple[str, str]], pairs: int) -> None:
-    """`lost`: row and lost text of each pair of which the prompt's end is not part of the feature."""
+    """`lost`: row and lost text of each pair whose feature lacks the end of the prompt."""
     if lost:
         where, text = lost[0]
         warnings.warn(
@@ -157,7 +157,7 @@ def by_feature(features: Iterable[Feature], values: Iterable[float]) -> list[lis
 
 
 def lists_rejected(feature: Feature) -> bool:
-    """Whether the feature lists its rejected responses, be it one, rather than holding a single one."""
+    """Whether the feature holds a list of rejected responses (of one or more) and not a single response."""
     ids = feature["rejected_ids"]
     return bool(ids) and isinstance(ids[0], Sequence)
 
@@ -199,7 +199,7 @@ def nothing_to_score(feature: Feature) -> str | None:
 
 
 def scorable(feature: Feature) -> bool:
-    """Whether the pair says something: each response has a token to score, and no rejected one equals the chosen."""
+    """Whether the pair compares something: each response has a token to score, no rejected one equals the chosen."""
     chosen = list(feature["chosen_ids"])
     return nothing_to_score(feature) is None and all(list(ids) != chosen for ids in rejected_responses(feature))
 
@@ -215,15 +215,15 @@ def preference_features(
 ) -> list[Feature]:
     """Features of rows in TRL's preference format (`prompt`, `chosen`, `rejected`: strings or conversations).
 
-    Tokenised as TRL's `DPOTrainer` does (see `encode`), cut to `max_length` tokens of prompt and response. Pairs of
-    which the cut leaves nothing to compare are left out, with a `PreferenceWarning` that says how many.
+    Tokenised as TRL's `DPOTrainer` does (see `encode`), cut to `max_length` tokens of prompt and response. Pairs with
+    nothing left to compare are left out, with a `PreferenceWarning` that says how many.
 
     Args:
         tokenizer: see `encode`.
         rows: dictionaries (see `infopo_kernels.integrations.preference_rows`), or what `read_preferences` gave.
         max_length: tokens; None never cuts.
         score_turns: see `encode`.
-        skip_bad_rows: leave rows out that cannot be used, with one warning: how many, the first ones, and why.
+        skip_bad_rows: leave out rows that cannot be used, with one warning: how many, the first ones, and why.
         model: the model (or its configuration) that will take the features: they are compared with its vocabulary and
             its positions (see `check_features`).
 
@@ -271,7 +271,7 @@ def _length(feature: Feature) -> int:
 
 
 def _check_what_is_left(kept: int, dropped: int, max_length: int | None, longest: int | None) -> None:
-    """Refuse if no pair is left, warn if some were left out because nothing of them is scored."""
+    """Refuse if no pair is left; warn if some pairs were left out because they have nothing to score."""
     if not dropped and kept:
         return
     within = "" if max_length is None else f" within max_length {max_length}"
@@ -292,7 +292,7 @@ _LOST, _BAD = "_lost_prompt", "_problem"
 
 
 class _RowEncoder:
-    """What `feature_dataset` maps over the rows; an object that `datasets` can hash and send to other processes."""
+    """The function that `feature_dataset` maps over rows: an object that `datasets` can hash and send to processes."""
 
     def __init__(self, tokenizer: Any, name: str, score_turns: str, masks: bool, max_length: int | None) -> None:
         self.tokenizer = tokenizer
@@ -329,8 +329,8 @@ def feature_dataset(
 ) -> Any:
     """`preference_features` for a `datasets.Dataset` or `IterableDataset`: the same rows with the features' columns.
 
-    Columns that were there stay (but those that a feature has); rows are tokenised by `Dataset.map`, with its cache.
-    Masks are a column of a stream, and of a table if `score_turns` is "assistant" or messages have weights. A stream is
+    Other columns stay, except those that a feature has; `Dataset.map` tokenises the rows, with its cache. Masks are a
+    column of a stream, and of a table if `score_turns` is "assistant" or messages have weights. A stream is
     checked as it is read: a bad row raises then, or with `skip_bad_rows` warns and is passed over.
 
     Args:

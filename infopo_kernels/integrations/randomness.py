@@ -1,7 +1,8 @@
-"""What makes two forward passes of one model differ: dropout, noise on embeddings, jitter of routers.
+"""Switches off dropout, noise on embeddings and jitter of routers: with them, two passes of one model differ.
 
-The policy is trained with it, the reference is not, and the difference enters every log-ratio: +2.3 and -3.3 nats were
-seen at the first step, where 0 is right. Implementations of DPO therefore switch it off (TRL: `disable_dropout=True`).
+The policy is trained with them, the reference runs without, and the difference enters every log-ratio: we saw +2.3 and
+-3.3 nats at the first step, where 0 is right. Implementations of DPO therefore switch dropout off (TRL:
+`disable_dropout=True`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, cast, Final
+from typing import Any, Final, cast
 
 from torch import nn
 
@@ -20,7 +21,7 @@ _RANDOM: Final = re.compile(r"(^|_|layer|path|p)drop|jitter", re.IGNORECASE)
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode; afterwards as it was, module by module."""
+    """Puts every module into evaluation mode, and afterwards each one back into its own mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -34,10 +35,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
     """Attributes of a model's modules that make its forward random in training mode: probabilities and noise widths.
 
-    `torch.nn.Dropout` and its kin (PEFT's too) hold one as `p`; attention layers and routers hold a number by a name
-    that says so (`attention_dropout`, `layerdrop`, `jitter_noise`). Layers of PEFT hold one for each adapter, in a
-    dictionary (LoHa's and LoKr's `rank_dropout`, `module_dropout`); the largest counts. Some models (Persimmon, BLT)
-    read it from the configuration whenever they are called: "config.attention_dropout".
+    `torch.nn.Dropout` and similar modules (PEFT's too) hold one as `p`; attention layers and routers hold a number
+    under a telling name (`attention_dropout`, `layerdrop`, `jitter_noise`). Layers of PEFT hold one for each adapter,
+    in a dictionary (`rank_dropout` and `module_dropout` of LoHa and LoKr); the largest counts. Some models (Persimmon,
+    BLT) read it from the configuration at each call: "config.attention_dropout".
     """
     found: dict[tuple[nn.Module, str], float] = {}
     for module in model.modules():

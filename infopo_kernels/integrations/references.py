@@ -1,9 +1,9 @@
-"""Reference log-probabilities ahead of time: the file that holds them, and the model that they belong to.
+"""Reference log-probabilities ahead of time: their file, and the identity of their model.
 
-The file is JSON lines, written by `python -m infopo_kernels precompute-reference`. The first line is the header: what
-was computed, with which model and adapter, in which type. Each other line is a pair: the key of its token ids, and the
-log-probabilities of its responses (nats; null for a chosen one that was skipped, a list for several rejected ones).
-Pairs are found by key, so that a dataset may be shuffled, filtered, split or streamed after it was scored.
+The file is JSON lines, written by `python -m infopo_kernels precompute-reference`. The first line is the header: the
+values' meaning, model, adapter and type. Each other line is a pair: the key of its token ids, and the log-probabilities
+of its responses (nats; null for a skipped chosen one, a list for several rejected ones). Pairs are found by key, so you
+may shuffle, filter, split or stream a dataset after it was scored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VERSION: Final = 2
 COMMAND: Final = "python -m infopo_kernels precompute-reference --model ... --data ..."
 
 _SAMPLES: Final = 1024
-"""Values of each parameter that enter a model's fingerprint: any update touches all of them, a swap of checkpoints too;
+"""Values of each parameter in a model's fingerprint: every update changes all of them, and so does another checkpoint.
 70B parameters are read in a second."""
 
 Values = tuple["float | None", tuple[float, ...]]

@@ -1,9 +1,9 @@
-"""Values that travel through a model's wrappers as they are.
+"""Values that a model's wrappers do not cast.
 
 Mixed precision of FSDP2, FSDP1 and DeepSpeed casts every floating tensor that enters or leaves a wrapped forward,
 wherever it finds one: in tuples, dictionaries, dataclasses. A sum of log-probabilities of -1452.1 nats becomes -1456
-in bfloat16, and the weight of a rejected response 0.06 where 0.43 is right. A `Sealed` value is none of the containers
-that they look into.
+in bfloat16, and the weight of a rejected response 0.06 where 0.43 is right. They do not look into a
+`Sealed` value.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def unsealed(name: str, value: Tensor | Sealed | None, device: torch.device) -> 
 def least_cast(seen: Any, original: Any) -> Any:
     """`seen`, unless a wrapper has cast it; then `original`.
 
-    `seen` may be another tensor than `original` for a good reason: DDP and DeepSpeed hang their backward hooks on it.
-    FSDP2 hangs its hook on the original, before it casts. So each is the right one to go backward from.
+    DDP and DeepSpeed put their backward hooks on `seen`, which may be another tensor than `original`. FSDP2 puts its
+    hook on the original, before it casts. So each is the right tensor to go backward from.
     """
     if isinstance(original, Tensor):
         return seen if isinstance(seen, Tensor) and seen.dtype == original.dtype else original

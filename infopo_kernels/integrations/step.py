@@ -16,20 +16,20 @@ from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.output import PreferenceOutput
 
 LAYOUT_KEYS: Final = ("labels", "cu_seqlens", "rows")
-"""What a batch tells the head about the layout; both policy and reference take it."""
+"""The keys of a batch that describe the layout; policy and reference both take them."""
 EXACT_KEYS: Final = ("ref_logps", "ref_chosen_logps", "ref_rejected_logps", "sequence_weights")
-"""What has to stay in float64 on its way from the collator to the loss."""
+"""The keys that must stay float64 between collator and loss."""
 _LOSS_KEYS: Final = ("is_chosen", "ref_logps", "sequence_weights", "num_pairs", "rejected_prompt")
 _TRL_KEYS: Final = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 _TOKEN_KEYS: Final = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids")
-"""Keys that hold a row for each sequence: what they look like is known, and with it how to cut them."""
+"""Keys that hold one row for each sequence, so that we know how to cut them."""
 _PACK_KEYS: Final = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 Inputs = dict[str, Any]
 
 
 def split_inputs(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """What model and head take to form log-probabilities; and what the loss takes, as far as given.
+    """Two dictionaries: the inputs of model and head, and the inputs of the loss that the batch holds.
 
     Takes the batches of `infopo_kernels.integrations.collators`, and those of TRL's collators (`completion_mask`
     instead of `labels`). The second holds `is_chosen`, `ref_logps`, `sequence_weights` and `num_pairs` (and, of
@@ -83,10 +83,10 @@ def number_of_chosen(model_inputs: Inputs, known: Inputs) -> int:
 
 
 def can_be_cut(model_inputs: Inputs) -> bool:
-    """Whether it is known how to take sequences out of a batch.
+    """Whether we know how to take sequences out of a batch.
 
-    It is not with shared prompts, nor with anything that does not hold a row for each sequence: image patches are
-    counted otherwise, and their number may equal that of the sequences by accident.
+    We do not with shared prompts, nor with tensors that do not hold one row for each sequence: image patches have
+    another number, which may equal the number of sequences by accident.
     """
     if "rows" in model_inputs:
         return False
@@ -125,7 +125,7 @@ def reference_logps(
 ) -> Tensor:
     """[S] float64 log-probabilities without gradient, nats; NaN for the chosen sequences with `skip_chosen`.
 
-    The model runs in evaluation mode, and is afterwards in the mode that it was in.
+    The model runs in evaluation mode; afterwards each module is back in its own mode.
 
     Args:
         model: with `attach_linear_logps`, wrapped or not.
@@ -139,7 +139,7 @@ def reference_logps(
         RuntimeError: the model is not attached any more.
     """
     num_chosen = number_of_sequences(model_inputs) // 2 if num_chosen is None else num_chosen
-    # Where the batch cannot be cut, the chosen half is formed too and left alone.
+    # Where we cannot cut the batch, the model scores the chosen half too, and we ignore the result.
     cut = skip_chosen and can_be_cut(model_inputs)
     inputs = rejected_half(model_inputs, num_chosen) if cut else model_inputs
     inputs = {key: value for key, value in inputs.items() if key != "output_router_logits"}
@@ -156,7 +156,7 @@ def reference_logps(
 def preference_output(
     model: Any, model_inputs: Inputs, known: Inputs, objective: Objective, *, skip_chosen_reference: bool = False
 ) -> tuple[LinearLogpsOutput, PreferenceOutput]:
-    """The attached model's output with the loss of a batch, and what the loss consists of.
+    """The attached model's output with the loss of a batch, and the parts of the loss.
 
     Raises:
         RuntimeError: the model is not attached any more.
@@ -172,10 +172,10 @@ def preference_output(
 def pairs_per_rank(pairs: float, group: Any = None) -> float:
     """The `num_pairs` to give on each rank where a wrapper averages gradients (DDP, FSDP, DeepSpeed).
 
-    The loss is a sum over sequences divided by `num_pairs`. To average it over the pairs of all ranks, the divisor is
-    their number; but the wrapper divides by the number of ranks R once more, so that it is their number over R. That is
-    each rank's own number where all have the same, and needs saying where they have not: an incomplete last batch, or
-    chosen and rejected sequences on different ranks.
+    The loss is a sum over sequences divided by `num_pairs`. Its average over the pairs of all ranks divides by their
+    number. The wrapper divides by the number of ranks R once more, so `num_pairs` is the number of all pairs over R.
+    Where all ranks have as many pairs, this is each rank's own number. Where they have not (an incomplete last batch,
+    chosen and rejected sequences on different ranks), call this function.
 
     Args:
         pairs: pairs on this rank; 0.5 for a sequence whose other half is elsewhere.
@@ -193,7 +193,7 @@ def pairs_per_rank(pairs: float, group: Any = None) -> float:
 
 
 def counted_once(inputs: Inputs, unique: int, pairs: float) -> Inputs:
-    """A batch of which only the first `unique` prompts count, in a loss that is divided by `pairs`.
+    """The batch with weights such that only its first `unique` prompts count; the loss is divided by `pairs`.
 
     Accelerate fills an incomplete last batch with pairs from the first one, so that every rank has as many.
     """
@@ -210,7 +210,7 @@ def counted_once(inputs: Inputs, unique: int, pairs: float) -> Inputs:
 def metric_sums(
     output: PreferenceOutput, objective: Objective, model_inputs: Inputs | None = None, known: Inputs | None = None
 ) -> Tensor:
-    """What `metrics` needs of a batch, [16] float64; all but the last, a maximum, may be added over batches and ranks.
+    """The sums of a batch for `metrics`, [16] float64. They add over batches and ranks; the last one is a maximum.
 
     Args:
         output: of the batch's loss.
@@ -279,7 +279,7 @@ def metrics(sums: Tensor) -> dict[str, float]:
     rejected_weight/capped         share whose weight is at the cap
     scored_tokens                  in the batches, over all processes
 
-    Those that need the chosen reference are left out where it was skipped, and the bound where there is none.
+    Without the chosen reference, the metrics that need it are left out; so is the bound where there is none.
     """
     total = sums[:, :-1].sum(0).tolist()
     chosen, rejected = max(total[0], 1.0), max(total[1], 1.0)
@@ -317,7 +317,7 @@ def check_finite(output: PreferenceOutput, objective: Objective, where: str = "T
         return
     log_ratios = (output.logps - output.ref_logps).tolist()
     chosen = output.is_chosen.tolist()
-    # The worst: what is not a number, else the sequence that pulls hardest.
+    # The worst sequence: one whose values are not finite, else the one with the largest weight.
     size = torch.where(torch.isfinite(output.logps) & ~output.weights.isnan(), output.weights, torch.inf)
     worst = int(size.argmax())
     half = "chosen" if chosen[worst] else "rejected"

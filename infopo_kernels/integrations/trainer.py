@@ -1,4 +1,4 @@
-"""Preference losses on transformers' own `Trainer`: a `compute_loss`, and a `Trainer` that has it."""
+"""Preference losses on transformers' own `Trainer`: a loss for any `compute_loss`, and a `Trainer` with it."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def compute_infopo_loss(
 
     Args:
         model: with `attach_linear_logps`, wrapped or not.
-        inputs: the batch. The reference is its `ref_logps` [S] if it holds them; else `ref_model`'s; else, of a model
-            with an adapter, the model's with the adapter switched off.
+        inputs: the batch. The reference is its `ref_logps` [S] if it holds them; else `ref_model`; else the model
+            with its adapter switched off, if it has one.
         options: the objective with its hyper-parameters: `InfoPO` (the default), or another of
             `infopo_kernels.objectives`.
         ref_model: with `attach_linear_logps`. Call `randomness.disable_dropout` on it and on the model first, or their
             log-ratios are noise.
         skip_chosen_reference: see `linear_infopo_loss`; halves the reference's work.
-        reference_free: there is no reference, and rewards are ``beta * logps``. With sums of hundreds of nats every
-            rejected weight is about nothing then, and InfoPO is plain SFT; it goes with ``average=True``.
+        reference_free: there is no reference, and rewards are ``beta * logps``. Every rejected weight is
+            then about 0 for sums of hundreds of nats, and InfoPO is plain SFT; use ``average=True``.
 
     Returns:
         `LinearLogpsOutput`: `loss` with its gradient, `infopo` with everything one logs.
@@ -137,8 +137,8 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
             an adapter, which is switched off for it.
         skip_chosen_reference: see `linear_infopo_loss`.
         reference_free: train without a reference; see `compute_infopo_loss`.
-        disable_dropout: switch off what makes two passes of one model differ (dropout, layer dropout, router jitter),
-            in policy and reference; what was changed is logged. As TRL's `DPOConfig` does it.
+        disable_dropout: switch off dropout, layer dropout and router jitter in policy and reference, and log what was
+            changed. TRL's `DPOConfig` has the same option.
         strict_checks: errors instead of warnings from the checks of the first step (docs/checks.md).
 
     Other arguments are those of `Trainer`; the dataset holds `prompt_ids`, `chosen_ids`, `rejected_ids` (see

@@ -5,11 +5,11 @@
     out = model(input_ids, attention_mask=mask, labels=labels, infopo=InfoPO())            # out.loss, out.infopo
     out = model(input_ids, attention_mask=mask, labels=labels, objective=DPO())            # the same, of DPO
 
-How it works. The model's own forward runs, with its head told to hand over its input instead of multiplying it: so
-whatever happens before the head (embedding scales, image features, projections, router losses) is the model's own. Then
-the head is called as a module, once, with those hidden states, and forms log-probabilities or loss. Because that
-happens inside the forward of the wrapped model, the hooks of DDP, FSDP2, DeepSpeed ZeRO-3 and Accelerate fire as they
-do for logits: the head's weight is whole where it is used, and results leave as outputs.
+How it works. The model's own forward runs, but its head hands over its input instead of multiplying it. So everything
+before the head (embedding scales, image features, projections, router losses) is the model's own. Then the head is
+called as a module, once, with those hidden states, and forms log-probabilities or loss. This happens inside the forward
+of the wrapped model, so the hooks of DDP, FSDP2, DeepSpeed ZeRO-3 and Accelerate fire as they do for logits: the head's
+weight is whole where it is used, and results leave as outputs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LinearLogpsOutput(ModelOutput):
     aux_loss: Tensor | None = None
     """[], the load-balancing loss of a mixture of experts, unscaled, if the model was asked for its router logits."""
     exact: Sealed | None = None
-    """`loss`, `logps` and `infopo` as they left the head. What a wrapper casts after that is put back from here."""
+    """`loss`, `logps` and `infopo` as they left the head. If a wrapper casts them later, we restore them from here."""
 
     def __post_init__(self) -> None:
         super().__post_init__()  # also where a wrapper makes the output anew from what it has cast
@@ -98,9 +98,9 @@ class _Attachment:
 class _AttachedForward:
     """The forward of an attached model; an object of its own for each model.
 
-    It stands on the instance for a bound method where others look: `generate` and the Trainer at its signature,
-    Accelerate at `__func__`. Unlike a bound method it survives pickling. There is no `__wrapped__`: whoever takes
-    wrappers off until none is left (`accelerator.unwrap_model(keep_fp32_wrapper=False)`) must stop here.
+    It takes the place of a bound method on the instance: `generate` and the Trainer read its signature, Accelerate
+    reads `__func__`. Unlike a bound method it survives pickling. It has no `__wrapped__`, because code that removes all
+    wrappers (`accelerator.unwrap_model(keep_fp32_wrapper=False)`) must stop here.
     """
 
     __name__ = "forward"
@@ -116,7 +116,7 @@ class _AttachedForward:
         own = type(self.__self__).forward
         self.__doc__, self.__qualname__ = own.__doc__, own.__qualname__
         self.__signature__ = inspect.signature(functools.partial(own, self.__self__))
-        # Whoever binds it to a model again (Accelerate) may do so with a copy: it takes the attachment of its model.
+        # Accelerate may bind it again, to a copy of the model: the function then uses the attachment of that copy.
         function = FunctionType(_of_model.__code__, _of_model.__globals__, "forward")
         function.__doc__, function.__qualname__ = own.__doc__, own.__qualname__
         function.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
@@ -161,7 +161,7 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
     - ``rows`` [M], for packs in which sequences share a prompt: the row of the hidden states that each of the M
       `labels` is scored on; then labels [M] and `cu_seqlens` count these, and nothing is shifted.
 
-    Without any of these it is the forward that it was: generation, evaluation and other losses go on.
+    Without any of these it is the model's own forward: generation, evaluation and other losses work as before.
 
     Equivalent to::
 
@@ -243,8 +243,8 @@ def _stands_for(forward: Any, causal: Any) -> bool:
 def is_attached(model: Any) -> bool:
     """Whether the forward that a call of `model` runs is the one that `attach_linear_logps` put there.
 
-    It is not, although the call was made, where something replaced the forward since: another library's patch
-    (Liger's), a wrapper that was taken off together with what lay under it, a copy that left it behind.
+    It is not if something replaced the forward since: another library's patch (Liger's), a wrapper whose removal took
+    it away too, a copy without it.
     """
     causal = causal_model(model)
     if _ATTACHMENT not in vars(causal):

@@ -2,8 +2,8 @@
 
     trainer = InfoPOTrainer(model, args=InfoPOConfig("out", beta=0.1), train_dataset=dataset)
 
-Tested with trl 1.16. Reference model, PEFT, checkpoints and evaluation are TRL's own; the way from text to batch, loss,
-log-probabilities, metrics and the checks around them are this library's.
+Tested with trl 1.16. TRL does the reference model, PEFT, checkpoints and evaluation; this library does the data, loss,
+log-probabilities, metrics and checks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ except ImportError as error:
 warn_untested("trl", "transformers", "accelerate", "datasets", "peft")
 
 _LOSSES: Final = ("infopo", "sigmoid", "ipo", "simpo", "sft")
-"""What `loss_type` may say, in TRL's names where it has one: "sigmoid" is DPO."""
+"""Values of `loss_type`, under TRL's names where it has one: "sigmoid" is DPO."""
 
 _NO_MEANING: Final = {
     "loss_weights": "there is one loss; an SFT term is `sft_weight`",
@@ -50,10 +50,10 @@ _NO_MEANING: Final = {
     "use_weighting": "WPO's weights need the whole distribution of every token; InfoPO has its own, per sequence",
     "discopop_tau": "it belongs to the DiscoPOP loss",
 }
-"""Fields of `DPOConfig` that say nothing here, and why."""
+"""Fields of `DPOConfig` that have no meaning here, and why."""
 
 _OF_INFOPO: Final = ("offset", "max_log_weight", "min_log_weight", "sft_weight", "skip_chosen_reference")
-"""Fields that say something of InfoPO only."""
+"""Fields that belong to InfoPO only."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -80,7 +80,7 @@ class InfoPOConfig(DPOConfig):
         backend, workspace_mib: see `KernelOptions`.
 
     `padding_free=True` packs all sequences of a batch into one row, under any attention implementation of transformers.
-    `disable_dropout=True`, TRL's default, switches off everything that makes two passes of one model differ.
+    `disable_dropout=True`, TRL's default, switches off dropout and all other noise in the forward.
 
     Raises:
         ValueError: a field of `DPOConfig` that has no meaning here was set, or two that contradict each other.
@@ -246,7 +246,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         row: dict[str, Any] = next(iter(dataset), {})
         return "ref_rejected_logps" in row and ("ref_chosen_logps" in row or self.skip_chosen_reference)
 
-    # Models are attached the moment they are set, before Accelerate, FSDP or DeepSpeed wrap them.
+    # Setting a model attaches it, before Accelerate, FSDP or DeepSpeed wrap it.
 
     @property
     def model(self) -> Any:
@@ -305,7 +305,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         """Without TRL's cache file, which lies in a temporary directory of each process."""
         R, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = -(-len(dataset) // (batch_size * R)) * batch_size
-        # Every rank makes as many passes, since sharded weights travel in each; what is too much is scored twice.
+        # Every rank makes as many passes, since sharded weights travel in each; so some rows are scored twice.
         own = [index % len(dataset) for index in range(rank * size, (rank + 1) * size)]
         model = self.ref_model or self.model
         several = _lists_rejected(dataset)

@@ -1,4 +1,4 @@
-"""The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: python tests/fuzz/sanitize.py LIBRARY.
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: python tests/fuzz/sanitize.py LIBRARY.
 
 LIBRARY is an extension that was built with INFOPO_KERNELS_SANITIZE=1 (`make sanitize` does both). A fixed set of cases
 runs through the ops: every instruction set, type, way and kind of size. Each tensor has its own allocation, so that the

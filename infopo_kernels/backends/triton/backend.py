@@ -11,6 +11,8 @@ from infopo_kernels.backends.triton.support import unsupported_reason
 from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
 from infopo_kernels.packing import Rows
 
+# Methods import kernels and launchers when they are called: the class has to load where Triton is missing, to say so.
+
 
 class TritonBackend:
     """Triton kernels for NVIDIA GPUs from sm_80 on and AMD gfx942 and gfx950.

@@ -1,4 +1,4 @@
-"""How the demo follows its trainers: a line now and then, and an end when the time is up."""
+"""Callbacks of the demo: print a line now and then, and stop when the time is up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class Lines(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Prints, at most every `seconds`, by how much the likelihoods of the step's batch have changed since the start."""
+    """Prints, at most every `seconds`, how much the likelihoods of the step's batch have changed since the start."""
 
     def __init__(self, console: Console, title: str, beta: float, seconds: float = 10.0) -> None:
         self._console, self._title, self._beta, self._seconds = console, title, beta, seconds

@@ -39,12 +39,12 @@ from infopo_kernels.objectives import DPO, InfoPO
 from infopo_kernels.objectives.base import Sequences, Terms
 
 RUNS: Final = {"InfoPO": "infopo", "DPO": "sigmoid"}
-"""What is laid side by side, and the `loss_type` of each."""
+"""The runs, and the `loss_type` of each."""
 
 
 @dataclass(frozen=True)
 class DPOWithBound(DPO):
-    """DPO that logs the bound of InfoPO for what it does, so that the two can be compared; the loss is DPO's."""
+    """DPO that also logs InfoPO's bound, so that the two runs can be compared; the loss is DPO's."""
 
     name: ClassVar[str] = "dpo_with_bound"
 
@@ -171,7 +171,9 @@ def main(words: Sequence[str], prog: str) -> None:
     console = wide_console()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")  # theirs, of one another
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers|trl"
+    )  # these libraries warn of each other
     demo = Demo(args, console)
     example = demo.training[0]
     console.print(f"For example: {example.question}\n  chosen:   {example.chosen}\n  rejected: {example.rejected}\n")
@@ -246,7 +248,7 @@ def _table(logs: dict[str, list[Record]], shares: dict[str, float], demo: Demo) 
 
 
 def claim(logs: dict[str, list[Record]]) -> str:
-    """What the runs show of the paper's claim, as it came out."""
+    """Whether the runs show what the paper claims."""
     change = {}
     for name, records in logs.items():
         found = [record["eval_logps/chosen"] for record in evaluations(records)]

@@ -1,4 +1,4 @@
-"""training.png: what the losses did to the chosen and the rejected responses, and the bound."""
+"""training.png: likelihoods of chosen and rejected responses under each loss, and the bound."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ longer than 8."""
 
 
 def last_number(text: str) -> float | None:
-    """What a text gives as its answer: its last number, or None."""
+    """The last number of a text, which is its answer; None without one."""
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 @torch.inference_mode()
 def answers(model: Any, tokenizer: Any, problems: Sequence[Pair], max_new_tokens: int) -> list[str]:
-    """What the model says to each problem, by greedy decoding, of at most `max_new_tokens` tokens."""
+    """The model's answer to each problem: greedy decoding, at most `max_new_tokens` tokens."""
     model.eval()
     texts: list[str] = []
     for start in range(0, len(problems), _BATCH):
