@@ -152,7 +152,7 @@ def rejected_responses(feature: Feature, name: str = "rejected_ids") -> list[Any
 def lists_rejected(feature: Feature) -> bool:
     """Whether the feature lists its rejected responses, be it one, rather than holding a single one."""
     ids = feature["rejected_ids"]
-    return bool(ids) and isinstance(ids[0], Sequence)
+    return len(ids) > 0 and (isinstance(ids[0], Sequence) or getattr(ids[0], "ndim", 0) > 0)
 
 
 def cut(feature: Feature, max_length: int | None) -> Feature:

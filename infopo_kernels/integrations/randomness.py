@@ -49,7 +49,8 @@ def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:
             if of_dropout or _RANDOM.search(name):
                 found[module, name] = max(numbers)
         config = vars(module).get("config")
-        for name in _read_from_config(type(module)):
+        kind: Any = type(module)
+        for name in _read_from_config(kind):
             value = getattr(config, name, None)
             if isinstance(value, float) and value > 0:
                 found[module, f"config.{name}"] = value
