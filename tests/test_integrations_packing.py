@@ -227,6 +227,34 @@ def test_a_cut_reaches_every_response_and_mask() -> None:
     assert (row != -100).tolist() == [False] * 4 + [True, False, False]
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+@pytest.mark.parametrize("several", [False, True])
+def test_tables_in_other_formats_give_the_same_batches(kind: str, several: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"prompt_ids": [3, 4], "chosen_ids": [5, 6 + n], "rejected_ids": [[7], [8, 9]] if several else [7, 8],
+         "chosen_mask": [n, 1], "weight": 1.5, "ref_chosen_logps": -3.0,
+         "ref_rejected_logps": [-1.0, -2.0] if several else -1.0}
+        for n in (0, 1)
+    ]  # fmt: skip
+    table = datasets.Dataset.from_list(rows).with_format(kind)
+    for collator in (PreferenceCollator(4), PackedPreferenceCollator()):
+        ours, truth = collator([table[0], table[1]]), collator(rows)
+        assert ours.keys() == truth.keys()
+        for name, value in truth.items():
+            torch.testing.assert_close(ours[name], value)
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt_ids": [3], "chosen_ids": [4]}]
+)
+def test_rows_that_are_no_features_are_named(row: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"Pair 0 of the batch has no `(prompt|rejected)_ids` \(found: prompt.*features"
+    ):
+        PreferenceCollator()([row])
+
+
 @pytest.mark.parametrize("collator", [PreferenceCollator(), PackedPreferenceCollator(share_prompt=True)])
 @pytest.mark.parametrize(
     ("wrong", "message"),

@@ -126,8 +126,21 @@ def _length(value: Any) -> int | None:
         return None
 
 
+def _plain(value: Any) -> Any:
+    """Lists and numbers for what a table in the format "torch" or "numpy" holds."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(each) if hasattr(each, "tolist") else each for each in value] if isinstance(value, list) else value
+
+
 def _check(feature: Feature, index: int) -> None:
     """Refuse what features of other hands may hold: masks and references that do not fit, weights that are none."""
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        if feature.get(name) is None:
+            raise ValueError(
+                f"Pair {index} of the batch has no `{name}` (found: {', '.join(feature)}); make features of rows with "
+                f"preference_features(tokenizer, rows), or feature_dataset for a table."
+            )
     several, responses = lists_rejected(feature), rejected_responses(feature)
     weight = feature.get("weight")
     if weight is not None and not 0 < weight < float("inf"):
@@ -154,7 +167,8 @@ class _Collator:
     max_length: int | None = None
     """Responses are cut where this many tokens of prompt and response end; None never cuts."""
 
-    def _prompts(self, features: Sequence[Feature]) -> list[_Prompt]:
+    def _prompts(self, features: Sequence[Feature]) -> tuple[list[Feature], list[_Prompt]]:
+        features = [{name: _plain(value) for name, value in feature.items()} for feature in features]
         for index, feature in enumerate(features):
             _check(feature, index)
         kept = [cut(feature, self.max_length) for feature in features]
@@ -165,7 +179,7 @@ class _Collator:
                     + (f" within max_length = {self.max_length}" if self.max_length is not None else "")
                     + "; drop the pair or raise the maximum length."
                 )
-        return [_prompt(feature) for feature in kept]
+        return kept, [_prompt(feature) for feature in kept]
 
 
 @dataclass
@@ -188,7 +202,7 @@ class PreferenceCollator(_Collator):
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """One batch, chosen first."""
-        prompts = self._prompts(features)
+        features, prompts = self._prompts(features)
         sequences = [p.chosen for p in prompts] + [each for p in prompts for each in p.rejected]
         step = self.pad_to_multiple_of or 1
         T = -(-max(len(s.tokens) for s in sequences) // step) * step
@@ -233,7 +247,7 @@ class PackedPreferenceCollator(_Collator):
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
         """One batch, chosen first."""
-        prompts = self._prompts(features)
+        features, prompts = self._prompts(features)
         keys = _loss_keys(features, prompts, packed=True)
         if self.share_prompt:
             return {**_shared_prompts(prompts), **keys}

@@ -132,10 +132,14 @@ class PreferenceTraining:
         self.add_callback(ReferenceMemory(self))  # type: ignore[attr-defined]
 
     def _check_data(self, max_length: int | None) -> None:
-        """Refuse features that the model cannot take (see `check_features`); streams are not looked at."""
+        """Refuse features that the model cannot take (see `check_features`).
+
+        Only tables and lists are looked at: any other object may be a stream, or make its rows when it is asked.
+        """
         evaluations = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         for dataset in (self.train_dataset, *evaluations.values()):
-            if hasattr(dataset, "__len__") and len(dataset) and "chosen_ids" in dataset[0]:
+            held = isinstance(dataset, (list, tuple)) or hasattr(dataset, "with_format")
+            if held and hasattr(dataset, "__len__") and len(dataset) and "chosen_ids" in dataset[0]:
                 check_features(dataset, self.model, max_length=max_length)
 
     # --- the step -------------------------------------------------------------------------------------------------

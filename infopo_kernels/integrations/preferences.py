@@ -159,7 +159,7 @@ def by_feature(features: Iterable[Feature], values: Iterable[float]) -> list[lis
 def lists_rejected(feature: Feature) -> bool:
     """Whether the feature holds a list of rejected responses (of one or more) and not a single response."""
     ids = feature["rejected_ids"]
-    return bool(ids) and isinstance(ids[0], Sequence)
+    return len(ids) > 0 and (isinstance(ids[0], Sequence) or getattr(ids[0], "ndim", 0) > 0)
 
 
 def cut(feature: Feature, max_length: int | None) -> Feature:
