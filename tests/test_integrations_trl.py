@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer  # noqa: E402
 from infopo_kernels.commands import cli  # noqa: E402
 from infopo_kernels.commands.demo.word_problems import word_problems  # noqa: E402
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer  # noqa: E402
+from tests.test_integrations_checks import plain_loss, unequal  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
 
 STEPS = 5
@@ -345,6 +346,22 @@ def test_several_rejected_responses_and_weights(start: Path, tmp_path: Path, pac
         loss += feature["weight"] * (pull - rewards[0]) / 4
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_turns_that_are_not_scored(start: Path, tmp_path: Path, packed: bool) -> None:
+    """Masks, weights and several rejected responses of features that are tokenised already, against plain float64."""
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=3, padding_free=packed, beta=0.2)
+    trainer = InfoPOTrainer(
+        str(start), args=args, train_dataset=Dataset.from_list(unequal()), processing_class=byte_tokenizer(),
+        ref_model=tiny_model(seed=1),
+    )  # fmt: skip
+    policy = tiny_model(initializer_range=0.1)  # `start`
+    loss, metrics = plain_loss(policy, tiny_model(seed=1), unequal(), 0.2)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert logged["rewards/margins"] == pytest.approx(metrics["margins"], rel=1e-4)
 
 
 def test_metrics_of_several_evaluations(start: Path, tmp_path: Path) -> None:
