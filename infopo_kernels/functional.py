@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -90,7 +91,10 @@ def linear_logps(
     S = len(rows.cu_seqlens) - 1
     counts = ops.scored_tokens(rows.labels, rows.segments, S)
     sums = sequence_sums(logp, rows.segments, S)
-    return sums if reduction == "sum" else sums / counts
+    if reduction == "mean":
+        return sums / counts
+    # A sequence without a scored token is an error on a CPU; elsewhere nobody has seen it, and its sum is not 0.
+    return sums if sums.device.type == "cpu" else torch.where(counts > 0, sums, math.nan)
 
 
 def linear_infopo_loss(

@@ -33,7 +33,7 @@ from infopo_kernels.backends.triton.kernels.logits import (
     unit_of,
 )
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
+from infopo_kernels.backends.triton.launch import FUSED, Launch, aligned, ceil_div, start_product
 
 WAVES = 8
 """Programs a multiprocessor over a whole launch: the last, partly filled wave then costs at most an eighth."""
@@ -41,8 +41,9 @@ WAVES = 8
 MERGE_ROWS, MERGE_SLICES = 32, 32
 """Tile of the merge: 32 rows are one coalesced 128-byte access, 32 slices keep 32 of them in flight."""
 
-MERGE_DEPTH = 64
-"""Hidden units a step of the labels' logits: 128 bytes of a row. Twice as many spill on sm_100."""
+MERGE_DEPTH, MERGE_DEPTH_UNALIGNED = 64, 32
+"""Hidden units a step of the labels' logits: 128 bytes of a row. Twice as many spill on sm_100, and on sm_80 where
+every element is loaded separately."""
 
 
 @triton.jit
@@ -356,7 +357,7 @@ def launch_merge(
         KEEP=target is not None,
         BLOCK_N=MERGE_ROWS,
         BLOCK_S=MERGE_SLICES,
-        BLOCK_H=MERGE_DEPTH,
+        BLOCK_H=MERGE_DEPTH if aligned(head) else MERGE_DEPTH_UNALIGNED,
         num_warps=4,
         **FUSED,
     )
