@@ -64,6 +64,8 @@ class Target:
     """Whether dX and dW of 16-bit inputs are the library's products (`products.py`), for aligned rows."""
     library_single: bool = False
     """float32 likewise."""
+    descriptors: bool = False
+    """Whether aligned 16-bit rows reach the product of logits by tensor descriptors (TMA), gathered before."""
 
     def products(self, *, single: bool, aligned: bool) -> Products:
         own, unaligned = (self.single, self.single_unaligned) if single else (self.half, self.half_unaligned)
@@ -184,6 +186,7 @@ TARGETS: dict[str, Target] = {
             _SINGLE_UNALIGNED,
             library_half=True,
             library_single=True,
+            descriptors=True,
         ),
         # B200: tcgen05 keeps the sums in tensor memory, of which 128 x 256 float32 are half; else as H100.
         Target(
