@@ -52,8 +52,13 @@ def _same_device(name: str, value: torch.Tensor, hidden: torch.Tensor) -> None:
         )
 
 
-def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, prefix: str = "") -> None:
-    """Types, devices and shapes of hidden states [..., H], weight [V, H] and bias [V]; `prefix` is "ref_" or ""."""
+def head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, prefix: str = "", part: bool = False
+) -> None:
+    """Types, devices and shapes of hidden states [..., H], weight [V, H] and bias [V]; `prefix` is "ref_" or "".
+
+    `part`: the weight is one rank's part of a head, which may have no entries.
+    """
     names = {key: prefix + key for key in ("hidden", "weight", "bias")}
     tensor(names["hidden"], hidden)
     tensor(names["weight"], weight)
@@ -69,7 +74,7 @@ def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
             f"`{names['hidden']}` must have shape [2B, T, H] (padded) or [N, H] (packed) with H = {weight.shape[1]} as "
             f"in `{names['weight']}` {_shape(weight)}, got {_shape(hidden)}."
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if (weight.shape[0] == 0 and not part) or weight.shape[1] == 0:
         raise ValueError(f"`{names['weight']}` must not be empty, got shape {_shape(weight)}.")
     for key, value in (("weight", weight), ("bias", bias)):
         if value is None:

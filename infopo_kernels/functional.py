@@ -89,7 +89,9 @@ def linear_logps(
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
     logit, kernel = LogitOptions(softcap, logit_scale, temperature), KernelOptions(backend, workspace_mib)
     parallel = Parallel.of(vocab, sequence_group)
-    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, _Layout(cu_seqlens, None, shift, ignore_index))
+    rows, weight, bias = _checked_rows(
+        hidden, weight, bias, labels, _Layout(cu_seqlens, None, shift, ignore_index), parallel
+    )
     logp = ops.logprob(rows, weight, bias, logit, kernel, parallel)
     if reduction == "none":
         return logp.reshape(labels.shape)
@@ -441,7 +443,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _checked_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, parallel: Parallel | None, prefix: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias as the ops take them; `prefix` is "ref_" or ""."""
     for name, value in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight)):
@@ -449,15 +451,16 @@ def _checked_head(
     cast_hidden, cast_weight, cast_bias = _autocast(hidden, weight, bias)
     assert cast_hidden is not None
     assert cast_weight is not None
-    checks.head(cast_hidden, cast_weight, cast_bias, prefix=prefix)
+    part = parallel is not None and parallel.shares_head
+    checks.head(cast_hidden, cast_weight, cast_bias, prefix=prefix, part=part)
     return cast_hidden, cast_weight, cast_bias
 
 
 def _checked_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, layout: _Layout
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, layout: _Layout, parallel: Parallel | None
 ) -> tuple[Rows, Tensor, Tensor | None]:
     """Rows, and weight and bias as the ops take them. The sequence of each row is derived and checked once: here."""
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = _checked_head(hidden, weight, bias, parallel)
     cu_seqlens, shift, ignore_index = layout.cu_seqlens, layout.shift, layout.ignore_index
     checks.layout(hidden, labels, cu_seqlens, ignore_index)
     checks.flag("shift", shift)
@@ -481,7 +484,7 @@ def _linear_preference(
     parallel: Parallel | None,
 ) -> PreferenceOutput:
     """`linear_preference_loss` with its options as objects."""
-    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout)
+    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
     S = checks.pairs(labels, layout.cu_seqlens, layout.is_chosen, shares.num_pairs, shares.sequence_weights, objective)
     checks.reference(
         objective, reference.logps, reference.hidden, reference.weight, reference.bias, reference.skip_chosen
@@ -545,7 +548,9 @@ def _reference_logps(
     else:
         assert reference.weight is not None
         assert rows.segments is not None
-        hidden, weight, bias = _checked_head(reference.hidden, reference.weight, reference.bias, prefix="ref_")
+        hidden, weight, bias = _checked_head(
+            reference.hidden, reference.weight, reference.bias, parallel, prefix="ref_"
+        )
         rejected_only = skip and chosen_first and hidden.shape[:-1] == labels[S // 2 :].shape
         checks.reference_hidden(hidden, rows.hidden, labels[S // 2 :].shape if rejected_only else labels.shape)
         y = rows.labels

@@ -15,7 +15,7 @@ Each op finds its backend by name when it runs. This file checks values (on a CP
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,9 @@ from torch import Tensor
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Backend, Gradients, Head
-from infopo_kernels.distributed.parallel import Parallel, Together
+from infopo_kernels.distributed.agreement import checksum
+from infopo_kernels.distributed.choice import Work
+from infopo_kernels.distributed.parallel import Call, Parallel, Together
 from infopo_kernels.objectives import InfoPO, Objective, Sequences, from_flat
 from infopo_kernels.op_schema import define
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
@@ -112,9 +114,16 @@ class HeadInputs:
         if self.labels.device.type == "cpu":
             checks.label_values(self.labels, vocabulary)
 
-    def in_common(self) -> dict[str, object]:
-        """What ranks that share a head and pass the same rows must have in common."""
-        return {"hidden.shape[:-1]": len(self.hidden)}
+    def call(self) -> Call:
+        """For ranks that share a head."""
+        return Call(
+            check=self.check_values,
+            scored=lambda: int((self.labels != IGNORE_INDEX).sum()),
+            same={},
+            same_rows={"hidden.shape[:-1]": len(self.hidden), "labels": checksum(self.labels)},
+            wanted=[],
+            work=Work(logits=True, known=False, hidden=False, weight=False),
+        )
 
     def begin(self) -> tuple[Backend, Together | None]:
         """The backend to compute with, and what the call shares with other ranks. Checks values before."""
@@ -122,7 +131,7 @@ class HeadInputs:
         if not text:
             self.check_values(self.weight.shape[0])
             return self.runner(), None
-        together = Parallel.from_text(text).begin(self.runner(), self.head(), self.in_common(), self.check_values)
+        together = Parallel.from_text(text).begin(self.runner(), self.head(), self.call())
         return together.backend, together
 
     def no_autocast(self) -> torch.autocast:
@@ -174,9 +183,10 @@ class SharedHeadInputs(HeadInputs):
 
 @define("infopo_kernels::logprob", HeadInputs, LogprobResults)
 def _logprob(inputs: HeadInputs) -> LogprobResults:
-    runner, _ = inputs.begin()
+    runner, together = inputs.begin()
     with inputs.no_autocast():
-        return LogprobResults(*runner.logprob(inputs.head(), inputs.labels))
+        head = inputs.head() if together is None else together.whole_head(inputs.head())
+        return LogprobResults(*runner.logprob(head, inputs.labels))
 
 
 _shared_logprob = define("infopo_kernels::shared_logprob", SharedHeadInputs, LogprobResults)(_logprob.run)
@@ -198,8 +208,9 @@ class LogprobBackwardInputs(HeadInputs):
     def check_values(self, vocabulary: int) -> None:
         """Nothing: `logprob` has checked them."""
 
-    def in_common(self) -> dict[str, object]:
-        return {**super().in_common(), "requires_grad of hidden, weight and bias": self.wanted}
+    def call(self) -> Call:
+        work = Work(logits=False, known=False, hidden=self.wanted[0], weight=self.wanted[1])
+        return replace(super().call(), wanted=self.wanted, work=work)
 
 
 @dataclass
@@ -210,13 +221,13 @@ class SharedLogprobBackwardInputs(LogprobBackwardInputs):
 @define("infopo_kernels::logprob_backward", LogprobBackwardInputs, HeadGradients)
 def _logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
     runner, together = inputs.begin()
-    head = inputs.head()
+    head = inputs.head() if together is None else together.whole_head(inputs.head())
     gradients = schedule.zero_gradients(head, schedule.Wanted(*inputs.wanted))
     with inputs.no_autocast():
         row_weight = inputs.row_weight.to(inputs.lse.dtype).contiguous()
         runner.backward(head, inputs.labels, inputs.lse, row_weight, gradients)
     if together is not None:
-        together.finish(gradients)
+        gradients = together.finish(gradients)
     return HeadGradients.of(gradients, inputs.hidden)
 
 
@@ -313,14 +324,16 @@ class PreferenceInputs(HeadInputs):
         if objective.pairwise:
             checks.pairing_values(self.is_chosen, objective)
 
-    def in_common(self) -> dict[str, object]:
-        return {
-            **super().in_common(),
-            "objective": (self.objective, self.options),
-            "number of sequences": len(self.counts),
-            "num_pairs": self.num_pairs,
-            "requires_grad of hidden, weight and bias": self.wanted,
-        }
+    def call(self) -> Call:
+        call, objective = super().call(), from_flat(self.objective, self.options)
+        known = objective.known == "all" or not (self.wanted[1] or self.wanted[2])
+        return replace(
+            call,
+            same={"objective": objective},
+            same_rows={**call.same_rows, "number of sequences": len(self.counts), "num_pairs": self.num_pairs},
+            wanted=self.wanted,
+            work=Work(logits=True, known=known, hidden=self.wanted[0], weight=self.wanted[1]),
+        )
 
     def sequences(self) -> Sequences:
         return Sequences(self.counts, self.is_chosen, self.ref_logps, self.num_pairs, self.sequence_weights)
@@ -381,6 +394,20 @@ def _fake_linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     )
 
 
+@torch.library.custom_op("infopo_kernels::common_gradient", mutates_args=())
+def _common_gradient(grad: Tensor, parallel: str) -> Tensor:
+    """`grad` [], the gradient of a rank's loss; NaN, and on a CPU an error, if it is another one on another rank.
+
+    dW of a shared head is formed in the forward pass from the rows of all ranks, so that one factor has to serve all.
+    """
+    return Parallel.from_text(parallel).common_gradient(grad)
+
+
+@_common_gradient.register_fake
+def _(grad: Tensor, parallel: str) -> Tensor:
+    return torch.empty_like(grad)
+
+
 def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     """factor * gradient, in the gradient's own memory: a second copy would take V * H numbers.
 
@@ -397,6 +424,7 @@ def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
 def _save_preference(ctx: Any, inputs: PreferenceInputs, results: PreferenceResults) -> None:
     ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient)
     ctx.wanted, ctx.backend = inputs.wanted, inputs.backend
+    ctx.parallel = inputs.parallel if isinstance(inputs, SharedPreferenceInputs) else None
     ctx.name = "linear_infopo_loss" if inputs.objective == InfoPO.name else "linear_preference_loss"
     ctx.mark_non_differentiable(*(result for result in results if result is not results.loss))
     ctx.set_materialize_grads(False)
@@ -415,6 +443,8 @@ def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[
         ) from error
     if grad is None:
         return ()
+    if ctx.parallel is not None:
+        grad = _common_gradient(grad, ctx.parallel)
     return tuple(_scaled(g, grad, ctx.backend) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
 
 

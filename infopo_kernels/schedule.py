@@ -90,9 +90,9 @@ def preference(
     `together`, if given, is what the call shares with other ranks; `backend` is its backend then.
     """
     if together is not None:
+        head = together.whole_head(head)
         result, gradients = _preference(backend, head, rows, sequences, objective, wanted, together)
-        together.finish(gradients)
-        return result, gradients
+        return result, together.finish(gradients)
     return _preference(backend, head, rows, sequences, objective, wanted, None)
 
 
@@ -128,7 +128,8 @@ def _preference(
         gradients = replace(gradients, weight=empty)
         if objective.known != "all" and backend.kept_rows(head, empty) >= len(rows.labels):
             return _every_row_kept(backend, head, rows.labels, gradients, evaluate), gradients
-    into, head = _accumulators(head, gradients)
+    # Sizes of parts and numbers of rows differ between ranks, and all have to take the same way.
+    into, head = _accumulators(head, gradients) if together is None else (gradients, head)
     if objective.known == "all":
         known = _known_row_weights(head, rows, sequences, objective)
         result = _every_weight_known(backend, head, rows.labels, known, into, evaluate)
@@ -136,7 +137,7 @@ def _preference(
         known = _known_row_weights(head, rows, sequences, objective)
         result = _some_weights_known(backend, head, rows.labels, known, into, evaluate)
     else:
-        result = _no_weight_known(backend, head, rows.labels, into, evaluate)
+        result = _no_weight_known(backend, head, rows.labels, into, evaluate, alone=together is None)
     if gradients.weight is not None and into.weight is not None and into.weight is not gradients.weight:
         gradients.weight.copy_(into.weight)
     return result, gradients
@@ -185,10 +186,10 @@ def _some_weights_known(
 
 
 def _no_weight_known(
-    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate
+    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate, *, alone: bool
 ) -> Evaluation:
     slots = _kept_rows(backend, head, into.weight)
-    if into.hidden is not None and not _adds_up(head, into) and hidden_gradient_apart(head, slots):
+    if alone and into.hidden is not None and not _adds_up(head, into) and hidden_gradient_apart(head, slots):
         assert into.weight is not None
         result, lse = _unit_hidden_gradient(backend, head, labels, into.hidden, evaluate)
         into.weight.zero_()

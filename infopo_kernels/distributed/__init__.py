@@ -1,7 +1,11 @@
 """A head or sequences that several ranks share: descriptions, collectives, and backends that compute together.
 
     parallel        who shares what (`VocabShard`, `Parallel`), and the hooks of one call (`Together`)
-    vocabulary      the same rows on every rank, each multiplied by the rank's own part of the vocabulary
+    same_rows       the same rows on every rank, each multiplied by the rank's own part of the vocabulary
+    own_rows        rows of its own on every rank: they travel to the parts
+    ring            rows of its own on every rank: the parts travel to them
+    gathered_head   rows of its own on every rank: the whole head comes to them
+    choice          which of these moves the fewest bytes
     collectives     the only file that calls torch.distributed
     agreement       an error on every rank where the ranks of a group disagree, instead of a hang
 

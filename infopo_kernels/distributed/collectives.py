@@ -7,6 +7,7 @@ Inside an op a collective is the plain one, which costs a fifth of the functiona
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +57,53 @@ def gathered(name: str, values: Tensor) -> Tensor:
     out = values.new_empty(size(name), *values.shape)
     dist.all_gather(list(out.unbind()), values, group=group_named(name))
     return out
+
+
+class Pending:
+    """A collective on its way. The tensors that it sends and receives live as long as this object."""
+
+    def __init__(self, works: list[Any], sent: Tensor, received: Tensor) -> None:
+        self._works, self._sent, self._received = works, sent, received
+
+    def wait(self) -> Tensor:
+        """What was received."""
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+def start_gather(name: str, values: Tensor) -> Pending:
+    """`gathered`, without waiting for it."""
+    values = values.contiguous()
+    out = values.new_empty(size(name), *values.shape)
+    work = dist.all_gather(list(out.unbind()), values, group=group_named(name), async_op=True)
+    return Pending([work], values, out)
+
+
+def exchanged(name: str, values: Tensor) -> Tensor:
+    """From `values` [R, ...], of which values[r] goes to rank r: what the ranks sent to this one, [R, ...].
+
+    A sum of what came is a reduce-scatter that adds in the order of the ranks, in a type of the caller's choice, on any
+    kind of group.
+    """
+    values = values.contiguous()
+    out = torch.empty_like(values)
+    dist.all_to_all_single(out, values, group=group_named(name))
+    return out
+
+
+def start_pass_on(name: str, values: Tensor, shape: tuple[int, ...]) -> Pending:
+    """Send `values` to the next rank, and receive a tensor of `shape` from the one before; without waiting."""
+    values, group = values.contiguous(), group_named(name)
+    ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
+    received = values.new_empty(shape)
+    # Ranks of an empty part send nothing, and nobody waits for it.
+    transfers = []
+    if values.numel():
+        transfers.append(dist.P2POp(dist.isend, values, ranks[(me + 1) % len(ranks)], group))
+    if received.numel():
+        transfers.append(dist.P2POp(dist.irecv, received, ranks[me - 1], group))
+    return Pending(dist.batch_isend_irecv(transfers) if transfers else [], values, received)
 
 
 def add_up_(name: str, values: Tensor) -> None:

@@ -47,13 +47,14 @@ class _Group:
         task = pickle.dumps((function.__module__, function.__qualname__, arguments))
         for connection in self.connections:
             connection.send_bytes(task)
-        end, answers = time.monotonic() + timeout, []
-        for rank, connection in enumerate(self.connections):
-            if not connection.poll(max(0.0, end - time.monotonic())):
-                _groups.cache_clear()
-                self.stop()
-                raise TimeoutError(f"rank {rank} did not answer within {timeout} s: {function.__qualname__}{arguments}")
-            answers.append(connection.recv())
+        end = time.monotonic() + timeout
+        there = [connection.poll(max(0.0, end - time.monotonic())) for connection in self.connections]
+        answers = [c.recv() if ok else (None, "no answer", None) for c, ok in zip(self.connections, there, strict=True)]
+        if not all(there):
+            _groups.cache_clear()
+            self.stop()
+            what = "".join(f"\nrank {rank}: {text or 'returned'}" for rank, (_, text, _) in enumerate(answers))
+            raise TimeoutError(f"{function.__qualname__}{arguments} took longer than {timeout} s:{what}")
         if any(text for _, text, _ in answers):
             raise RankError([error for _, _, error in answers], [text for _, text, _ in answers])
         return [value for value, _, _ in answers]
@@ -80,7 +81,7 @@ def _groups(size: int) -> _Group:
     return group
 
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60) -> list[Any]:
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 30) -> list[Any]:
     """`function(*arguments)` on each of `size` processes that share a process group; their results.
 
     The function is found by its name in its module. Arguments and results are pickled. `dist.get_rank()` tells the
