@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from infopo_kernels import checks, ops
+from infopo_kernels.distributed.parallel import Parallel, VocabShard
 from infopo_kernels.objectives import InfoPO, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
 from infopo_kernels.output import InfoPOOutput, PreferenceOutput
 from infopo_kernels.packing import Rows, default_is_chosen, packed_rows, padded_rows, sequence_sums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -32,6 +36,8 @@ def linear_logps(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    vocab: VocabShard | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probabilities of labels under a language-model head: differentiable, without the logits in memory.
 
@@ -64,6 +70,9 @@ def linear_logps(
         temperature: τ.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond the results; None takes 32 on a CPU and 256 on a GPU.
+        vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
+        sequence_group: the process group whose ranks hold parts of the same sequences.
 
     Returns:
         "none": the shape of `labels`, float32 (float64 for float64 inputs), nats, 0 where not scored. With `shift`,
@@ -78,8 +87,9 @@ def linear_logps(
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
     logit, kernel = LogitOptions(softcap, logit_scale, temperature), KernelOptions(backend, workspace_mib)
+    parallel = Parallel.of(vocab, sequence_group)
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, _Layout(cu_seqlens, None, shift, ignore_index))
-    logp = ops.logprob(rows, weight, bias, logit, kernel)
+    logp = ops.logprob(rows, weight, bias, logit, kernel, parallel)
     if reduction == "none":
         return logp.reshape(labels.shape)
     if rows.cu_seqlens is None or rows.segments is None:
@@ -90,6 +100,8 @@ def linear_logps(
     S = len(rows.cu_seqlens) - 1
     counts = ops.scored_tokens(rows.labels, rows.segments, S)
     sums = sequence_sums(logp, rows.segments, S)
+    if parallel is not None:
+        sums, counts = parallel.whole_sequences(sums), parallel.whole_sequences(counts)
     return sums if reduction == "sum" else sums / counts
 
 
@@ -121,6 +133,9 @@ def linear_infopo_loss(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    vocab: VocabShard | None = None,
+    sequence_group: ProcessGroup | None = None,
+    data_group: ProcessGroup | None = None,
 ) -> InfoPOOutput:
     """The InfoPO loss and its gradients from hidden states, head and labels, without the logits in memory.
 
@@ -167,6 +182,10 @@ def linear_infopo_loss(
         softcap, logit_scale, temperature: see `LogitOptions`; they apply to the reference's logits too.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
+        vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
+        sequence_group: the process group whose ranks hold parts of the same sequences.
+        data_group: the process group over which a wrapper averages gradients.
 
     Returns:
         `InfoPOOutput`; only `loss` has a gradient. To put the log-probabilities into another loss, use `linear_logps`.
@@ -185,10 +204,11 @@ def linear_infopo_loss(
         labels,
         InfoPO(beta, offset, max_log_weight, min_log_weight, sft_weight, average),
         _Layout(cu_seqlens, is_chosen, shift, ignore_index),
-        _Shares(num_pairs, sequence_weights),
+        _Shares(num_pairs, sequence_weights, data_group),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
         KernelOptions(backend, workspace_mib),
+        Parallel.of(vocab, sequence_group),
     )
 
 
@@ -215,6 +235,9 @@ def linear_preference_loss(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    vocab: VocabShard | None = None,
+    sequence_group: ProcessGroup | None = None,
+    data_group: ProcessGroup | None = None,
 ) -> PreferenceOutput:
     """A preference loss and its gradients from hidden states, head and labels, without the logits in memory.
 
@@ -253,6 +276,10 @@ def linear_preference_loss(
         softcap, logit_scale, temperature: see `LogitOptions`; they apply to the reference's logits too.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
+        vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
+        sequence_group: the process group whose ranks hold parts of the same sequences.
+        data_group: the process group over which a wrapper averages gradients.
 
     Returns:
         `PreferenceOutput`; its documentation says what each field means for each objective. Only `loss` has a gradient.
@@ -272,10 +299,11 @@ def linear_preference_loss(
         labels,
         checks.objective(objective),
         _Layout(cu_seqlens, is_chosen, shift, ignore_index),
-        _Shares(num_pairs, sequence_weights),
+        _Shares(num_pairs, sequence_weights, data_group),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
         KernelOptions(backend, workspace_mib),
+        Parallel.of(vocab, sequence_group),
     )
 
 
@@ -383,6 +411,7 @@ class _Shares:
 
     num_pairs: float | None
     sequence_weights: Tensor | None
+    data_group: ProcessGroup | None
 
 
 @dataclass(frozen=True)
@@ -445,6 +474,7 @@ def _linear_preference(
     reference: _Reference,
     logit: LogitOptions,
     kernel: KernelOptions,
+    parallel: Parallel | None,
 ) -> PreferenceOutput:
     """`linear_preference_loss` with its options as objects."""
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout)
@@ -455,8 +485,9 @@ def _linear_preference(
     assert rows.segments is not None
     is_chosen = default_is_chosen(S, hidden.device) if layout.is_chosen is None else layout.is_chosen
     weights = shares.sequence_weights
+    counts = sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S)
     sequences = Sequences(
-        counts=sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S),
+        counts=counts if parallel is None else parallel.whole_sequences(counts),
         is_chosen=is_chosen,
         ref_logps=torch.zeros(S, dtype=torch.float64, device=hidden.device),
         num_pairs=S / 2 if shares.num_pairs is None else float(shares.num_pairs),
@@ -464,9 +495,11 @@ def _linear_preference(
     )
     if reference.logps is not None or reference.hidden is not None:
         chosen_first = layout.is_chosen is None
-        ref_logps = _reference_logps(reference, rows, sequences, labels, chosen_first, objective, logit, kernel)
+        ref_logps = _reference_logps(
+            reference, rows, sequences, labels, chosen_first, objective, logit, kernel, parallel
+        )
         sequences = replace(sequences, ref_logps=ref_logps)
-    result = ops.linear_preference(rows, weight, bias, sequences, objective, logit, kernel)
+    result = ops.linear_preference(rows, weight, bias, sequences, objective, logit, kernel, parallel)
     output = PreferenceOutput(
         loss=result.loss,
         mi_lower_bound=result.mi_lower_bound,
@@ -490,6 +523,7 @@ def _reference_logps(
     objective: Objective,
     logit: LogitOptions,
     kernel: KernelOptions,
+    parallel: Parallel | None,
 ) -> Tensor:
     """[S] float64 log-probabilities of the reference, as given or formed without gradient; 0 for skipped chosen ones.
 
@@ -517,9 +551,10 @@ def _reference_logps(
             y = y.masked_fill(sequences.is_chosen[rows.segments], IGNORE_INDEX)
         with torch.no_grad():
             own = replace(rows, hidden=hidden.reshape(-1, hidden.shape[-1]), labels=y)
-            logp = ops.logprob(own, weight, bias, logit, kernel)
+            logp = ops.logprob(own, weight, bias, logit, kernel, parallel)
             if rejected_only:
                 logp = torch.cat([torch.zeros_like(logp), logp])
             logps = sequence_sums(logp, rows.segments, S)
+            logps = logps if parallel is None else parallel.whole_sequences(logps)
             logps = logps / sequences.counts if objective.average else logps
     return torch.where(sequences.is_chosen, 0.0, logps) if skip else logps

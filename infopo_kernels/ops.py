@@ -6,6 +6,9 @@
     infopo_kernels::logprob_backward   its gradients
     infopo_kernels::linear_preference  an objective's loss and its gradients, formed in the forward pass; differentiable
 
+Each op over a head has a second form, `infopo_kernels::shared_...`, for a head or sequences that ranks share. Its
+schema has one argument more; the ops of one device keep theirs.
+
 Each op finds its backend by name when it runs. This file checks values (on a CPU), `functional` checks shapes.
 """
 
@@ -21,6 +24,7 @@ from torch import Tensor
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.distributed.parallel import Parallel, Together
 from infopo_kernels.objectives import InfoPO, Objective, Sequences, from_flat
 from infopo_kernels.op_schema import define
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
@@ -100,11 +104,26 @@ class HeadInputs:
         return Head(hidden, weight, bias, self.softcap, self.scale, limit)
 
     def runner(self) -> Backend:
-        """The backend. Checks the label values before the backend sees them."""
-        backend = dispatch.resolve(self.backend, self.hidden.device, self.hidden.dtype)
+        """This rank's backend."""
+        return dispatch.resolve(self.backend, self.hidden.device, self.hidden.dtype)
+
+    def check_values(self, vocabulary: int) -> None:
+        """Checks on a CPU what a backend does not."""
         if self.labels.device.type == "cpu":
-            checks.label_values(self.labels, self.weight.shape[0])
-        return backend
+            checks.label_values(self.labels, vocabulary)
+
+    def in_common(self) -> dict[str, object]:
+        """What ranks that share a head and pass the same rows must have in common."""
+        return {"hidden.shape[:-1]": len(self.hidden)}
+
+    def begin(self) -> tuple[Backend, Together | None]:
+        """The backend to compute with, and what the call shares with other ranks. Checks values before."""
+        text: str = getattr(self, "parallel", "")
+        if not text:
+            self.check_values(self.weight.shape[0])
+            return self.runner(), None
+        together = Parallel.from_text(text).begin(self.runner(), self.head(), self.in_common(), self.check_values)
+        return together.backend, together
 
     def no_autocast(self) -> torch.autocast:
         """Turn autocast off: products inside an op keep the types of their inputs."""
@@ -147,15 +166,23 @@ class LogprobResults(NamedTuple):
     """[N] in the accumulator type."""
 
 
+@dataclass
+class SharedHeadInputs(HeadInputs):
+    parallel: str
+    """`Parallel.to_text`."""
+
+
 @define("infopo_kernels::logprob", HeadInputs, LogprobResults)
 def _logprob(inputs: HeadInputs) -> LogprobResults:
-    runner = inputs.runner()
+    runner, _ = inputs.begin()
     with inputs.no_autocast():
         return LogprobResults(*runner.logprob(inputs.head(), inputs.labels))
 
 
-@_logprob.register_fake
-def _(inputs: HeadInputs) -> LogprobResults:
+_shared_logprob = define("infopo_kernels::shared_logprob", SharedHeadInputs, LogprobResults)(_logprob.run)
+
+
+def _fake_logprob(inputs: HeadInputs) -> LogprobResults:
     logp = inputs.hidden.new_empty(inputs.labels.shape, dtype=_accumulator(inputs.hidden))
     return LogprobResults(logp, torch.empty_like(logp))
 
@@ -168,25 +195,48 @@ class LogprobBackwardInputs(HeadInputs):
     wanted: list[bool]
     """Which gradients are wanted: of hidden, weight and bias."""
 
+    def check_values(self, vocabulary: int) -> None:
+        """Nothing: `logprob` has checked them."""
+
+    def in_common(self) -> dict[str, object]:
+        return {**super().in_common(), "requires_grad of hidden, weight and bias": self.wanted}
+
+
+@dataclass
+class SharedLogprobBackwardInputs(LogprobBackwardInputs):
+    parallel: str
+
 
 @define("infopo_kernels::logprob_backward", LogprobBackwardInputs, HeadGradients)
 def _logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
-    runner, head = dispatch.resolve(inputs.backend, inputs.hidden.device, inputs.hidden.dtype), inputs.head()
+    runner, together = inputs.begin()
+    head = inputs.head()
     gradients = schedule.zero_gradients(head, schedule.Wanted(*inputs.wanted))
     with inputs.no_autocast():
         row_weight = inputs.row_weight.to(inputs.lse.dtype).contiguous()
         runner.backward(head, inputs.labels, inputs.lse, row_weight, gradients)
+    if together is not None:
+        together.finish(gradients)
     return HeadGradients.of(gradients, inputs.hidden)
 
 
-@_logprob_backward.register_fake
-def _(inputs: LogprobBackwardInputs) -> HeadGradients:
+_shared_logprob_backward = define(
+    "infopo_kernels::shared_logprob_backward", SharedLogprobBackwardInputs, HeadGradients
+)(_logprob_backward.run)
+
+
+def _fake_logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
     return HeadGradients(*inputs.fake_gradients(inputs.wanted))
+
+
+_logprob_backward.register_fake(_fake_logprob_backward)
+_shared_logprob_backward.register_fake(_fake_logprob_backward)
 
 
 def _save_logprob(ctx: Any, inputs: HeadInputs, results: LogprobResults) -> None:
     ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.labels, results.lse)
     ctx.settings = inputs.softcap, inputs.scale, inputs.backend, inputs.workspace_mib
+    ctx.parallel = inputs.parallel if isinstance(inputs, SharedHeadInputs) else None
     ctx.mark_non_differentiable(results.lse)
     ctx.set_materialize_grads(False)
 
@@ -198,17 +248,35 @@ def _differentiate_logprob(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[T
     if grad is None or not any(wanted):
         return ()
     hidden, weight, bias, labels, lse = ctx.saved_tensors
-    head = HeadInputs(hidden, weight, bias, labels, *ctx.settings)
-    results = _logprob_backward(LogprobBackwardInputs(**head.fields(), lse=lse, row_weight=grad, wanted=wanted))
+    head = HeadInputs(hidden, weight, bias, labels, *ctx.settings).fields()
+    more = {"lse": lse, "row_weight": grad, "wanted": wanted}
+    if ctx.parallel is None:
+        results = _logprob_backward(LogprobBackwardInputs(**head, **more))
+    else:
+        shared = SharedLogprobBackwardInputs(**head, **more, parallel=ctx.parallel)
+        results = _shared_logprob_backward(shared)
     return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
 
+_logprob.register_fake(_fake_logprob)
 _logprob.register_autograd(_save_logprob, _differentiate_logprob)
+_shared_logprob.register_fake(_fake_logprob)
+_shared_logprob.register_autograd(_save_logprob, _differentiate_logprob)
 
 
-def logprob(rows: Rows, weight: Tensor, bias: Tensor | None, logit: LogitOptions, kernel: KernelOptions) -> Tensor:
+def logprob(
+    rows: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit: LogitOptions,
+    kernel: KernelOptions,
+    parallel: Parallel | None = None,
+) -> Tensor:
     """Token log-probabilities of rows, [N] in the accumulator type, differentiable."""
-    return _logprob(HeadInputs.of(rows, weight, bias, logit, kernel)).logp
+    inputs = HeadInputs.of(rows, weight, bias, logit, kernel)
+    if parallel is None:
+        return _logprob(inputs).logp
+    return _shared_logprob(SharedHeadInputs(**inputs.fields(), parallel=parallel.to_text())).logp
 
 
 # --- linear_preference ------------------------------------------------------------------------------------------------
@@ -233,6 +301,27 @@ class PreferenceInputs(HeadInputs):
     def rows(self) -> Rows:
         return Rows(self.hidden, self.labels, self.cu_seqlens, self.segments)
 
+    def check_values(self, vocabulary: int) -> None:
+        super().check_values(vocabulary)
+        if self.hidden.device.type != "cpu":
+            return
+        checks.scored_sequences(self.counts)
+        checks.reference_values(self.ref_logps)
+        if self.sequence_weights is not None:
+            checks.sequence_weight_values(self.sequence_weights)
+        objective = from_flat(self.objective, self.options)
+        if objective.pairwise:
+            checks.pairing_values(self.is_chosen, objective)
+
+    def in_common(self) -> dict[str, object]:
+        return {
+            **super().in_common(),
+            "objective": (self.objective, self.options),
+            "number of sequences": len(self.counts),
+            "num_pairs": self.num_pairs,
+            "requires_grad of hidden, weight and bias": self.wanted,
+        }
+
     def sequences(self) -> Sequences:
         return Sequences(self.counts, self.is_chosen, self.ref_logps, self.num_pairs, self.sequence_weights)
 
@@ -252,19 +341,18 @@ class PreferenceResults(NamedTuple):
     bias_gradient: Tensor
 
 
+@dataclass
+class SharedPreferenceInputs(PreferenceInputs):
+    parallel: str
+
+
 @define("infopo_kernels::linear_preference", PreferenceInputs, PreferenceResults)
 def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
-    runner, objective, hidden = inputs.runner(), from_flat(inputs.objective, inputs.options), inputs.hidden
-    if hidden.device.type == "cpu":
-        checks.scored_sequences(inputs.counts)
-        checks.reference_values(inputs.ref_logps)
-        if inputs.sequence_weights is not None:
-            checks.sequence_weight_values(inputs.sequence_weights)
-        if objective.pairwise:
-            checks.pairing_values(inputs.is_chosen, objective)
+    runner, together = inputs.begin()
+    objective, hidden, wanted = from_flat(inputs.objective, inputs.options), inputs.hidden, inputs.wanted
     with inputs.no_autocast():
         result, gradients = schedule.preference(
-            runner, inputs.head(), inputs.rows(), inputs.sequences(), objective, schedule.Wanted(*inputs.wanted)
+            runner, inputs.head(), inputs.rows(), inputs.sequences(), objective, schedule.Wanted(*wanted), together
         )
     return PreferenceResults(
         result.loss.to(_accumulator(hidden)),
@@ -276,8 +364,12 @@ def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     )
 
 
-@_linear_preference.register_fake
-def _(inputs: PreferenceInputs) -> PreferenceResults:
+_shared_linear_preference = define(
+    "infopo_kernels::shared_linear_preference", SharedPreferenceInputs, PreferenceResults
+)(_linear_preference.run)
+
+
+def _fake_linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     logps, rewards, weights = (inputs.hidden.new_empty(inputs.is_chosen.shape, dtype=torch.float64) for _ in range(3))
     return PreferenceResults(
         inputs.hidden.new_empty((), dtype=_accumulator(inputs.hidden)),
@@ -326,7 +418,10 @@ def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[
     return tuple(_scaled(g, grad, ctx.backend) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
 
 
+_linear_preference.register_fake(_fake_linear_preference)
 _linear_preference.register_autograd(_save_preference, _differentiate_preference)
+_shared_linear_preference.register_fake(_fake_linear_preference)
+_shared_linear_preference.register_autograd(_save_preference, _differentiate_preference)
 
 
 def linear_preference(
@@ -337,23 +432,25 @@ def linear_preference(
     objective: Objective,
     logit: LogitOptions,
     kernel: KernelOptions,
+    parallel: Parallel | None = None,
 ) -> PreferenceResults:
     """An objective's loss, differentiable, and the values to log; see `schedule.preference`."""
     assert rows.cu_seqlens is not None
     assert rows.segments is not None
     grad = torch.is_grad_enabled()
-    return _linear_preference(
-        PreferenceInputs(
-            **HeadInputs.of(rows, weight, bias, logit, kernel).fields(),
-            cu_seqlens=rows.cu_seqlens,
-            segments=rows.segments,
-            counts=sequences.counts,
-            is_chosen=sequences.is_chosen,
-            ref_logps=sequences.ref_logps,
-            sequence_weights=sequences.weights,
-            num_pairs=sequences.num_pairs,
-            objective=objective.name,
-            options=objective.to_flat(),
-            wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],
-        )
+    inputs = PreferenceInputs(
+        **HeadInputs.of(rows, weight, bias, logit, kernel).fields(),
+        cu_seqlens=rows.cu_seqlens,
+        segments=rows.segments,
+        counts=sequences.counts,
+        is_chosen=sequences.is_chosen,
+        ref_logps=sequences.ref_logps,
+        sequence_weights=sequences.weights,
+        num_pairs=sequences.num_pairs,
+        objective=objective.name,
+        options=objective.to_flat(),
+        wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],
     )
+    if parallel is None:
+        return _linear_preference(inputs)
+    return _shared_linear_preference(SharedPreferenceInputs(**inputs.fields(), parallel=parallel.to_text()))

@@ -42,6 +42,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.distributed.parallel import Together
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.objectives import evaluate as evaluate_in_pytorch
 from infopo_kernels.objectives.base import weighted
@@ -76,13 +77,40 @@ def hidden_gradient_apart(head: Head, kept_rows: int) -> bool:
 
 
 def preference(
-    backend: Backend, head: Head, rows: Rows, sequences: Sequences, objective: Objective, wanted: Wanted
+    backend: Backend,
+    head: Head,
+    rows: Rows,
+    sequences: Sequences,
+    objective: Objective,
+    wanted: Wanted,
+    together: Together | None = None,
 ) -> tuple[Evaluation, Gradients]:
-    """The value of the objective for a batch, and the gradients of its loss."""
+    """The value of the objective for a batch, and the gradients of its loss.
+
+    `together`, if given, is what the call shares with other ranks; `backend` is its backend then.
+    """
+    if together is not None:
+        result, gradients = _preference(backend, head, rows, sequences, objective, wanted, together)
+        together.finish(gradients)
+        return result, gradients
+    return _preference(backend, head, rows, sequences, objective, wanted, None)
+
+
+def _preference(
+    backend: Backend,
+    head: Head,
+    rows: Rows,
+    sequences: Sequences,
+    objective: Objective,
+    wanted: Wanted,
+    together: Together | None,
+) -> tuple[Evaluation, Gradients]:
     if objective.pairwise:
         sequences = sequences.paired()
 
     def evaluate(logp: torch.Tensor) -> Evaluation:
+        if together is not None and together.parts_of_sequences:
+            return evaluate_in_pytorch(objective, logp, rows, sequences, together.whole_sequences)
         result = backend.objective(objective, logp, rows, sequences)
         return evaluate_in_pytorch(objective, logp, rows, sequences) if result is None else result
 

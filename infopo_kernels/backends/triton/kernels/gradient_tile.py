@@ -136,7 +136,7 @@ def gradient_tile_kernel(
     else:
         level = (lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))).to(tl.float32)
     c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
-    c = tl.where(label >= 0, c, float("nan"))
+    c = tl.where(label != -1, c, float("nan"))
     gain = tl.load(gain_ptr) if HAS_GAIN else 1.0
     c = c * gain
     unit = unit_of(softcap, scale, HAS_SOFTCAP)
