@@ -89,7 +89,9 @@ def made(case: Case, **config: Any) -> Any:
     if case.tuning != "full":
         whole = ["lm_head"] if case.tuning == "lora+head" else None
         torch.manual_seed(5)
-        adapter = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], modules_to_save=whole)
+        adapter = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], modules_to_save=whole
+        )
         model = peft.get_peft_model(model, adapter)
     return model.train()
 
@@ -159,9 +161,7 @@ class Way:
     def weights(self, model: Any) -> dict[str, Tensor]:
         """Trained weights, whole, on every rank."""
         named = {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
-        return {
-            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named.items()
-        }
+        return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named.items()}
 
 
 class Ddp(Way):

@@ -42,7 +42,15 @@ COMMON = {
     "save_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch", "bf16": False, "max_grad_norm": 1.0,
     "dataloader_drop_last": True, "eval_strategy": "steps", "eval_steps": 3,
 }  # fmt: skip
-LOGGED = ("loss", "grad_norm", "rewards/margins", "scored_tokens", "eval_loss", "eval_rewards/chosen", "eval_scored_tokens")
+LOGGED = (
+    "loss",
+    "grad_norm",
+    "rewards/margins",
+    "scored_tokens",
+    "eval_loss",
+    "eval_rewards/chosen",
+    "eval_scored_tokens",
+)
 
 
 @contextlib.contextmanager
@@ -88,7 +96,11 @@ def arguments(kind: Any, way: str, output: str, **more: Any) -> Any:
     if way == "cp":
         settings["parallelism_config"] = ParallelismConfig(cp_size=parts, dp_shard_size=world // parts)
         settings["fsdp"] = "full_shard auto_wrap"
-        wrap = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": False}
+        wrap = {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "cpu_ram_efficient_loading": False,
+        }
         settings["fsdp_config"] = wrap
     if way == "sp":
         handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
