@@ -233,7 +233,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
                 dtype=computing_type(self.model, self._autocast_type()),
             )
         self._check_data(args.max_length)
-        self._prepare_preferences(self.ref_model, given, dropout=args.disable_dropout)
+        self._prepare_preferences(self.ref_model, given, dropout=not args.disable_dropout)
 
     def _needs_no_reference(self, kwargs: dict[str, Any], args: Any) -> bool:
         if args.reference_free or self.objective.reference == "none" or self._table is not None:
