@@ -162,7 +162,7 @@ class PreferenceTraining:
             inputs = self._counted_once(inputs, training=False)
         in_parts = self._split is not None and "shift_labels" in inputs
         if self._split is not None and in_parts:
-            inputs = {**inputs, **self._split.groups(self.accelerator)}
+            inputs = {**inputs, **self._split.groups(self.accelerator, model)}
         model_inputs, known = split_inputs(inputs)
         if not self._has_reference(known):
             known.pop("ref_logps", None)
@@ -194,8 +194,8 @@ class PreferenceTraining:
             skip_chosen=self.skip_chosen_reference,
             num_chosen=number_of_chosen(model_inputs, known),
             adapter=asked[1],
-            # Ulysses joins the parts in training mode only; all that is random was switched off.
-            mode="training" if self._split is not None and self._split.way == "sp" else "evaluation",
+            # Ulysses joins parts in training mode only; all that is random was switched off.
+            mode="training" if "sequence_group" in model_inputs and self._joins_in_training() else "evaluation",
         )
 
     # --- sequences that lie on several ranks ----------------------------------------------------------------------
@@ -207,6 +207,9 @@ class PreferenceTraining:
             return 1
         whole: int = config.tp_size * config.cp_size
         return whole * (config.sp_size if in_parts else 1)
+
+    def _joins_in_training(self) -> bool:
+        return self._split is not None and self._split.way == "sp"
 
     def _in_parts(self, model: Any, inputs: Any) -> tuple[Any, Any]:
         """Of an evaluation: the context in which context parallelism cuts a batch, and the batch."""

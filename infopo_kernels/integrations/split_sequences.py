@@ -20,9 +20,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from infopo_kernels.integrations.collators import PreferenceCollator
 from infopo_kernels.integrations.sealed import Sealed
+from infopo_kernels.integrations.transformers import causal_model
 
 _WAYS = {"cp": "context parallelism (`cp_size`)", "sp": "Ulysses (`sp_size`)"}
 
@@ -86,14 +88,44 @@ class SplitSequences:
                 f"an incomplete batch were repeated to fill it."
             )
 
-    def groups(self, accelerator: Any) -> dict[str, Any]:
-        """`sequence_group` and `data_group` of the forward; for Ulysses only after the model was prepared."""
+    def groups(self, accelerator: Any, model: Any) -> dict[str, Any]:
+        """`sequence_group` and `data_group` of the forward of a prepared model."""
         if self.way == "sp":
             from deepspeed.utils import groups  # installed where Ulysses runs, and slow to import
 
+            _take_any_batch(causal_model(model).config._attn_implementation)
             return {"sequence_group": groups._get_sequence_parallel_group()}  # DeepSpeed adds the parts' gradients up
         mesh = accelerator.torch_device_mesh
         return {"sequence_group": mesh["cp"].get_group(), "data_group": mesh["dp_cp"].get_group()}
+
+
+def _take_any_batch(implementation: str) -> None:
+    """Let DeepSpeed's attention take as many sequences as come.
+
+    It was made for batches of `per_device_train_batch_size` sequences, and a batch of so many pairs holds twice as many,
+    or more where prompts have several rejected responses.
+
+    Raises:
+        RuntimeError: DeepSpeed has not put its attention in place, or keeps it elsewhere.
+    """
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF  # slow to import
+
+    closure = getattr(ALL_ATTENTION_FUNCTIONS[implementation], "__closure__", None) or ()
+    found = [cell.cell_contents for cell in closure if isinstance(cell.cell_contents, UlyssesSPAttentionHF)]
+    if not found:
+        raise RuntimeError(
+            f"DeepSpeed's attention was not found behind attn_implementation={implementation!r}; sequences would be "
+            f"taken for whole. This was tested with deepspeed 0.19."
+        )
+    if not found[0]._forward_pre_hooks:
+        found[0].register_forward_pre_hook(_fit_batch)
+
+
+def _fit_batch(attention: Any, args: tuple[Any, ...]) -> None:
+    attention.batch_size = args[1].shape[0]
+    for name in ("required_query_shape", "required_key_value_shape", "required_context_shape"):
+        length, _, *rest = getattr(attention, name)
+        setattr(attention, name, torch.Size([length, attention.batch_size, *rest]))
 
 
 class UlyssesCollator:
