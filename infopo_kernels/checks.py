@@ -302,15 +302,16 @@ def label_values(labels: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-def segment_values(cu_seqlens: torch.Tensor, num_rows: int) -> None:
-    """`cu_seqlens` starts at 0, increases, and ends at N."""
+def segment_values(cu_seqlens: torch.Tensor, num_rows: int, *, parts: bool = False) -> None:
+    """`cu_seqlens` starts at 0, increases, and ends at N. With `parts`, a sequence may have no row on this rank."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"`cu_seqlens` must start at 0, got {bounds[0]}.")
     for s, (first, last) in enumerate(pairwise(bounds)):
-        if last <= first:
+        if last < first or (last == first and not parts):
             raise ValueError(
-                f"`cu_seqlens` must increase, got {first} then {last} at position {s + 1}; every sequence needs a row."
+                f"`cu_seqlens` must {'not decrease' if parts else 'increase'}, got {first} then {last} at position {s + 1}; "
+                + ("its bounds are those of this rank's rows." if parts else "every sequence needs a row.")
             )
     if bounds[-1] != num_rows:
         raise ValueError(f"`cu_seqlens` must end at N = {num_rows}, the number of rows, got {bounds[-1]}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from infopo_kernels import checks, ops
+from infopo_kernels.distributed import collectives
 from infopo_kernels.distributed.parallel import Parallel, VocabShard
 from infopo_kernels.objectives import InfoPO, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
@@ -73,7 +75,11 @@ def linear_logps(
         workspace_mib: bound, in MiB, on memory beyond the results; None takes 32 on a CPU and 256 on a GPU.
         vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
             and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
-        sequence_group: the process group whose ranks hold parts of the same sequences.
+        sequence_group: the process group whose ranks hold parts of the same sequences (context parallelism): any rows
+            of each, the same sequences in the same order. `labels` were shifted before the cut. "sum" and "mean" are
+            of whole sequences, alike on all ranks; in the backward pass each rank forms the gradient of its rows, and dW
+            adds up over the ranks. A rank may hold no scored row of a sequence, and with `cu_seqlens` no row at all.
+            16 bytes a sequence travel.
 
     Returns:
         "none": the shape of `labels`, float32 (float64 for float64 inputs), nats, 0 where not scored. With `shift`,
@@ -89,22 +95,22 @@ def linear_logps(
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
     logit, kernel = LogitOptions(softcap, logit_scale, temperature), KernelOptions(backend, workspace_mib)
     parallel = Parallel.of(vocab, sequence_group)
-    rows, weight, bias = _checked_rows(
-        hidden, weight, bias, labels, _Layout(cu_seqlens, None, shift, ignore_index), parallel
-    )
-    logp = ops.logprob(rows, weight, bias, logit, kernel, parallel)
+    layout = _Layout(cu_seqlens, None, shift, ignore_index, parts=sequence_group is not None)
+    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
     if reduction == "none":
-        return logp.reshape(labels.shape)
+        return ops.logprob(rows, weight, bias, logit, kernel, parallel).reshape(labels.shape)
     if rows.cu_seqlens is None or rows.segments is None:
         raise ValueError(
             f"`cu_seqlens` is missing: reduction={reduction!r} of packed `hidden` [N, H] needs the bounds [S + 1] of "
             f"its sequences."
         )
     S = len(rows.cu_seqlens) - 1
-    counts = ops.scored_tokens(rows.labels, rows.segments, S)
-    sums = sequence_sums(logp, rows.segments, S)
-    if parallel is not None:
-        sums, counts = parallel.whole_sequences(sums), parallel.whole_sequences(counts)
+    if parallel is None or not parallel.sequence_group:
+        counts = ops.scored_tokens(rows.labels, rows.segments, S)
+    else:
+        counts = _whole_counts(rows, S, parallel, (weight, bias), logit, {"reduction": reduction})
+    sums = sequence_sums(ops.logprob(rows, weight, bias, logit, kernel, parallel), rows.segments, S)
+    sums = sums if parallel is None else parallel.whole_sequences(sums)
     if reduction == "mean":
         return sums / counts
     # A sequence without a scored token is an error on a CPU; elsewhere nobody has seen it, and its sum is not 0.
@@ -190,8 +196,13 @@ def linear_infopo_loss(
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
         vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
             and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
-        sequence_group: the process group whose ranks hold parts of the same sequences.
-        data_group: the process group over which a wrapper averages gradients.
+        sequence_group: the process group whose ranks hold parts of the same sequences, see `linear_logps`. Every rank
+            gets the same output; the gradients of its rows are whole, and dW and db add up over the ranks. 16 bytes a
+            sequence travel: its scored tokens and its log-probability (24 for InfoPO with a trained head).
+        data_group: the process group over which a wrapper averages gradients (DDP, FSDP). `num_pairs` is then this rank's
+            own number, and the averaged gradient is that of the loss over all pairs of the group, however many each
+            rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients are
+            scaled, so that the average over all ranks adds up the parts. The host waits for one number.
 
     Returns:
         `InfoPOOutput`; only `loss` has a gradient. To put the log-probabilities into another loss, use `linear_logps`.
@@ -209,7 +220,7 @@ def linear_infopo_loss(
         bias,
         labels,
         InfoPO(beta, offset, max_log_weight, min_log_weight, sft_weight, average),
-        _Layout(cu_seqlens, is_chosen, shift, ignore_index),
+        _Layout(cu_seqlens, is_chosen, shift, ignore_index, parts=sequence_group is not None),
         _Shares(num_pairs, sequence_weights, data_group),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
@@ -284,8 +295,13 @@ def linear_preference_loss(
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
         vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
             and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
-        sequence_group: the process group whose ranks hold parts of the same sequences.
-        data_group: the process group over which a wrapper averages gradients.
+        sequence_group: the process group whose ranks hold parts of the same sequences, see `linear_logps`. Every rank
+            gets the same output; the gradients of its rows are whole, and dW and db add up over the ranks. 16 bytes a
+            sequence travel: its scored tokens and its log-probability (24 for InfoPO with a trained head).
+        data_group: the process group over which a wrapper averages gradients (DDP, FSDP). `num_pairs` is then this rank's
+            own number, and the averaged gradient is that of the loss over all pairs of the group, however many each
+            rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients are
+            scaled, so that the average over all ranks adds up the parts. The host waits for one number.
 
     Returns:
         `PreferenceOutput`; its documentation says what each field means for each objective. Only `loss` has a gradient.
@@ -304,7 +320,7 @@ def linear_preference_loss(
         bias,
         labels,
         checks.objective(objective),
-        _Layout(cu_seqlens, is_chosen, shift, ignore_index),
+        _Layout(cu_seqlens, is_chosen, shift, ignore_index, parts=sequence_group is not None),
         _Shares(num_pairs, sequence_weights, data_group),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
@@ -409,6 +425,8 @@ class _Layout:
     is_chosen: Tensor | None
     shift: bool
     ignore_index: int
+    parts: bool
+    """Whether the rows are parts of the sequences."""
 
 
 @dataclass(frozen=True)
@@ -464,10 +482,45 @@ def _checked_rows(
     cu_seqlens, shift, ignore_index = layout.cu_seqlens, layout.shift, layout.ignore_index
     checks.layout(hidden, labels, cu_seqlens, ignore_index)
     checks.flag("shift", shift)
+    if layout.parts and shift:
+        raise ValueError(
+            "`shift=True` does not go with `sequence_group`: the label of a part's last row lies on another rank. Shift "
+            "before the cut: labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)."
+        )
     if cu_seqlens is None and labels.ndim == 2:
         return padded_rows(hidden, labels, shift=shift, ignore_index=ignore_index), weight, bias
-    segments = None if cu_seqlens is None else ops.row_segments(cu_seqlens, labels.numel())
-    return packed_rows(hidden, labels, cu_seqlens, segments, shift=shift, ignore_index=ignore_index), weight, bias
+    segments = None if cu_seqlens is None else ops.row_segments(cu_seqlens, labels.numel(), layout.parts)
+    rows = packed_rows(hidden, labels, cu_seqlens, segments, shift=shift, ignore_index=ignore_index, parts=layout.parts)
+    return rows, weight, bias
+
+
+def _whole_counts(
+    rows: Rows,
+    S: int,
+    parallel: Parallel,
+    head: tuple[Tensor, Tensor | None],
+    logit: LogitOptions,
+    same: dict[str, object],
+    *values: Tensor | None,
+) -> Tensor:
+    """Scored tokens of sequences whose parts lie on several ranks, [S], after a comparison with the other ranks.
+
+    `same`, and `values` (`is_chosen`, `ref_logps`, `sequence_weights`), are what they must pass alike.
+    """
+    assert rows.segments is not None
+    trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.hidden, *head)]
+    same = {
+        **same,
+        "softcap, logit_scale or temperature": repr(logit),
+        "requires_grad of hidden, weight, bias": trained,
+    }
+    vocabulary = 0 if parallel.vocab_group else head[0].shape[0]
+    is_chosen, ref_logps, weights = values or (None, None, None)
+    counts: Tensor = ops.shared_tokens(
+        rows.labels, rows.segments, is_chosen, ref_logps, weights, vocabulary, S, parallel.sequence_group,
+        json.dumps(same),
+    )  # fmt: skip
+    return counts
 
 
 def _linear_preference(
@@ -492,12 +545,21 @@ def _linear_preference(
     assert rows.segments is not None
     is_chosen = default_is_chosen(S, hidden.device) if layout.is_chosen is None else layout.is_chosen
     weights = shares.sequence_weights
-    counts = sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S)
+    num_pairs = S / 2 if shares.num_pairs is None else float(shares.num_pairs)
+    if parallel is None or not parallel.sequence_group:
+        counts = sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S)
+    else:
+        same = {
+            "objective": repr(objective), "num_pairs": num_pairs, "skip_chosen_reference": reference.skip_chosen,
+            "ref_hidden": reference.hidden is None,
+        }  # fmt: skip
+        counts = _whole_counts(rows, S, parallel, (weight, bias), logit, same, is_chosen, reference.logps, weights)
+    num_pairs, parts = _over_ranks(num_pairs, shares.data_group, parallel, hidden.device)
     sequences = Sequences(
-        counts=counts if parallel is None else parallel.whole_sequences(counts),
+        counts=counts,
         is_chosen=is_chosen,
         ref_logps=torch.zeros(S, dtype=torch.float64, device=hidden.device),
-        num_pairs=S / 2 if shares.num_pairs is None else float(shares.num_pairs),
+        num_pairs=num_pairs,
         weights=None if weights is None else weights.detach().to(torch.float64),
     )
     if reference.logps is not None or reference.hidden is not None:
@@ -507,8 +569,11 @@ def _linear_preference(
         )
         sequences = replace(sequences, ref_logps=ref_logps)
     result = ops.linear_preference(rows, weight, bias, sequences, objective, logit, kernel, parallel)
+    loss = result.loss
+    if parts > 1:  # the value stays; the average over the parts of a sequence has to be their sum
+        loss = loss + (parts - 1) * (loss - loss.detach())
     output = PreferenceOutput(
-        loss=result.loss,
+        loss=loss,
         mi_lower_bound=result.mi_lower_bound,
         logps=result.logps,
         ref_logps=sequences.ref_logps,
@@ -519,6 +584,23 @@ def _linear_preference(
         chosen_reference_skipped=False,
     )
     return output.without_chosen_reference() if reference.skip_chosen else output
+
+
+def _over_ranks(
+    num_pairs: float, data_group: ProcessGroup | None, parallel: Parallel | None, device: torch.device
+) -> tuple[float, int]:
+    """Where a wrapper averages gradients: what the loss is divided by, and the factor of its gradient.
+
+    The loss is a sum over sequences divided by the number P of all pairs. The average over R ranks of sums divided by
+    P / R is that. Where a sequence's C parts lie among the R ranks, there are R / C times as many pairs, and each rank
+    has a part of each gradient: their sum is C times the average.
+    """
+    if data_group is None:
+        return num_pairs, 1
+    name = collectives.name_of("data_group", data_group)
+    sequence_group = "" if parallel is None else parallel.sequence_group
+    parts = collectives.parts_within("data_group", name, sequence_group) if sequence_group else 1
+    return collectives.average(name, num_pairs, device), parts
 
 
 def _reference_logps(

@@ -2,6 +2,7 @@
 
     infopo_kernels::row_segments       cu_seqlens -> sequence of each row; checks the values
     infopo_kernels::scored_tokens      scored tokens of each sequence; checks that there are some
+    infopo_kernels::shared_tokens      the same of sequences whose parts lie on several ranks, which compare their input
     infopo_kernels::logprob            token log-probabilities [N] (and logsumexp), differentiable
     infopo_kernels::logprob_backward   its gradients
     infopo_kernels::linear_preference  an objective's loss and its gradients, formed in the forward pass; differentiable
@@ -15,6 +16,7 @@ Each op finds its backend by name when it runs. This file checks values (on a CP
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from torch import Tensor
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Backend, Gradients, Head
-from infopo_kernels.distributed.agreement import checksum
+from infopo_kernels.distributed import agreement, collectives
 from infopo_kernels.distributed.choice import Work
 from infopo_kernels.distributed.parallel import Call, Parallel, Together
 from infopo_kernels.objectives import InfoPO, Objective, Sequences, from_flat
@@ -42,15 +44,15 @@ _DOUBLE_BACKWARD = (
 
 
 @torch.library.custom_op("infopo_kernels::row_segments", mutates_args=())
-def row_segments(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """Sequence of each of `num_rows` rows, [N] int64."""
+def row_segments(cu_seqlens: Tensor, num_rows: int, parts: bool = False) -> Tensor:
+    """Sequence of each of `num_rows` rows, [N] int64; with `parts`, a sequence may have no row here."""
     if cu_seqlens.device.type == "cpu":
-        checks.segment_values(cu_seqlens, num_rows)
+        checks.segment_values(cu_seqlens, num_rows, parts=parts)
     return packing.row_segments(cu_seqlens, num_rows)
 
 
 @row_segments.register_fake
-def _(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+def _(cu_seqlens: Tensor, num_rows: int, parts: bool = False) -> Tensor:
     return cu_seqlens.new_empty(num_rows, dtype=torch.int64)
 
 
@@ -65,6 +67,61 @@ def scored_tokens(labels: Tensor, segments: Tensor, num_sequences: int) -> Tenso
 
 @scored_tokens.register_fake
 def _(labels: Tensor, segments: Tensor, num_sequences: int) -> Tensor:
+    return labels.new_empty(num_sequences, dtype=torch.int64)
+
+
+@torch.library.custom_op("infopo_kernels::shared_tokens", mutates_args=())
+def shared_tokens(
+    labels: Tensor,
+    segments: Tensor,
+    is_chosen: Tensor | None,
+    ref_logps: Tensor | None,
+    sequence_weights: Tensor | None,
+    vocabulary: int,
+    num_sequences: int,
+    group: str,
+    same: str,
+) -> Tensor:
+    """Scored tokens of each sequence over all its parts, [S] int64. The first thing that ranks with parts do together:
+    before, they compare what they must pass alike, so that none waits for another.
+
+    Args:
+        labels, segments: [N], of this rank's part; on a CPU labels are checked here, unless `vocabulary` is 0.
+        is_chosen, ref_logps, sequence_weights: [S], alike on all ranks; compared on a CPU.
+        vocabulary: V.
+        num_sequences: S.
+        group: name of the process group.
+        same: what else must be alike, as JSON.
+    """
+    refusal, alike = None, {"number of sequences": num_sequences, **json.loads(same)}
+    if labels.device.type == "cpu":
+        given = {"is_chosen": is_chosen, "ref_logps": ref_logps, "sequence_weights": sequence_weights}
+        alike |= {name: agreement.Values(value) for name, value in given.items()}
+        try:
+            if vocabulary:
+                checks.label_values(labels, vocabulary)
+        except ValueError as error:
+            refusal = error
+    agreement.compare(group, labels.device, alike, {}, refusal)
+    counts = packing.sequence_sums(labels.ne(IGNORE_INDEX), segments, num_sequences)
+    collectives.add_up_(group, counts)
+    if counts.device.type == "cpu":
+        checks.scored_sequences(counts)
+    return counts
+
+
+@shared_tokens.register_fake
+def _(
+    labels: Tensor,
+    segments: Tensor,
+    is_chosen: Tensor | None,
+    ref_logps: Tensor | None,
+    sequence_weights: Tensor | None,
+    vocabulary: int,
+    num_sequences: int,
+    group: str,
+    same: str,
+) -> Tensor:
     return labels.new_empty(num_sequences, dtype=torch.int64)
 
 
@@ -120,7 +177,7 @@ class HeadInputs:
             check=self.check_values,
             scored=lambda: int((self.labels != IGNORE_INDEX).sum()),
             same={},
-            same_rows={"hidden.shape[:-1]": len(self.hidden), "labels": checksum(self.labels)},
+            same_rows={"hidden.shape[:-1]": len(self.hidden), "labels": agreement.checksum(self.labels)},
             wanted=[],
             work=Work(logits=True, known=False, hidden=False, weight=False),
         )

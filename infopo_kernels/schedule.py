@@ -126,7 +126,9 @@ def _preference(
     if wanted.weight:  # not zeroed here: it may hold logits first
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
-        if objective.known != "all" and backend.kept_rows(head, empty) >= len(rows.labels):
+        # Parts of sequences: every rank has to ask for as many sums, however many rows it has.
+        as_many = objective.known == "none" or together is None or not together.parts_of_sequences
+        if objective.known != "all" and as_many and backend.kept_rows(head, empty) >= len(rows.labels):
             return _every_row_kept(backend, head, rows.labels, gradients, evaluate), gradients
     # Sizes of parts and numbers of rows differ between ranks, and all have to take the same way.
     into, head = _accumulators(head, gradients) if together is None else (gradients, head)

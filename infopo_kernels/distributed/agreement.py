@@ -13,6 +13,20 @@ import torch
 from infopo_kernels.distributed import collectives
 
 
+class Values:
+    """Numbers of a tensor, or None, to be compared; an error shows the first few."""
+
+    def __init__(self, tensor: torch.Tensor | None) -> None:
+        self._numbers = None if tensor is None else tensor.detach().flatten().tolist()
+
+    def __repr__(self) -> str:
+        return repr(self._numbers)
+
+    def __str__(self) -> str:
+        text = repr(None if self._numbers is None else self._numbers[:4])
+        return text if self._numbers is None or len(self._numbers) <= 4 else text[:-1] + ", ...]"
+
+
 def coded(value: object) -> int:
     """A whole number as it is, anything else as a checksum that is the same in every process."""
     return int(value) if isinstance(value, int) else zlib.crc32(repr(value).encode())

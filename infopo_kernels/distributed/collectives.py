@@ -111,6 +111,29 @@ def add_up_(name: str, values: Tensor) -> None:
     dist.all_reduce(values, group=group_named(name))
 
 
+def average(name: str, value: float, device: torch.device) -> float:
+    """The mean of a number over the ranks; waits for them."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=group_named(name))
+    return float(total) / size(name)
+
+
+def parts_within(argument: str, group: str, inner: str) -> int:
+    """How many ranks of the group `inner` are in `group`: all of them, or this one alone.
+
+    Raises:
+        ValueError: some, but not all.
+    """
+    ranks, own = (set(dist.get_process_group_ranks(group_named(name))) for name in (group, inner))
+    shared = ranks & own
+    if shared != own and len(shared) != 1:
+        raise ValueError(
+            f"`{argument}` must hold all ranks of `sequence_group`, {sorted(own)}, or one of them, got "
+            f"{sorted(shared)}; pass the group over which the wrapper averages gradients."
+        )
+    return len(shared)
+
+
 @cache
 def _sum_over_parts() -> type[torch.autograd.Function]:
     # Not at the head of the file: builds of torch without distributed do not have this module.
