@@ -178,8 +178,7 @@ class Parallel:
             "requires_grad of hidden, weight and bias": call.wanted,
             **call.same,
         }
-        if self.way == "same_rows":
-            same |= call.same_rows
+        same |= call.same_rows if self.way == "same_rows" else dict.fromkeys(call.same_rows)
         own = {"start": start, "rows": rows, "kept": self._kept_rows(backend, head, start), "scored": call.scored()}
         seen = agreement.compare(self.vocab_group, head.hidden.device, same, own, refusal)
         parts = Parts(self.vocab_group, _covering(seen["start"], seen["rows"], self.vocabulary))
