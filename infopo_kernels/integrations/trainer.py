@@ -146,8 +146,8 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
 
     Raises:
         ValueError: several GPUs in one process (`nn.DataParallel`), split sequences that cannot be served (see
-            `SplitSequences.check`), NEFTune together with `disable_dropout`, no reference and no `reference_free`, or (with a collator of this package)
-            token ids or lengths that the model cannot take.
+            `SplitSequences.check`), NEFTune together with `disable_dropout`, no reference and no `reference_free`, or
+            (with a collator of this package) token ids or lengths that the model cannot take.
         FloatingPointError: while training, a loss or a gradient that is not finite; no weight is changed by that step.
         RuntimeError: the model's attached forward was lost; with `strict_checks`, a first step that is not the
             reference's.
