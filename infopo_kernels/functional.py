@@ -94,7 +94,7 @@ def linear_logps(
     if reduction == "mean":
         return sums / counts
     # A sequence without a scored token is an error on a CPU; elsewhere nobody has seen it, and its sum is not 0.
-    return sums if sums.device.type == "cpu" else sums.masked_fill(counts == 0, math.nan)
+    return sums if sums.device.type == "cpu" else torch.masked_fill(sums, counts == 0, math.nan)
 
 
 def linear_infopo_loss(

@@ -42,6 +42,9 @@ SMALL: Final = (256, 576, 49152)
 
 REPETITIONS: Final = 8
 
+WORKERS: Final = 8
+"""Processes that run the cases."""
+
 CORE: Final = (
     "test_three_primitives and (plain or bias-softcap or odd-strided or large) or test_kept_logits and large or "
     "test_infopo_loss_and_gradients or test_objective or test_library or test_wrong_bounds or test_cuda_graph or "
@@ -107,7 +110,10 @@ def cases() -> Iterator[Row]:
     """The core of the tables of cases, in parallel where pytest-xdist is there."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        subprocess.run([*pytest_command(), f"--junitxml={report}"], cwd=ROOT, check=False)
+        # Each worker with its share of the cores: the truth is formed on them.
+        threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        subprocess.run([*pytest_command(), f"--junitxml={report}"], cwd=ROOT, env=environment, check=False)
         tree = ElementTree.parse(report)
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures = []
@@ -122,7 +128,7 @@ def cases() -> Iterator[Row]:
 
 
 def pytest_command(*, parallel: bool = True) -> list[str]:
-    workers = ["-n", "4"] if parallel and importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(WORKERS)] if parallel and importlib.util.find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-m", "gpu", "-k", CORE, *workers]
 
 
@@ -177,7 +183,7 @@ def kernels() -> Iterator[Row]:
             expected = roofline.predict(device, roofline.calls(work, device, N, H, V)).by_kernel
         yield {"kernel": f"{work.name}: all", "ms": milliseconds(job), "model, ms": 1e3 * sum_of(expected)}
         seen = gpu_kernels.kernel_times(job)
-        for name, (count, ms) in sorted(seen.items(), key=lambda item: -item[1][1])[:12]:
+        for name, (count, ms) in sorted(seen.items(), key=lambda item: -item[1][1])[:14]:
             if ms > 0:
                 own = expected.get(name.removesuffix("_kernel"))
                 model = {"model, ms": 1e3 * own[5]} if own else {}
@@ -196,13 +202,15 @@ def sum_of(by_kernel: dict[str, list[float]]) -> float:
 
 
 @contextmanager
-def tiles(**changes: Any) -> Iterator[None]:
+def tiles(descriptors: bool | None = None, **changes: Any) -> Iterator[None]:
     """The table's row of this device with another tile for the logits of 16-bit inputs."""
     from infopo_kernels.backends.triton import launch
 
     find = launch.target_of
     row = find(torch.device("cuda"))
     changed = replace(row, half=replace(row.half, logits=replace(row.half.logits, **changes)))
+    if descriptors is not None:
+        changed = replace(changed, descriptors=descriptors)
     launch.target_of = lambda device: changed
     try:
         yield
@@ -219,9 +227,15 @@ def variants() -> Iterator[Row]:
     x, w, labels = inputs()
     head, backend = Head(x, w, None, None, 1.0, 256 << 20), TritonBackend()
     yield {"variant": "logprob as the table says", **attempt(lambda: timed(lambda: backend.logprob(head, labels)))}
-    for change in ({"stages": 2}, {"stages": 4}, {"part": 32}, {"part": 128}, {"group": 8}, {"warps": 4}):
+    changes: tuple[Row, ...] = ({"descriptors": False}, {"stages": 2}, {"stages": 4}, {"part": 128}, {"group": 8})
+    for change in changes:
         with tiles(**change):
             yield {"variant": f"logprob, {change}", **attempt(lambda: timed(lambda: backend.logprob(head, labels)))}
+    for change in ({"descriptors": False}, {"stages": 4}, {"group": 8}):
+        with tiles(**change):
+            for work in roofline.WORK[:3]:
+                job = gpu_kernels.job_of(work, head, labels)
+                yield {"variant": f"{work.name}: {change}", **attempt(lambda job=job: timed(job))}  # type: ignore[misc]
     for which in ("library", "triton"):
         with offline.products(which):
             for work in roofline.WORK[:3]:

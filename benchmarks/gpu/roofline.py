@@ -121,14 +121,14 @@ def _here(a: dict[str, Any], live: Live) -> int:
 def _logits_bytes(a: dict[str, Any], rows: int, columns: int) -> float:
     """X once, and the head once for every group of row blocks that passes over it together."""
     groups = ceil(ceil(rows / a["BLOCK_N"]) / a["GROUP"])
-    return (rows + groups * columns) * a["H"] * _size(a["x_ptr"])
+    x = a["x"].base if a["DESCRIPTORS"] else a["x"]
+    return (rows + groups * columns) * a["H"] * _size(x)
 
 
 def logprob(a: dict[str, Any], live: Live) -> Cost:
-    tiles = ceil(live.rows / a["BLOCK_N"])
-    partial = 8 * live.rows * a["slices"]
-    programs, tile = tiles * a["slices"], a["BLOCK_N"] * a["BLOCK_V"] * a["slice_tiles"]
-    return Cost(2 * live.rows * a["V"] * a["H"], _logits_bytes(a, live.rows, a["V"]) + partial, programs, tile)
+    rows = _here(a, live)
+    programs, tile = ceil(rows / a["BLOCK_N"]) * a["slices"], a["BLOCK_N"] * a["BLOCK_V"] * a["slice_tiles"]
+    return Cost(2 * rows * a["V"] * a["H"], _logits_bytes(a, rows, a["V"]) + 8 * rows * a["slices"], programs, tile)
 
 
 def merge(a: dict[str, Any], live: Live) -> Cost:

@@ -149,12 +149,7 @@ def logprob_kernel(
         )  # fmt: skip
         parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
         # A branch with results inside a flattened loop is more than Triton 3.6 can fuse: there every tile is masked.
-        if DESCRIPTORS:
-            running_max, running_sum = take_in(
-                parts, start, running_max, running_sum, b_ptr, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
-                True, PART,
-            )  # fmt: skip
-        elif start + BLOCK_V > V:
+        if DESCRIPTORS or start + BLOCK_V > V:
             running_max, running_sum = take_in(
                 parts, start, running_max, running_sum, b_ptr, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
                 True, PART,
