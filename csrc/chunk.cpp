@@ -47,7 +47,7 @@ void Chunk::load_weights(const float* row_weight, const float* lse) const {
 void Chunk::reset_reduction() const {
   std::fill_n(b.max, sizes.threads * C, -kInfinity);
   std::fill_n(b.sum, sizes.threads * C, 0.0);
-  std::fill_n(b.target, C, kNaN);  // stays NaN for a label outside the vocabulary
+  for (int64_t c = 0; c < C; ++c) b.target[c] = b.labels[c] == kElsewhere ? 0 : kNaN;  // NaN: outside the vocabulary
 }
 
 void Chunk::pick_targets(const Tile& tile) const {

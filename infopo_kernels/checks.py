@@ -52,8 +52,13 @@ def _same_device(name: str, value: torch.Tensor, hidden: torch.Tensor) -> None:
         )
 
 
-def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, prefix: str = "") -> None:
-    """Types, devices and shapes of hidden states [..., H], weight [V, H] and bias [V]; `prefix` is "ref_" or ""."""
+def head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, prefix: str = "", part: bool = False
+) -> None:
+    """Types, devices and shapes of hidden states [..., H], weight [V, H] and bias [V]; `prefix` is "ref_" or "".
+
+    `part`: the weight is one rank's part of a head, which may have no entries.
+    """
     names = {key: prefix + key for key in ("hidden", "weight", "bias")}
     tensor(names["hidden"], hidden)
     tensor(names["weight"], weight)
@@ -69,7 +74,7 @@ def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
             f"`{names['hidden']}` must have shape [2B, T, H] (padded) or [N, H] (packed) with H = {weight.shape[1]} as "
             f"in `{names['weight']}` {_shape(weight)}, got {_shape(hidden)}."
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if (weight.shape[0] == 0 and not part) or weight.shape[1] == 0:
         raise ValueError(f"`{names['weight']}` must not be empty, got shape {_shape(weight)}.")
     for key, value in (("weight", weight), ("bias", bias)):
         if value is None:
@@ -297,15 +302,16 @@ def label_values(labels: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-def segment_values(cu_seqlens: torch.Tensor, num_rows: int) -> None:
-    """`cu_seqlens` starts at 0, increases, and ends at N."""
+def segment_values(cu_seqlens: torch.Tensor, num_rows: int, *, parts: bool = False) -> None:
+    """`cu_seqlens` starts at 0, increases, and ends at N. With `parts`, a sequence may have no row on this rank."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"`cu_seqlens` must start at 0, got {bounds[0]}.")
     for s, (first, last) in enumerate(pairwise(bounds)):
-        if last <= first:
+        if last < first or (last == first and not parts):
             raise ValueError(
-                f"`cu_seqlens` must increase, got {first} then {last} at position {s + 1}; every sequence needs a row."
+                f"`cu_seqlens` must {'not decrease' if parts else 'increase'}, got {first} then {last} at position {s + 1}; "
+                + ("its bounds are those of this rank's rows." if parts else "every sequence needs a row.")
             )
     if bounds[-1] != num_rows:
         raise ValueError(f"`cu_seqlens` must end at N = {num_rows}, the number of rows, got {bounds[-1]}.")

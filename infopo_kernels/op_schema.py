@@ -42,6 +42,7 @@ class Op(Generic[Inputs, Results]):
         self, name: str, inputs: type[Inputs], results: type[Results], run: Callable[[Inputs], Results]
     ) -> None:
         self._inputs, self._results = inputs, results
+        self.run = run
         self._names = tuple(field.name for field in dataclasses.fields(inputs))  # type: ignore[arg-type]
         self.raw = torch.library.custom_op(
             name, lambda *flat: tuple(run(inputs(*flat))), mutates_args=(), schema=_schema(inputs, results)

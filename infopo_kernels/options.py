@@ -9,6 +9,10 @@ from typing import Final
 IGNORE_INDEX: Final = -100
 """Label of an unscored row inside the library; the public functions translate `ignore_index` to it."""
 
+ELSEWHERE: Final = -(1 << 62)
+"""Label, inside the library, of a scored row whose label lies in another rank's part of the vocabulary. A number that
+no caller passes by mistake."""
+
 BACKENDS: Final = ("auto", "cpp", "triton", "torch")
 """Names that `backend` accepts."""
 

@@ -42,6 +42,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.distributed.parallel import Together
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.objectives import evaluate as evaluate_in_pytorch
 from infopo_kernels.objectives.base import weighted
@@ -76,13 +77,40 @@ def hidden_gradient_apart(head: Head, kept_rows: int) -> bool:
 
 
 def preference(
-    backend: Backend, head: Head, rows: Rows, sequences: Sequences, objective: Objective, wanted: Wanted
+    backend: Backend,
+    head: Head,
+    rows: Rows,
+    sequences: Sequences,
+    objective: Objective,
+    wanted: Wanted,
+    together: Together | None = None,
 ) -> tuple[Evaluation, Gradients]:
-    """The value of the objective for a batch, and the gradients of its loss."""
+    """The value of the objective for a batch, and the gradients of its loss.
+
+    `together`, if given, is what the call shares with other ranks; `backend` is its backend then.
+    """
+    if together is not None:
+        head = together.whole_head(head)
+        result, gradients = _preference(backend, head, rows, sequences, objective, wanted, together)
+        return result, together.finish(gradients)
+    return _preference(backend, head, rows, sequences, objective, wanted, None)
+
+
+def _preference(
+    backend: Backend,
+    head: Head,
+    rows: Rows,
+    sequences: Sequences,
+    objective: Objective,
+    wanted: Wanted,
+    together: Together | None,
+) -> tuple[Evaluation, Gradients]:
     if objective.pairwise:
         sequences = sequences.paired()
 
     def evaluate(logp: torch.Tensor) -> Evaluation:
+        if together is not None and together.parts_of_sequences:
+            return evaluate_in_pytorch(objective, logp, rows, sequences, together.whole_sequences)
         result = backend.objective(objective, logp, rows, sequences)
         return evaluate_in_pytorch(objective, logp, rows, sequences) if result is None else result
 
@@ -98,9 +126,12 @@ def preference(
     if wanted.weight:  # not zeroed here: it may hold logits first
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
-        if objective.known != "all" and backend.kept_rows(head, empty) >= len(rows.labels):
+        # Parts of sequences: every rank has to ask for as many sums, however many rows it has.
+        as_many = objective.known == "none" or together is None or not together.parts_of_sequences
+        if objective.known != "all" and as_many and backend.kept_rows(head, empty) >= len(rows.labels):
             return _every_row_kept(backend, head, rows.labels, gradients, evaluate), gradients
-    into, head = _accumulators(head, gradients)
+    # Sizes of parts and numbers of rows differ between ranks, and all have to take the same way.
+    into, head = _accumulators(head, gradients) if together is None else (gradients, head)
     if objective.known == "all":
         known = _known_row_weights(head, rows, sequences, objective)
         result = _every_weight_known(backend, head, rows.labels, known, into, evaluate)
@@ -108,7 +139,7 @@ def preference(
         known = _known_row_weights(head, rows, sequences, objective)
         result = _some_weights_known(backend, head, rows.labels, known, into, evaluate)
     else:
-        result = _no_weight_known(backend, head, rows.labels, into, evaluate)
+        result = _no_weight_known(backend, head, rows.labels, into, evaluate, alone=together is None)
     if gradients.weight is not None and into.weight is not None and into.weight is not gradients.weight:
         gradients.weight.copy_(into.weight)
     return result, gradients
@@ -157,10 +188,10 @@ def _some_weights_known(
 
 
 def _no_weight_known(
-    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate
+    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate, *, alone: bool
 ) -> Evaluation:
     slots = _kept_rows(backend, head, into.weight)
-    if into.hidden is not None and not _adds_up(head, into) and hidden_gradient_apart(head, slots):
+    if alone and into.hidden is not None and not _adds_up(head, into) and hidden_gradient_apart(head, slots):
         assert into.weight is not None
         result, lse = _unit_hidden_gradient(backend, head, labels, into.hidden, evaluate)
         into.weight.zero_()

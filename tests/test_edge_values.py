@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Backend, Gradients, Head
-from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from tests import support
 from tests.budget import assert_within, error_budget, operand_rounding
 from tests.primitives import plain
@@ -101,6 +101,18 @@ def test_entries_at_minus_infinity(backend: Backend, dtype: torch.dtype, masked:
 @pytest.mark.parametrize("scale", [-0.7, -3.0])
 def test_negative_scale(backend: Backend, dtype: torch.dtype, softcap: float | None, scale: float) -> None:
     assert_right(backend, *make(dtype, softcap, scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("rows", [[2, 5, 11], range(N)], ids=["some", "all"])
+def test_labels_in_another_part_of_the_vocabulary(
+    backend: Backend, dtype: torch.dtype, softcap: float | None, rows: list[int]
+) -> None:
+    """l = -lse, and no entry of the gradient has the part of a label."""
+    head, labels, c = make(dtype, softcap, 1.3)
+    elsewhere = torch.isin(torch.arange(N), torch.tensor([*rows])) & (labels != IGNORE_INDEX)
+    assert_right(backend, head, torch.where(elsewhere, ELSEWHERE, labels), c)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])

@@ -145,8 +145,8 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
     `preference_features`). The metrics of `step.metrics` are logged, of an evaluation under its own prefix.
 
     Raises:
-        ValueError: several GPUs in one process (`nn.DataParallel`), split sequences (context parallelism), NEFTune
-            together with `disable_dropout`, no reference and no `reference_free`, or (with a collator of this package)
+        ValueError: several GPUs in one process (`nn.DataParallel`), split sequences that cannot be served (see
+            `SplitSequences.check`), NEFTune together with `disable_dropout`, no reference and no `reference_free`, or (with a collator of this package)
             token ids or lengths that the model cannot take.
         FloatingPointError: while training, a loss or a gradient that is not finite; no weight is changed by that step.
         RuntimeError: the model's attached forward was lost; with `strict_checks`, a first step that is not the
@@ -215,6 +215,7 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """The loss; there are no logits to return."""
-        with torch.no_grad(), self.compute_loss_context_manager():
+        context, inputs = self._in_parts(model, inputs)
+        with torch.no_grad(), self.compute_loss_context_manager(), context:
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None

@@ -162,7 +162,7 @@ def gradient_block(
     else:
         level = (lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))).to(tl.float32)
     c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
-    c = tl.where(label >= 0, c, float("nan"))
+    c = tl.where(label != -1, c, float("nan"))
     c = c * gain
     unit = unit_of(softcap, scale, HAS_SOFTCAP)
     db_part_ptr += pid_n.to(tl.int64) * ld

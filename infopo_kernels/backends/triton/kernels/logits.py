@@ -25,7 +25,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from infopo_kernels.options import ELSEWHERE
+
 LOG2E = tl.constexpr(1.4426950408889634)
+IN_ANOTHER_PART = tl.constexpr(ELSEWHERE)
 
 
 @triton.jit
@@ -77,9 +80,11 @@ def rows_first(pid, num_n):
 
 @triton.jit
 def load_labels(labels_ptr, row, row_ok, V):
-    """Labels of rows, int32 (a 64-bit comparison with every column would double its registers); -1 outside [0, V)."""
+    """Labels of rows, int32 (a 64-bit comparison with every column would double its registers); -1 outside [0, V), -2
+    for a label in another rank's part of the vocabulary."""
     label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
-    return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
+    outside = tl.where(label == IN_ANOTHER_PART, -2, -1)
+    return tl.where((label >= 0) & (label < V), label, outside).to(tl.int32)
 
 
 @triton.jit

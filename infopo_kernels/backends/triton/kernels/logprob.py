@@ -183,7 +183,7 @@ def target_logits(
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """z_{i, label_i}; NaN where the label lies outside the vocabulary."""
+    """z_{i, label_i}; NaN where the label lies outside the vocabulary, 0 where it is in another rank's part."""
     offs_h = tl.arange(0, BLOCK_H)
     offs_w = label.to(tl.int64) * stride_wv
     sums = tl.zeros((ROWS, BLOCK_H), tl.float32)
@@ -197,7 +197,7 @@ def target_logits(
         a += tl.load(b_ptr + label, mask=ok, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         a = softcap * (tanh(a / softcap) + (a - a))
-    return tl.where(ok, a * scale, float("nan"))
+    return tl.where(ok, a * scale, tl.where(label == -2, 0.0, float("nan")))
 
 
 @triton.jit(do_not_specialize=["row0", "C", "parts", "stride_mt"])
