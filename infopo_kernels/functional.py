@@ -163,7 +163,8 @@ def linear_infopo_loss(
     numbers, if every call gets the same `num_pairs`.
 
     The forward pass forms the gradients too, so that one tile of logits serves both. The backward pass multiplies them
-    once by the incoming gradient. `infopo_kernels.schedule` says which rows take how many products.
+    once by the incoming gradient. `infopo_kernels.schedule` says which rows take how many products. float16 gradients
+    are formed relative to a scale of their own (`infopo_kernels.lift`), so a GradScaler works as with plain PyTorch.
 
     Args:
         hidden: [2B, T, H] padded, the first B sequences chosen, the last B rejected; or [N, H] or [1, N, H] packed.

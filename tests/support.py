@@ -249,10 +249,21 @@ class Truth(Result):
 
     @property
     def largest_factor(self) -> float:
-        """Allowed error from the factors that multiply a gradient after its rounding."""
+        """Largest factor of a gradient after its first rounding.
+
+        float16 gradients are rounded where the largest possible one is above 2^14 (`infopo_kernels.lift`).
+        """
         assert self.rows is not None
-        c = self.rows[2]
-        return max(abs(self.factor), float(c.abs().max()) if len(c) else 0.0)
+        head, _, c, _ = self.rows
+        if self.dtype != torch.float16:
+            return max(abs(self.factor), float(c.abs().max()) if len(c) else 0.0)
+        size = abs(head.scale) * c.abs()
+        bounds = {
+            "hidden": 2 * float(size.max()) * float(head.weight.abs().max()),
+            "weight": float((size * head.hidden.double().abs().amax(1)).sum()),
+            "bias": float(size.sum()),
+        }
+        return max(bounds[name] for name, gradient in self.gradients.items() if gradient is not None) / 2**14
 
     def budgets(self, operand: float) -> dict[str, Tensor]:
         """Allowed errors of the gradients."""
