@@ -358,7 +358,8 @@ class PreferenceInputs(HeadInputs):
     is_chosen: Tensor
     ref_logps: Tensor
     sequence_weights: Tensor | None
-    num_pairs: float
+    num_pairs: float | None
+    """None: half of the number of sequences. (A number that is traced from it would become a constant of the graph.)"""
     objective: str
     """Name of the objective."""
     options: list[float]
@@ -393,7 +394,8 @@ class PreferenceInputs(HeadInputs):
         )
 
     def sequences(self) -> Sequences:
-        return Sequences(self.counts, self.is_chosen, self.ref_logps, self.num_pairs, self.sequence_weights)
+        num_pairs = len(self.counts) / 2 if self.num_pairs is None else self.num_pairs
+        return Sequences(self.counts, self.is_chosen, self.ref_logps, num_pairs, self.sequence_weights)
 
 
 class PreferenceResults(NamedTuple):
@@ -522,12 +524,16 @@ def linear_preference(
     weight: Tensor,
     bias: Tensor | None,
     sequences: Sequences,
+    num_pairs: float | None,
     objective: Objective,
     logit: LogitOptions,
     kernel: KernelOptions,
     parallel: Parallel | None = None,
 ) -> PreferenceResults:
-    """An objective's loss, differentiable, and the values to log; see `schedule.preference`."""
+    """An objective's loss, differentiable, and the values to log; see `schedule.preference`.
+
+    `num_pairs` replaces that of `sequences`; None: half of the number of sequences.
+    """
     assert rows.cu_seqlens is not None
     assert rows.segments is not None
     grad = torch.is_grad_enabled()
@@ -539,7 +545,7 @@ def linear_preference(
         is_chosen=sequences.is_chosen,
         ref_logps=sequences.ref_logps,
         sequence_weights=sequences.weights,
-        num_pairs=sequences.num_pairs,
+        num_pairs=num_pairs,
         objective=objective.name,
         options=objective.to_flat(),
         wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],

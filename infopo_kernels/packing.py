@@ -91,7 +91,7 @@ def packed_rows(
     if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
         # Nobody could check the bounds without waiting for the device: wrong ones make every label one that no
         # vocabulary has, whose log-probability is NaN.
-        y = torch.where(bounds_hold(cu_seqlens, len(y), parts=parts), y, -1)
+        y = torch.where(bounds_hold(cu_seqlens, y.shape[0], parts=parts), y, -1)
     return Rows(hidden.reshape(-1, hidden.shape[-1]), y.contiguous(), cu_seqlens, segments)
 
 
