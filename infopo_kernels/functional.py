@@ -106,7 +106,7 @@ def linear_logps(
         )
     S = rows.cu_seqlens.shape[0] - 1  # `len` would make it a constant of torch.export
     if parallel is None or not parallel.sequence_group:
-        counts = ops.scored_tokens(rows.labels, rows.segments, S)
+        counts: Tensor = ops.scored_tokens(rows.labels, rows.segments, S)
     else:
         counts = _whole_counts(rows, S, parallel, (weight, bias), logit, {"reduction": reduction})
     sums = sequence_sums(ops.logprob(rows, weight, bias, logit, kernel, parallel), rows.segments, S)
