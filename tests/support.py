@@ -183,7 +183,7 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
 def logps_truth(inputs: Inputs, reduction: str) -> Tensor:
     """Log-probabilities with materialised logits."""
     case = inputs.case
-    bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
+    bounds = {"cu_seqlens": inputs.layout.get("cu_seqlens")}
     with torch.no_grad():
         return naive.linear_logps(
             **inputs.fresh(torch.float64), labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
@@ -225,7 +225,7 @@ def fused(inputs: Inputs, backend: str, device: str = "cpu", **kernel: Any) -> R
 def fused_logps(inputs: Inputs, reduction: str, backend: str, device: str = "cpu", **kernel: Any) -> Result:
     """`linear_logps` of a case, weighted so that every entry has its own gradient."""
     case, there, leaves = inputs.case, inputs.moved(device), inputs.fresh(device=device)
-    bounds = {"cu_seqlens": there.layout["cu_seqlens"]} if there.layout else {}
+    bounds = {"cu_seqlens": there.layout.get("cu_seqlens")}
     logps = linear_logps(
         **leaves, labels=there.labels, **bounds, shift=case.shift, reduction=reduction,
         ignore_index=case.ignore_index, **vars(case.logit), backend=backend, **kernel,
@@ -289,7 +289,7 @@ def plain(inputs: Inputs) -> Truth:
 def plain_logps(inputs: Inputs, reduction: str) -> Truth:
     """Naive log-probabilities, with the weights of `fused_logps`."""
     case = inputs.case
-    bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
+    bounds = {"cu_seqlens": inputs.layout.get("cu_seqlens")}
 
     def logps(leaves: dict[str, Tensor | None]) -> Tensor:
         return naive.linear_logps(

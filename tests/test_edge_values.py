@@ -159,6 +159,20 @@ def test_logits_of_any_size(backend: Backend, dtype: torch.dtype, size: float) -
     assert_right(backend, head, labels, c)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_probability_never_exceeds_1(backend: Backend, dtype: torch.dtype) -> None:
+    """lse may come out smaller than the largest logit: another order of sums, another rounding. Here it is, by much."""
+    head, labels, c = make(dtype)
+    head.weight.mul_(1e3)
+    _, lse = backend.logprob(head, labels)
+    to = Gradients(torch.zeros_like(head.hidden), torch.zeros(V, H), torch.zeros(V))
+    backend.backward(head, labels, lse - 20, c, to)
+    sound = labels != IGNORE_INDEX
+    assert to.bias is not None
+    # Every p is at most 1: exp(20) times more without the bound.
+    assert to.bias.abs().max() <= 2 * c[sound].abs().sum()
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_weight_of_zero_known_beforehand_assigns_zeros(backend: Backend, weight_dtype: torch.dtype) -> None:
     """`logprob_and_grad` assigns each scored row of dX, on every way."""
