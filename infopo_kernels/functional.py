@@ -13,6 +13,7 @@ from torch import Tensor
 from infopo_kernels import checks, ops
 from infopo_kernels.distributed import collectives
 from infopo_kernels.distributed.parallel import Parallel, VocabShard
+from infopo_kernels.distributed.sharded import local
 from infopo_kernels.objectives import InfoPO, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
 from infopo_kernels.output import InfoPOOutput, PreferenceOutput
@@ -74,7 +75,8 @@ def linear_logps(
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond the results; None takes 32 on a CPU and 256 on a GPU.
         vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
-            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`. A
+            `weight` that is a DTensor cut along its vocabulary describes itself: `VocabShard.of(weight)`.
         sequence_group: the process group whose ranks hold parts of the same sequences (context parallelism): any rows
             of each, the same sequences in the same order. `labels` were shifted before the cut. "sum" and "mean" are
             of whole sequences, alike on all ranks; in the backward pass each rank forms the gradient of its rows, and dW
@@ -94,7 +96,7 @@ def linear_logps(
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
     logit, kernel = LogitOptions(softcap, logit_scale, temperature), KernelOptions(backend, workspace_mib)
-    parallel = Parallel.of(vocab, sequence_group)
+    parallel = Parallel.of(vocab, sequence_group, weight)
     layout = _Layout(cu_seqlens, None, shift, ignore_index, parts=sequence_group is not None)
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
     if reduction == "none":
@@ -110,7 +112,8 @@ def linear_logps(
     else:
         counts = _whole_counts(rows, S, parallel, (weight, bias), logit, {"reduction": reduction})
     sums = sequence_sums(ops.logprob(rows, weight, bias, logit, kernel, parallel), rows.segments, S)
-    sums = sums if parallel is None else parallel.whole_sequences(sums)
+    if parallel is not None:
+        sums = parallel.whole_sequences(sums)
     if reduction == "mean":
         return sums / counts
     # A sequence without a scored token is an error on a CPU; elsewhere nobody has seen it, and its sum is not 0.
@@ -196,7 +199,8 @@ def linear_infopo_loss(
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
         vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
-            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`. A
+            `weight` that is a DTensor cut along its vocabulary describes itself: `VocabShard.of(weight)`.
         sequence_group: the process group whose ranks hold parts of the same sequences, see `linear_logps`. Every rank
             gets the same output; the gradients of its rows are whole, and dW and db add up over the ranks. 16 bytes a
             sequence travel: its scored tokens and its log-probability (24 for InfoPO with a trained head).
@@ -226,7 +230,7 @@ def linear_infopo_loss(
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
         KernelOptions(backend, workspace_mib),
-        Parallel.of(vocab, sequence_group),
+        Parallel.of(vocab, sequence_group, weight),
     )
 
 
@@ -295,7 +299,8 @@ def linear_preference_loss(
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
         vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
-            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`.
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`. A
+            `weight` that is a DTensor cut along its vocabulary describes itself: `VocabShard.of(weight)`.
         sequence_group: the process group whose ranks hold parts of the same sequences, see `linear_logps`. Every rank
             gets the same output; the gradients of its rows are whole, and dW and db add up over the ranks. 16 bytes a
             sequence travel: its scored tokens and its log-probability (24 for InfoPO with a trained head).
@@ -326,7 +331,7 @@ def linear_preference_loss(
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
         KernelOptions(backend, workspace_mib),
-        Parallel.of(vocab, sequence_group),
+        Parallel.of(vocab, sequence_group, weight),
     )
 
 
@@ -465,6 +470,9 @@ def _checked_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, parallel: Parallel | None, prefix: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias as the ops take them; `prefix` is "ref_" or ""."""
+    if parallel is not None and parallel.shares_head:
+        hidden, weight = local(f"{prefix}hidden", hidden), local(f"{prefix}weight", weight)
+        bias = None if bias is None else local(f"{prefix}bias", bias)
     for name, value in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight)):
         checks.tensor(name, value)
     cast_hidden, cast_weight, cast_bias = _autocast(hidden, weight, bias)

@@ -6,6 +6,7 @@
     ring            rows of its own on every rank: the parts travel to them
     gathered_head   rows of its own on every rank: the whole head comes to them
     choice          which of these moves the fewest bytes
+    sharded         DTensors as parts of a head
     collectives     the only file that calls torch.distributed
     agreement       an error on every rank where the ranks of a group disagree, instead of a hang
 

@@ -25,6 +25,7 @@ from infopo_kernels.distributed.own_rows import TravellingRows
 from infopo_kernels.distributed.parts import Parts
 from infopo_kernels.distributed.ring import Ring
 from infopo_kernels.distributed.same_rows import SameRows
+from infopo_kernels.distributed.sharded import is_sharded, part_of
 from infopo_kernels.options import require_bool
 
 Way = Literal["same_rows", "auto", "rows", "ring", "gather"]
@@ -81,6 +82,17 @@ class VocabShard:
         if self.average and self.way == "same_rows":
             raise ValueError("`average=True` must go with rows that differ from rank to rank, got way='same_rows'.")
 
+    @classmethod
+    def of(cls, weight: Tensor, *, way: Way = "same_rows", average: bool = False) -> VocabShard:
+        """The description of a DTensor [V, H] that is cut along its vocabulary (Shard(0)).
+
+        Raises:
+            TypeError: it is cut in another way.
+        """
+        if not is_sharded(weight):
+            raise TypeError(f"`weight` must be a DTensor, got {type(weight).__name__}; make a VocabShard of its parts.")
+        return cls(*part_of("weight", weight), way, average)
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -94,8 +106,10 @@ class Parallel:
     sequence_group: str = ""
 
     @classmethod
-    def of(cls, vocab: VocabShard | None, sequence_group: dist.ProcessGroup | None) -> Parallel | None:
+    def of(cls, vocab: VocabShard | None, sequence_group: dist.ProcessGroup | None, weight: Tensor) -> Parallel | None:
         """None if nothing is shared."""
+        if vocab is None and is_sharded(weight):
+            vocab = VocabShard.of(weight)
         if vocab is None and sequence_group is None:
             return None
         if vocab is not None and not isinstance(vocab, VocabShard):
@@ -164,8 +178,7 @@ class Parallel:
             "requires_grad of hidden, weight and bias": call.wanted,
             **call.same,
         }
-        if self.way == "same_rows":
-            same |= call.same_rows
+        same |= call.same_rows if self.way == "same_rows" else dict.fromkeys(call.same_rows)
         own = {"start": start, "rows": rows, "kept": self._kept_rows(backend, head, start), "scored": call.scored()}
         seen = agreement.compare(self.vocab_group, head.hidden.device, same, own, refusal)
         parts = Parts(self.vocab_group, _covering(seen["start"], seen["rows"], self.vocabulary))

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infopo_kernels.distributed.parallel import VocabShard
+from infopo_kernels.distributed.sharded import is_sharded
 from infopo_kernels.functional import Reduction, linear_preference_loss
 from infopo_kernels.functional import linear_logps as _linear_logps  # an argument of the forward has its name
 from infopo_kernels.integrations import packing_probe
@@ -33,7 +35,6 @@ from infopo_kernels.integrations.heads import (
     ask,
     forward_attribute,
     handed_over,
-    is_dtensor,
     prepare,
     restore,
     vocabulary_size,
@@ -364,16 +365,16 @@ def _forward(
         **asdict(attachment.logit), **asdict(attachment.kernel),
     }  # fmt: skip
 
-    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: VocabShard | None) -> tuple[Any, ...]:
         y = targets.to(hidden.device)
         if linear_logps is not None:
-            return (_linear_logps(hidden, weight, y, bias=bias, reduction=linear_logps, **shared),)
+            return (_linear_logps(hidden, weight, y, bias=bias, reduction=linear_logps, **shared, vocab=vocab),)
         assert objective is not None
         loss = linear_preference_loss(
             hidden, weight, y, bias=bias, objective=objective, is_chosen=is_chosen, num_pairs=num_pairs,
             sequence_weights=unsealed("sequence_weights", sequence_weights, hidden.device),
             ref_logps=unsealed("ref_logps", ref_logps, hidden.device), skip_chosen_reference=skip_chosen_reference,
-            data_group=data_group, **shared,
+            data_group=data_group, **shared, vocab=vocab,
         )  # fmt: skip
         return tuple(loss[:-1])
 
@@ -476,7 +477,7 @@ def _check_packing(
 def _gathers(model: Any) -> bool:
     """Whether a forward gathers weights from other ranks (FSDP, ZeRO-3)."""
     return any(
-        is_dtensor(weight) or hasattr(weight, "ds_id") or type(weight).__name__ == "FlatParameter"
+        is_sharded(weight) or hasattr(weight, "ds_id") or type(weight).__name__ == "FlatParameter"
         for weight in model.parameters()
     )
 
