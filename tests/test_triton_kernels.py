@@ -13,6 +13,11 @@ from tests.triton_support import PROBLEMS, Problem
 # isort: split
 # Triton is imported by the module above.
 
+from infopo_kernels.backends.triton.launch import prepare
+
+# isort: split
+# Triton is imported by the module above.
+
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about log(0) in masked lanes
 
