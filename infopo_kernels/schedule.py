@@ -32,6 +32,10 @@ If all rows can be kept, they are, and everything takes 3 products at most. A 16
 float32 copy of it fits half of the workspace. With every weight known, a 16-bit dW may take a fourth product
 (`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen head. `linear_logps` and a loss
 by hand take 4, and 3 with a frozen head.
+
+Where ranks share a head, the lse of the whole vocabulary is known only after they have met. So every weight counts as
+unknown there: logprob on all, then backward on live rows, with two meetings. Rows that travel are the exception: they
+take the ways above, because a row whose weight is known travels once. So does a head that is gathered.
 """
 
 from __future__ import annotations
@@ -117,7 +121,10 @@ def _preference(
     if not (wanted.hidden or wanted.weight or wanted.bias):
         return evaluate(backend.logprob(head, rows.labels)[0]), Gradients(None, None, None)
 
-    if objective.known != "all" and not (wanted.weight or wanted.bias):
+    alone = together is None or together.own_backend
+    at_once = together is None or together.known_weights_pay
+    known = objective.known if at_once else "none"
+    if at_once and known != "all" and not (wanted.weight or wanted.bias):
         gradients = zero_gradients(head, wanted)
         assert gradients.hidden is not None
         return _unit_hidden_gradient(backend, head, rows.labels, gradients.hidden, evaluate)[0], gradients
@@ -128,18 +135,18 @@ def _preference(
         gradients = replace(gradients, weight=empty)
         # Parts of sequences: every rank has to ask for as many sums, however many rows it has.
         as_many = objective.known == "none" or together is None or not together.parts_of_sequences
-        if objective.known != "all" and as_many and backend.kept_rows(head, empty) >= len(rows.labels):
+        if known != "all" and as_many and backend.kept_rows(head, empty) >= len(rows.labels):
             return _every_row_kept(backend, head, rows.labels, gradients, evaluate), gradients
-    # Sizes of parts and numbers of rows differ between ranks, and all have to take the same way.
-    into, head = _accumulators(head, gradients) if together is None else (gradients, head)
-    if objective.known == "all":
-        known = _known_row_weights(head, rows, sequences, objective)
-        result = _every_weight_known(backend, head, rows.labels, known, into, evaluate)
-    elif objective.known == "some" and _adds_up(head, into):
-        known = _known_row_weights(head, rows, sequences, objective)
-        result = _some_weights_known(backend, head, rows.labels, known, into, evaluate)
+    # Sizes of parts and numbers of rows differ between ranks, and all have to make the same calls of a shared backend.
+    into, head = _accumulators(head, gradients) if alone else (gradients, head)
+    if known == "all":
+        weights = _known_row_weights(head, rows, sequences, objective)
+        result = _every_weight_known(backend, head, rows.labels, weights, into, evaluate)
+    elif known == "some" and _adds_up(head, into):
+        weights = _known_row_weights(head, rows, sequences, objective)
+        result = _some_weights_known(backend, head, rows.labels, weights, into, evaluate)
     else:
-        result = _no_weight_known(backend, head, rows.labels, into, evaluate, alone=together is None)
+        result = _no_weight_known(backend, head, rows.labels, into, evaluate, alone=alone)
     if gradients.weight is not None and into.weight is not None and into.weight is not gradients.weight:
         gradients.weight.copy_(into.weight)
     return result, gradients

@@ -178,8 +178,7 @@ class Parallel:
             "requires_grad of hidden, weight and bias": call.wanted,
             **call.same,
         }
-        if self.way == "same_rows":
-            same |= call.same_rows
+        same |= call.same_rows if self.way == "same_rows" else dict.fromkeys(call.same_rows)
         own = {"start": start, "rows": rows, "kept": self._kept_rows(backend, head, start), "scored": call.scored()}
         seen = agreement.compare(self.vocab_group, head.hidden.device, same, own, refusal)
         parts = Parts(self.vocab_group, _covering(seen["start"], seen["rows"], self.vocabulary))
@@ -271,6 +270,16 @@ class Together:
     backend: Backend
     """This rank's own, or one that computes with the others."""
     shared: Shared | None
+
+    @property
+    def own_backend(self) -> bool:
+        """Whether the backend is this rank's own, so that what it is asked for is no other rank's concern."""
+        return self.shared is None or isinstance(self.shared, GatheredHead)
+
+    @property
+    def known_weights_pay(self) -> bool:
+        """Whether `logprob_and_grad` saves anything: where rows travel, or on a head that is whole."""
+        return not isinstance(self.shared, (SameRows, Ring))
 
     @property
     def parts_of_sequences(self) -> bool:

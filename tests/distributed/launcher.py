@@ -44,6 +44,10 @@ class _Group:
     connections: list[Connection]
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
+        if any(process.poll() is not None for process in self.processes):  # a crash in an earlier test
+            _groups.cache_clear()
+            self.stop()
+            return on_ranks(len(self.processes), function, *arguments, timeout=timeout)
         task = pickle.dumps((function.__module__, function.__qualname__, arguments))
         for connection in self.connections:
             connection.send_bytes(task)
