@@ -8,7 +8,7 @@
 #   make first-contact     on a GPU: what is right and where the time goes, in ten minutes (ARGS=--dry-run: without one)
 #   make test-gpu    the tests that need a GPU; test-gpu-heavy those that take long or much memory
 #   make bench-gpu   benchmarks on a GPU
-#   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
+#   make fuzz        random cases of primitives and functions against float64 (MINUTES=2, CASES=...)
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make check       formatting of Python and C++, lint, types
 #   make test-matrix the tests that depend on other libraries, on their oldest and newest releases (CELLS="oldest ...")

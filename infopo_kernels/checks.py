@@ -108,7 +108,7 @@ def layout(hidden: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor 
     tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"`cu_seqlens` must be int32 or int64, got {cu_seqlens.dtype}.")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"`cu_seqlens` must have shape [S + 1] for S >= 1 sequences, got {_shape(cu_seqlens)}.")
     _same_device("cu_seqlens", cu_seqlens, hidden)
     if hidden.ndim == 3 and hidden.shape[0] != 1:
@@ -140,7 +140,7 @@ def pairs(
     """The number of sequences S. Checks `is_chosen`, the weights of the sequences, and `num_pairs`."""
     if cu_seqlens is None and labels.ndim == 1:
         raise ValueError("`cu_seqlens` is missing: packed `hidden` [N, H] needs the bounds [S + 1] of its sequences.")
-    S = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if is_chosen is None:
         if cu_seqlens is not None:
             raise ValueError("`is_chosen` is missing: packed sequences need a bool [S], True for a chosen response.")

@@ -106,7 +106,7 @@ def linear_logps(
             f"`cu_seqlens` is missing: reduction={reduction!r} of packed `hidden` [N, H] needs the bounds [S + 1] of "
             f"its sequences."
         )
-    S = len(rows.cu_seqlens) - 1
+    S = rows.cu_seqlens.shape[0] - 1  # `len` would make it a constant of torch.export
     if parallel is None or not parallel.sequence_group:
         counts: Tensor = ops.scored_tokens(rows.labels, rows.segments, S)
     else:
@@ -117,7 +117,7 @@ def linear_logps(
     if reduction == "mean":
         return sums / counts
     # A sequence without a scored token is an error on a CPU; elsewhere nobody has seen it, and its sum is not 0.
-    return sums if sums.device.type == "cpu" else sums.masked_fill(counts == 0, math.nan)
+    return sums if sums.device.type == "cpu" else torch.masked_fill(sums, counts == 0, math.nan)
 
 
 def linear_infopo_loss(
@@ -166,7 +166,8 @@ def linear_infopo_loss(
     numbers, if every call gets the same `num_pairs`.
 
     The forward pass forms the gradients too, so that one tile of logits serves both. The backward pass multiplies them
-    once by the incoming gradient. `infopo_kernels.schedule` says which rows take how many products.
+    once by the incoming gradient. `infopo_kernels.schedule` says which rows take how many products. float16 gradients
+    are formed relative to a scale of their own (`infopo_kernels.lift`), so a GradScaler works as with plain PyTorch.
 
     Args:
         hidden: [2B, T, H] padded, the first B sequences chosen, the last B rejected; or [N, H] or [1, N, H] packed.
@@ -576,7 +577,8 @@ def _linear_preference(
             reference, rows, sequences, labels, chosen_first, objective, logit, kernel, parallel
         )
         sequences = replace(sequences, ref_logps=ref_logps)
-    result = ops.linear_preference(rows, weight, bias, sequences, objective, logit, kernel, parallel)
+    given = None if shares.num_pairs is None and shares.data_group is None else num_pairs
+    result = ops.linear_preference(rows, weight, bias, sequences, given, objective, logit, kernel, parallel)
     loss = result.loss
     if parts > 1:  # the value stays; the average over the parts of a sequence has to be their sum
         loss = loss + (parts - 1) * (loss - loss.detach())
@@ -626,7 +628,7 @@ def _reference_logps(
 
     If the chosen reference is skipped, a padded batch with chosen first may give the rejected half alone.
     """
-    S, skip = len(sequences.is_chosen), reference.skip_chosen
+    S, skip = sequences.is_chosen.shape[0], reference.skip_chosen
     if reference.hidden is None:
         assert reference.logps is not None
         rejected_only = skip and chosen_first and reference.logps.shape == (S // 2,)
@@ -645,7 +647,7 @@ def _reference_logps(
         checks.reference_hidden(hidden, rows.hidden, labels[S // 2 :].shape if rejected_only else labels.shape)
         y = rows.labels
         if rejected_only:
-            y = y[len(y) // 2 :]
+            y = y[y.shape[0] // 2 :]
         elif skip:
             y = y.masked_fill(sequences.is_chosen[rows.segments], IGNORE_INDEX)
         with torch.no_grad():

@@ -358,7 +358,8 @@ class PreferenceInputs(HeadInputs):
     is_chosen: Tensor
     ref_logps: Tensor
     sequence_weights: Tensor | None
-    num_pairs: float
+    num_pairs: float | None
+    """None: half of the number of sequences. (A number that is traced from it would become a constant of the graph.)"""
     objective: str
     """Name of the objective."""
     options: list[float]
@@ -393,7 +394,8 @@ class PreferenceInputs(HeadInputs):
         )
 
     def sequences(self) -> Sequences:
-        return Sequences(self.counts, self.is_chosen, self.ref_logps, self.num_pairs, self.sequence_weights)
+        num_pairs = len(self.counts) / 2 if self.num_pairs is None else self.num_pairs
+        return Sequences(self.counts, self.is_chosen, self.ref_logps, num_pairs, self.sequence_weights)
 
 
 class PreferenceResults(NamedTuple):
@@ -406,9 +408,11 @@ class PreferenceResults(NamedTuple):
     rewards: Tensor
     weights: Tensor
     hidden_gradient: Tensor
-    """This and the next two as in `HeadGradients`, for an incoming gradient of 1."""
+    """This and the next two as in `HeadGradients`, for an incoming gradient of `lift`."""
     weight_gradient: Tensor
     bias_gradient: Tensor
+    lift: Tensor
+    """[] float32, of float16 gradients (`infopo_kernels.lift`); empty where it is 1."""
 
 
 @dataclass
@@ -421,7 +425,7 @@ def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     runner, together = inputs.begin()
     objective, hidden, wanted = from_flat(inputs.objective, inputs.options), inputs.hidden, inputs.wanted
     with inputs.no_autocast():
-        result, gradients = schedule.preference(
+        result, gradients, lift = schedule.preference(
             runner, inputs.head(), inputs.rows(), inputs.sequences(), objective, schedule.Wanted(*wanted), together
         )
     return PreferenceResults(
@@ -431,6 +435,7 @@ def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
         result.rewards,
         result.weights,
         *HeadGradients.of(gradients, hidden),
+        hidden.new_empty(0, dtype=torch.float32) if lift is None else lift,
     )
 
 
@@ -441,6 +446,7 @@ _shared_linear_preference = define(
 
 def _fake_linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     logps, rewards, weights = (inputs.hidden.new_empty(inputs.is_chosen.shape, dtype=torch.float64) for _ in range(3))
+    half = inputs.hidden.dtype == torch.float16
     return PreferenceResults(
         inputs.hidden.new_empty((), dtype=_accumulator(inputs.hidden)),
         inputs.hidden.new_empty((), dtype=torch.float64),
@@ -448,6 +454,7 @@ def _fake_linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
         rewards,
         weights,
         *inputs.fake_gradients(inputs.wanted),
+        inputs.hidden.new_empty(() if half and any(inputs.wanted) else 0, dtype=torch.float32),
     )
 
 
@@ -479,7 +486,7 @@ def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
 
 
 def _save_preference(ctx: Any, inputs: PreferenceInputs, results: PreferenceResults) -> None:
-    ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient)
+    ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient, results.lift)
     ctx.wanted, ctx.backend = inputs.wanted, inputs.backend
     ctx.parallel = inputs.parallel if isinstance(inputs, SharedPreferenceInputs) else None
     ctx.name = "linear_infopo_loss" if inputs.objective == InfoPO.name else "linear_preference_loss"
@@ -491,7 +498,7 @@ def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[
     if torch.is_grad_enabled():
         raise RuntimeError(f"{ctx.name}: {_DOUBLE_BACKWARD}")
     try:
-        saved = ctx.saved_tensors
+        *saved, lift = ctx.saved_tensors
     except RuntimeError as error:
         raise RuntimeError(
             f"{ctx.name}: backward() ran a second time through the same loss. The forward pass formed its gradients, "
@@ -502,7 +509,8 @@ def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[
         return ()
     if ctx.parallel is not None:
         grad = _common_gradient(grad, ctx.parallel)
-    return tuple(_scaled(g, grad, ctx.backend) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
+    factor = grad / lift if lift.numel() else grad
+    return tuple(_scaled(g, factor, ctx.backend) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
 
 
 _linear_preference.register_fake(_fake_linear_preference)
@@ -516,12 +524,16 @@ def linear_preference(
     weight: Tensor,
     bias: Tensor | None,
     sequences: Sequences,
+    num_pairs: float | None,
     objective: Objective,
     logit: LogitOptions,
     kernel: KernelOptions,
     parallel: Parallel | None = None,
 ) -> PreferenceResults:
-    """An objective's loss, differentiable, and the values to log; see `schedule.preference`."""
+    """An objective's loss, differentiable, and the values to log; see `schedule.preference`.
+
+    `num_pairs` replaces that of `sequences`; None: half of the number of sequences.
+    """
     assert rows.cu_seqlens is not None
     assert rows.segments is not None
     grad = torch.is_grad_enabled()
@@ -533,7 +545,7 @@ def linear_preference(
         is_chosen=sequences.is_chosen,
         ref_logps=sequences.ref_logps,
         sequence_weights=sequences.weights,
-        num_pairs=sequences.num_pairs,
+        num_pairs=num_pairs,
         objective=objective.name,
         options=objective.to_flat(),
         wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],

@@ -27,7 +27,7 @@ def require_finite(name: str, value: float) -> None:
     """Raise unless `value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__} {value!r}; pass a Python float.")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile does not trace math.isfinite of a symbolic number
         raise ValueError(f"`{name}` must be finite, got {value}.")
 
 

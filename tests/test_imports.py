@@ -24,6 +24,7 @@ LEVELS = {
     "checks": 4,
     "naive": 4,
     "backends.base": 4,
+    "lift": 5,
     "backends": 5,
     "distributed.collectives": 1,
     "distributed.agreement": 2,

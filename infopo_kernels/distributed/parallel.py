@@ -294,6 +294,14 @@ class Together:
         """The head that the backend gets."""
         return head if self.shared is None else self.shared.whole_head(head)
 
+    def bounds(self, most: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all ranks that share the head: the larger of `most` [..], and `sums` [..] over rows that count once."""
+        if self.shared is None:
+            return most, sums
+        every_most, every_sum = collectives.gathered(self.parallel.vocab_group, torch.stack([most, sums])).unbind(1)
+        same_rows = self.parallel.way == "same_rows"
+        return every_most.amax(0), every_sum.amax(0) if same_rows else every_sum.sum(0)
+
     def finish(self, gradients: Gradients) -> Gradients:
         """This rank's gradients, from those that the backend formed."""
         return gradients if self.shared is None else self.shared.finish(gradients)
