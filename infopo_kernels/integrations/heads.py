@@ -70,9 +70,10 @@ class LogProbHead(HandsOver, nn.Linear):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A head that stays split (tensor parallelism, `shard_head`) answers without its hooks.
 
-        Those of tensor parallelism would sum the gradient of the hidden states a second time, and expect logits.
+        Those of tensor parallelism would sum the gradient of the hidden states a second time, and expect logits. In a
+        unit of its own the head has a class of FSDP2, whose hooks gather it.
         """
-        if kwargs.get("request") is not None and is_sharded(self.weight):
+        if kwargs.get("request") is not None and type(self) is LogProbHead and is_sharded(self.weight):
             return self.forward(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
