@@ -309,10 +309,9 @@ def segment_values(cu_seqlens: torch.Tensor, num_rows: int, *, parts: bool = Fal
         raise ValueError(f"`cu_seqlens` must start at 0, got {bounds[0]}.")
     for s, (first, last) in enumerate(pairwise(bounds)):
         if last < first or (last == first and not parts):
-            raise ValueError(
-                f"`cu_seqlens` must {'not decrease' if parts else 'increase'}, got {first} then {last} at position {s + 1}; "
-                + ("its bounds are those of this rank's rows." if parts else "every sequence needs a row.")
-            )
+            order = "not decrease" if parts else "increase"
+            meaning = "its bounds are those of this rank's rows." if parts else "every sequence needs a row."
+            raise ValueError(f"`cu_seqlens` must {order}, got {first} then {last} at position {s + 1}; {meaning}")
     if bounds[-1] != num_rows:
         raise ValueError(f"`cu_seqlens` must end at N = {num_rows}, the number of rows, got {bounds[-1]}.")
 

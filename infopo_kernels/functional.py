@@ -79,9 +79,9 @@ def linear_logps(
             `weight` that is a DTensor cut along its vocabulary describes itself: `VocabShard.of(weight)`.
         sequence_group: the process group whose ranks hold parts of the same sequences (context parallelism): any rows
             of each, the same sequences in the same order. `labels` were shifted before the cut. "sum" and "mean" are
-            of whole sequences, alike on all ranks; in the backward pass each rank forms the gradient of its rows, and dW
-            adds up over the ranks. A rank may hold no scored row of a sequence, and with `cu_seqlens` no row at all.
-            16 bytes a sequence travel.
+            of whole sequences, alike on all ranks; in the backward pass each rank forms the gradient of its rows, and
+            dW adds up over the ranks. A rank may hold no scored row of a sequence, and with `cu_seqlens` no row at
+            all. 16 bytes a sequence travel.
 
     Returns:
         "none": the shape of `labels`, float32 (float64 for float64 inputs), nats, 0 where not scored. With `shift`,
@@ -204,10 +204,10 @@ def linear_infopo_loss(
         sequence_group: the process group whose ranks hold parts of the same sequences, see `linear_logps`. Every rank
             gets the same output; the gradients of its rows are whole, and dW and db add up over the ranks. 16 bytes a
             sequence travel: its scored tokens and its log-probability (24 for InfoPO with a trained head).
-        data_group: the process group over which a wrapper averages gradients (DDP, FSDP). `num_pairs` is then this rank's
-            own number, and the averaged gradient is that of the loss over all pairs of the group, however many each
-            rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients are
-            scaled, so that the average over all ranks adds up the parts. The host waits for one number.
+        data_group: the process group over which a wrapper averages gradients (DDP, FSDP). `num_pairs` is then this
+            rank's own number, and the averaged gradient is that of the loss over all pairs of the group, however many
+            each rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients
+            are scaled, so that the average over all ranks adds up the parts. The host waits for one number.
 
     Returns:
         `InfoPOOutput`; only `loss` has a gradient. To put the log-probabilities into another loss, use `linear_logps`.
@@ -304,10 +304,10 @@ def linear_preference_loss(
         sequence_group: the process group whose ranks hold parts of the same sequences, see `linear_logps`. Every rank
             gets the same output; the gradients of its rows are whole, and dW and db add up over the ranks. 16 bytes a
             sequence travel: its scored tokens and its log-probability (24 for InfoPO with a trained head).
-        data_group: the process group over which a wrapper averages gradients (DDP, FSDP). `num_pairs` is then this rank's
-            own number, and the averaged gradient is that of the loss over all pairs of the group, however many each
-            rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients are
-            scaled, so that the average over all ranks adds up the parts. The host waits for one number.
+        data_group: the process group over which a wrapper averages gradients (DDP, FSDP). `num_pairs` is then this
+            rank's own number, and the averaged gradient is that of the loss over all pairs of the group, however many
+            each rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients
+            are scaled, so that the average over all ranks adds up the parts. The host waits for one number.
 
     Returns:
         `PreferenceOutput`; its documentation says what each field means for each objective. Only `loss` has a gradient.
@@ -493,8 +493,8 @@ def _checked_rows(
     checks.flag("shift", shift)
     if layout.parts and shift:
         raise ValueError(
-            "`shift=True` does not go with `sequence_group`: the label of a part's last row lies on another rank. Shift "
-            "before the cut: labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)."
+            "`shift=True` does not go with `sequence_group`: the label of a part's last row lies on another rank. "
+            "Shift before the cut: labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)."
         )
     if cu_seqlens is None and labels.ndim == 2:
         return padded_rows(hidden, labels, shift=shift, ignore_index=ignore_index), weight, bias

@@ -34,6 +34,10 @@ float32 copy of it fits half of the workspace. With every weight known, a 16-bit
 by hand take 4, and 3 with a frozen head.
 
 float16 gradients are formed relative to a scale of their own (`infopo_kernels.lift`).
+
+Where ranks share a head, the lse of the whole vocabulary is known only after they have met. So every weight counts as
+unknown there: logprob on all, then backward on live rows, with two meetings. Rows that travel are the exception: they
+take the ways above, because a row whose weight is known travels once. So does a head that is gathered.
 """
 
 from __future__ import annotations
@@ -122,7 +126,10 @@ def _preference(
 
     lift = Lift(head, rows.labels, None if together is None else together.bounds)
 
-    if objective.known != "all" and not (wanted.weight or wanted.bias):
+    alone = together is None or together.own_backend
+    at_once = together is None or together.known_weights_pay
+    known = objective.known if at_once else "none"
+    if at_once and known != "all" and not (wanted.weight or wanted.bias):
         gradients = zero_gradients(head, wanted)
         result, _, _, factor = _unit_hidden_gradient(backend, head, rows.labels, gradients, evaluate, lift)
         return result, gradients, factor
@@ -133,19 +140,19 @@ def _preference(
         gradients = replace(gradients, weight=empty)
         # Parts of sequences: every rank has to ask for as many sums, however many rows it has.
         as_many = objective.known == "none" or together is None or not together.parts_of_sequences
-        if objective.known != "all" and as_many and backend.kept_rows(head, empty) >= len(rows.labels):
+        if known != "all" and as_many and backend.kept_rows(head, empty) >= len(rows.labels):
             result, factor = _every_row_kept(backend, head, rows.labels, gradients, evaluate, lift)
             return result, gradients, factor
-    # Sizes of parts and numbers of rows differ between ranks, and all have to take the same way.
-    into, head = _accumulators(head, gradients) if together is None else (gradients, head)
-    if objective.known == "all":
-        known = _known_row_weights(head, rows, sequences, objective)
-        result, factor = _every_weight_known(backend, head, rows.labels, known, into, evaluate, lift)
-    elif objective.known == "some" and _adds_up(head, into):
-        known = _known_row_weights(head, rows, sequences, objective)
-        result, factor = _some_weights_known(backend, head, rows.labels, known, into, evaluate, lift)
+    # Sizes of parts and numbers of rows differ between ranks, and all have to make the same calls of a shared backend.
+    into, head = _accumulators(head, gradients) if alone else (gradients, head)
+    if known == "all":
+        weights = _known_row_weights(head, rows, sequences, objective)
+        result, factor = _every_weight_known(backend, head, rows.labels, weights, into, evaluate, lift)
+    elif known == "some" and _adds_up(head, into):
+        weights = _known_row_weights(head, rows, sequences, objective)
+        result, factor = _some_weights_known(backend, head, rows.labels, weights, into, evaluate, lift)
     else:
-        result, factor = _no_weight_known(backend, head, rows.labels, into, evaluate, lift, alone=together is None)
+        result, factor = _no_weight_known(backend, head, rows.labels, into, evaluate, lift, alone=alone)
     if gradients.weight is not None and into.weight is not None and into.weight is not gradients.weight:
         gradients.weight.copy_(into.weight)
     return result, gradients, factor

@@ -12,7 +12,6 @@ import torch
 
 from infopo_kernels.distributed import collectives
 
-
 WIDTH = 32
 """Numbers that each rank sends, whatever it compares: ranks that compare different things must not wait for more."""
 

@@ -272,6 +272,16 @@ class Together:
     shared: Shared | None
 
     @property
+    def own_backend(self) -> bool:
+        """Whether the backend is this rank's own, so that what it is asked for is no other rank's concern."""
+        return self.shared is None or isinstance(self.shared, GatheredHead)
+
+    @property
+    def known_weights_pay(self) -> bool:
+        """Whether `logprob_and_grad` saves anything: where rows travel, or on a head that is whole."""
+        return not isinstance(self.shared, (SameRows, Ring))
+
+    @property
     def parts_of_sequences(self) -> bool:
         """Whether a rank's rows are parts of its sequences."""
         return bool(self.parallel.sequence_group)

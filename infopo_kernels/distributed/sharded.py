@@ -1,6 +1,6 @@
 """Sharded tensors of torch.distributed (DTensor) as parts of a head.
 
-torch.distributed.tensor is imported where it is needed: it takes 0.3 s, and the import of this package does not need it.
+torch.distributed.tensor is imported where it is needed: that takes 0.3 s, which the import of this package saves.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def part_of(argument: str, tensor: Tensor) -> tuple[ProcessGroup, int, int]:
     if len(cut) != 1 or placements[cut[0]] != Shard(0) or type(placements[cut[0]]) is not Shard:
         raise TypeError(
             f"`{argument}` must be cut along its vocabulary over one dimension of its mesh, placements with one "
-            f"Shard(0), got {placements}; pass `{argument}.full_tensor()`, or call the loss inside the model's forward, "
-            f"where FSDP has gathered the head."
+            f"Shard(0), got {placements}; pass `{argument}.full_tensor()`, or call the loss inside the model's "
+            f"forward, where FSDP has gathered the head."
         )
     _, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     start = min(offset[0], tensor.shape[0])

@@ -201,7 +201,7 @@ class PreferenceTraining:
     # --- sequences that lie on several ranks ----------------------------------------------------------------------
 
     def _ranks_with_these_pairs(self, in_parts: bool) -> int:
-        """How many ranks work on the pairs of this rank's batch: tensor and context parallelism, Ulysses while it trains."""
+        """How many ranks work on this rank's pairs: tensor and context parallelism, Ulysses while it trains."""
         config = getattr(self.accelerator, "parallelism_config", None)
         if config is None:
             return 1

@@ -102,8 +102,8 @@ class SplitSequences:
 def _take_any_batch(implementation: str) -> None:
     """Let DeepSpeed's attention take as many sequences as come.
 
-    It was made for batches of `per_device_train_batch_size` sequences, and a batch of so many pairs holds twice as many,
-    or more where prompts have several rejected responses.
+    It was made for batches of `per_device_train_batch_size` sequences. A batch of so many pairs holds twice as many, or
+    more where prompts have several rejected responses.
 
     Raises:
         RuntimeError: DeepSpeed has not put its attention in place, or keeps it elsewhere.

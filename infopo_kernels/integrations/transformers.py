@@ -162,9 +162,9 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
     - ``rows`` [M], for packs in which sequences share a prompt: the row of the hidden states that each of the M
       `labels` is scored on; then labels [M] and `cu_seqlens` count these, and nothing is shifted;
     - ``shift_labels`` in place of `labels`: entry t is the label of token t + 1, -100 at the end of each sequence and
-      where a token is not scored. This is transformers' name for labels that were shifted before the sequences were cut;
-    - ``sequence_group``, for ranks that hold parts of the same sequences (context parallelism): their process group, see
-      `linear_logps`; with `shift_labels`, since a shift inside a part would lose the label of its last token. The
+      where a token is not scored. This is transformers' name for labels that were shifted before a cut;
+    - ``sequence_group``, for ranks that hold parts of the same sequences (context parallelism): their process group,
+      see `linear_logps`; with `shift_labels`, since a shift inside a part would lose the label of its last token. The
       model's attention has to see the other parts by itself;
     - ``data_group``, the ranks over which a wrapper averages gradients, see `linear_preference_loss`.
 
@@ -400,8 +400,8 @@ def _targets(labels: Tensor | None, shift_labels: Tensor | None, rows: Tensor | 
         raise TypeError("`labels` is missing: log-probabilities need the input ids, with -100 where not scored.")
     if sequence_group is not None and rows is None:
         raise TypeError(
-            "`shift_labels` is missing: with `sequence_group` this rank holds a part of each sequence, and the label of "
-            "its last token lies on another rank. Shift before the cut: "
+            "`shift_labels` is missing: with `sequence_group` this rank holds a part of each sequence, and the label "
+            "of its last token lies on another rank. Shift before the cut: "
             "shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)."
         )
     return labels

@@ -1,7 +1,7 @@
 """Three optimiser steps of a tiny model, spread over ranks in every way that is served, against one process.
 
-A `Way` says how a model is wrapped and which part of the batch a rank gets; the loop is the same for all of them. Run by
-`test_matrix.py`.
+A `Way` says how a model is wrapped and which part of the batch a rank gets; the loop is the same for all of them.
+`test_matrix.py` runs it.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class Way:
 
     def wrapped(self, case: Case, model: Any) -> Any:
         """The model as this way runs it; makes the optimiser too."""
-        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+        # With the usual epsilon of 1e-8 an entry whose gradient is little more than rounding would move by a whole rate.
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, eps=1e-4)
         return model
 
     def own(self, pairs: Features) -> Features:

@@ -20,8 +20,8 @@ from tests.training_fixtures import tiny_model
 
 pytest.importorskip("transformers")
 
-from infopo_kernels.integrations.shard_head import shard_head  # noqa: E402
-from infopo_kernels.integrations.transformers import attach_linear_logps  # noqa: E402
+from infopo_kernels.integrations.shard_head import shard_head
+from infopo_kernels.integrations.transformers import attach_linear_logps
 
 STEPS = 3
 

@@ -1,4 +1,4 @@
-"""Heads that tensor parallelism splits along the vocabulary: DTensors, `parallelize_module`, transformers' `tp_plan`."""
+"""Heads that tensor parallelism splits by vocabulary: DTensors, `parallelize_module`, transformers' `tp_plan`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.training_fixtures import save_tiny_model, tiny_model
 
 pytest.importorskip("transformers")
 
-from infopo_kernels.integrations.transformers import attach_linear_logps  # noqa: E402
+from infopo_kernels.integrations.transformers import attach_linear_logps
 
 
 def whole(value: Tensor) -> Tensor:
