@@ -72,11 +72,11 @@ struct Tile {
 
 struct TileKernels {
   const char* name;
-  int lanes;      // columns are padded to a multiple of this
-  int row_group;  // rows of A that a register tile takes
-  int panel;      // columns that a register tile takes
-  int depth;      // K block of a product; `logits` stages this many columns of a 16-bit W
-  int block;      // the rows of panels and the memory of a tile of logits are padded to whole blocks of rows
+  int lanes;         // columns are padded to a multiple of this
+  int row_group;     // rows of A that a register tile takes
+  int panel;         // columns that a register tile takes
+  int depth;         // K block of a product; `logits` stages this many columns of a 16-bit W
+  int block;         // the rows of panels and the memory of a tile of logits are padded to whole blocks of rows
   int packed_bytes;  // bytes of a number in a panel
 
   // out: panels of X^T [H, C]; panels p0 ... p1 - 1. rows[c] is the row of X in column c.

@@ -22,8 +22,10 @@ bool reads_weight_in_place(const TileKernels& k, const Head& p) {
 
 Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes& s, const Want& want) {
   const int64_t C = round_up(s.C, k.lanes);
-  ld = C + k.lanes;  // not a power of two, so that rows of a tile do not share cache sets
-  const auto panels = [&](int64_t K, int64_t N) { return reinterpret_cast<float*>(arena.take<char>(packed_size(k, K, N))); };
+  ld = C + 16;  // one cache line more, so that rows of a tile do not share cache sets
+  const auto panels = [&](int64_t K, int64_t N) {
+    return reinterpret_cast<float*>(arena.take<char>(packed_size(k, K, N)));
+  };
   columns = panels(p.H, C);
   rows = want.rows_panels ? panels(C, p.H) : nullptr;
   weight = want.weight_rows && !reads_weight_in_place(k, p) ? panels(s.Vb, p.H) : nullptr;
