@@ -124,7 +124,7 @@ void Chunk::weight_gradient(int64_t v0, int64_t v1, const BlockGradient& to) con
       }
       k.gradient(p.map, tile, live, b.labels, b.lse, b.coefficient, to.db, scratch(t));
       if (to.dW) {
-        float* out[kTile];
+        float* out[kMostTileRows];
         for (int64_t v = 0; v < tile.rows; ++v) out[v] = to.dW + (tile.v0 - v0 + v) * p.H;
         k.multiply({.M = tile.rows,
                     .N = p.H,

@@ -14,8 +14,15 @@ namespace {
 
 constexpr int kBlock = 32, kGroup = kBlock, kPanel = kBlock, kColumns = kBlock;
 
-// K block: 32 KiB of a panel stay in L1 while rows of A pass.
-constexpr int kDepth = 640;
+constexpr int64_t kTile = 192;
+
+// K block: the rows of a panel, 40 KiB at most, stay in L1 while rows of A pass. H 576 is one block.
+constexpr int kDepth = 640, kStage = kDepth / 2;
+
+constexpr int kFewestStoredRows = 512;
+
+// The tile of G of a block stays in L2 (2 MiB).
+constexpr int64_t kMostBlock = 384;
 
 constexpr int64_t kRowBytes = 64, kPairsBytes = kPanel * 4;  // of a row of A; of a row of a panel
 constexpr int64_t kStepBytes = 16 * kPairsBytes;             // of 32 rows of a panel

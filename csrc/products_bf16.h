@@ -13,8 +13,11 @@ namespace {
 // Register tile and K block: as for floats, with a pair instead of a number.
 constexpr int kGroup = 6, kPanelVectors = 4;
 constexpr int kPanel = kPanelVectors * kLanes, kColumns = kLanes;
-constexpr int kDepth = 384;
-constexpr int kBlock = 2;  // a pair
+constexpr int kDepth = 384, kStage = kDepth / 2;
+constexpr int64_t kTile = 96;
+constexpr int kBlock = 2;              // a pair
+constexpr int kFewestStoredRows = 64;  // as for floats, and the next
+constexpr int64_t kMostBlock = int64_t{1} << 32;
 
 // out [MR, width] (+)= A B over `pairs` of K; pair k of A's row i is at rows[i] + k * step. A pragma unrolls each loop
 // over `acc`, as for floats.
@@ -147,8 +150,7 @@ void settle(const Tile& t, float* scratch) {
 }
 
 void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile& tile, float* stage) {
-  constexpr int64_t kMostRows = 128;
-  float* out[kMostRows];
+  float* out[kTile];
   for (int64_t v = 0; v < tile.rows; ++v) out[v] = tile.z + v * tile.ld;
   const int64_t tasks = ceil_div(tile.C, kPanel) * ceil_div(tile.rows, kGroup);
   const uint16_t* rows = static_cast<const uint16_t*>(W.data) + tile.v0 * W.stride;

@@ -101,6 +101,24 @@ INFOPO_INLINE void narrow_f16(const float* from, int64_t n, uint16_t* to) {
   for (; i < n; ++i) to[i] = float_to_half(from[i]);
 }
 
+INFOPO_INLINE uint16_t float_to_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);  // a NaN stays a NaN, whatever its low bits are
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+INFOPO_INLINE void narrow_bf16(const float* from, int64_t n, uint16_t* to) {
+  int64_t i = 0;
+#if INFOPO_BF16
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m256i x = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load(from + i)));
+    __builtin_memcpy(to + i, &x, sizeof x);
+  }
+#endif
+  for (; i < n; ++i) to[i] = float_to_bf16(from[i]);
+}
+
 #if INFOPO_BF16
 // c + a_0 b_0 + a_1 b_1 for pairs of bfloat16. `pair` is the same for every lane, and holds a_0 in its low half.
 INFOPO_INLINE Vec dot_pairs(uint32_t pair, const uint16_t* b, Vec c) {

@@ -30,8 +30,8 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   rows = want.rows_panels ? panels(C, p.H) : nullptr;
   weight = want.weight_rows && !reads_weight_in_place(k, p) ? panels(s.Vb, p.H) : nullptr;
   z = want.all_logits || want.block ? arena.take<float>(round_up(want.all_logits ? p.V : s.Vb, k.block) * ld) : nullptr;
-  tiles = want.own_tiles ? arena.take<float>(s.threads * kTile * ld) : nullptr;
-  stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * kTile * k.depth);
+  tiles = want.own_tiles ? arena.take<float>(s.threads * k.tile * ld) : nullptr;
+  stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * k.tile * k.stage);
   scratch = arena.take<float>(s.threads * 2 * C);
   max = want.reduce ? arena.take<float>(s.threads * C) : nullptr;
   sum = want.reduce ? arena.take<double>(s.threads * C) : nullptr;
@@ -63,7 +63,8 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
       {16, 96, 0},          {16, 48, 0},          {16, 16, 0},          {1, 16, 0}};
   for (int64_t threads = num_threads(); threads >= 1; threads /= 2) {
     for (const Sizes& step : kLadder) {
-      sizes = {even_size(n, step.C, k.lanes), std::min(round_up(step.Vb, k.block), p.V), threads};
+      sizes = {even_size(n, step.C, k.lanes), std::min({round_up(step.Vb, k.block), k.most_block * threads, p.V}),
+               threads};
       if (bytes_of(k, p, sizes, want) <= p.workspace_bytes) return true;
     }
   }
