@@ -7,12 +7,12 @@ A `Way` says how a model is wrapped and which part of the batch a rank gets; the
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import random
 import sys
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import peft
@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -105,13 +106,13 @@ def loss(case: Case, model: Any, batch: Batch) -> Tensor:
     return value
 
 
-@cache
+@functools.cache
 def mesh(*sizes: int) -> DeviceMesh:
     """A mesh makes process groups, of which there should not be hundreds."""
     return init_device_mesh("cpu", sizes, mesh_dim_names=("outer", "inner")[-len(sizes) :])
 
 
-@cache
+@functools.cache
 def mesh_of_one() -> DeviceMesh:
     """This rank alone."""
     return DeviceMesh.from_group(dist.new_subgroups(1)[0], "cpu")
@@ -201,6 +202,25 @@ class Fsdp2(Ddp):
 
     def last_of_step(self, model: Any, last: bool) -> Any:
         return contextlib.nullcontext()  # it reduces each micro-batch, and adds up what it keeps
+
+
+class Fsdp1(Ddp):
+    """The older FSDP: units of flat parameters; the layers, and the root with the head."""
+
+    def wrapped(self, case: Case, model: Any) -> Any:
+        layers = {type(causal_model(model).model.layers[0])}
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=layers)
+        cpu = torch.device("cpu")
+        whole = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu)
+        return Way.wrapped(self, case, whole)
+
+    def last_of_step(self, model: Any, last: bool) -> Any:
+        return contextlib.nullcontext()
+
+    def weights(self, model: Any) -> dict[str, Tensor]:
+        with FullyShardedDataParallel.summon_full_params(model):
+            found = super().weights(model)
+        return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in found.items()}
 
 
 class Alone16(Fsdp2):
@@ -368,6 +388,7 @@ class Sequences(Ddp):
 _UNITS = ("root", "head", "norm+head", "norm+embed+head")
 WAYS: dict[str, Any] = {
     "ddp": Ddp,
+    "fsdp1": Fsdp1,
     **{f"fsdp2 [{unit}]": (lambda w, r, unit=unit: Fsdp2(w, r, unit, False)) for unit in _UNITS},
     **{f"fsdp2 [{unit}] bfloat16": (lambda w, r, unit=unit: Fsdp2(w, r, unit, True)) for unit in _UNITS},
     **{f"zero-{stage}": (lambda w, r, stage=stage: Zero(w, r, stage)) for stage in (1, 2, 3)},
