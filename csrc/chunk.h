@@ -44,18 +44,19 @@ class Chunk {
   template <typename F>
   void for_own_tiles(int64_t t, int64_t v0, int64_t v1, float* z, const F& f) const {
     const Range own = part(v1 - v0, sizes.threads, t, k.row_group);
-    for (int64_t v = own.begin; v < own.end; v += kTile) {
-      f(Tile{.z = z ? z + v * b.ld : b.tiles + t * kTile * b.ld,
+    for (int64_t v = own.begin; v < own.end; v += k.tile) {
+      f(Tile{.z = z ? z + v * b.ld : b.tiles + t * k.tile * b.ld,
              .ld = b.ld,
-             .rows = std::min(kTile, own.end - v),
+             .rows = std::min(k.tile, own.end - v),
              .C = C,
-             .v0 = v0 + v});
+             .v0 = v0 + v,
+             .by_column = want_.weight_rows});
     }
   }
 
   // The buffers of thread t alone.
   float* scratch(int64_t t) const { return b.scratch + t * 2 * C; }
-  float* stage(int64_t t) const { return b.stage ? b.stage + t * kTile * k.depth : nullptr; }
+  float* stage(int64_t t) const { return b.stage ? b.stage + t * k.tile * k.stage : nullptr; }
   float* max(int64_t t) const { return b.max + t * C; }
   double* sum(int64_t t) const { return b.sum + t * C; }
 

@@ -10,8 +10,8 @@ are multiplied by a power of two first, the largest one with
 
 and the backward pass multiplies by factor / lift in float32. So no gradient overflows before that, and a factor of 0
 gives 0. Each bound holds because a row of G sums to at most 2 |scale c_t| in absolute value, and none of its entries
-exceeds |scale c_t|. The host does not wait for the device. Ranks that share a head agree on one lift, because parts of a
-gradient add up over them.
+exceeds |scale c_t|. The host does not wait for the device. Ranks that share a head agree on one lift, because parts of
+a gradient add up over them.
 
 Gradients in float32 until the factor is there would not need this, but V * H * 2 bytes more. bfloat16 reaches as far
 as float32.

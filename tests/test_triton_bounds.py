@@ -86,7 +86,7 @@ MUTATIONS: list[tuple[Any, str, str, str]] = [
     (softmax_tile, "softmax_block", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (softmax_tile, "store_softmax_part", "tl.where(part < num_parts, C, 0)", "C"),
     (kept, "kept_rows_kernel", "inside = offs_n < N", "inside = offs_n >= 0"),
-    (kept, "kept_rows_kernel", "mask=live & (label >= 0) & (label < V)", "mask=inside"),
+    (kept, "kept_rows_kernel", "mask=live & known", "mask=inside"),
     (kept, "kept_gradient_kernel", "tl.where(part < parts, here, 0)", "here"),
     (kept, "kept_gradient_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (gradient_tile, "gradient_block", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),

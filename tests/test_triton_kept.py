@@ -136,12 +136,13 @@ def test_parts_lie_in_front_of_the_rows_that_they_become(h: int, v: int) -> None
         if rows == 0:
             continue
         store = kept.store_in(launch, dw)
-        e, parts = dtype.itemsize, -(-v // 64)
+        part = launch.tiles.logits.part
+        e, parts = dtype.itemsize, -(-v // part)
         step = store.q.stride(0) * e
-        assert step == store.part_max.stride(0) * 4 == rows * (64 * e + 4)
+        assert step == store.part_max.stride(0) * 4 == rows * (part * e + 4)
         assert all(place % 16 == 0 for place in (step, store.part_max.storage_offset() * 4, store.q.stride(1) * e))
-        assert store.part_max.storage_offset() * 4 == rows * 64 * e
-        assert step <= 64 * h * weight_dtype.itemsize, "part T ends before row 64 (T + 1) of dW"
+        assert store.part_max.storage_offset() * 4 == rows * part * e
+        assert step <= part * h * weight_dtype.itemsize, "part T ends before row part (T + 1) of dW"
         assert store.target.storage_offset() * 4 == parts * step
         assert parts * step + 4 * rows <= v * h * weight_dtype.itemsize
         if v > 4000 and h > 100:

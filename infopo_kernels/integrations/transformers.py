@@ -139,7 +139,7 @@ def causal_model(model: Any) -> Any:
             inner = model.get_base_model()
         if inner is None and not hasattr(type(model), "get_output_embeddings"):
             children = vars(model).get("_modules", {})
-            inner = children.get("module") or vars(model).get("_fsdp_wrapped_module")
+            inner = children.get("module") or children.get("_fsdp_wrapped_module")
             if type(model).__name__ == "PeftMixedModel":  # which has no `get_base_model`
                 inner = children["base_model"].model
         if inner is None:

@@ -7,11 +7,12 @@ A `Way` says how a model is wrapped and which part of the batch a rank gets; the
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import os
 import random
 import sys
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import peft
@@ -19,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -104,13 +106,13 @@ def loss(case: Case, model: Any, batch: Batch) -> Tensor:
     return value
 
 
-@cache
+@functools.cache
 def mesh(*sizes: int) -> DeviceMesh:
     """A mesh makes process groups, of which there should not be hundreds."""
     return init_device_mesh("cpu", sizes, mesh_dim_names=("outer", "inner")[-len(sizes) :])
 
 
-@cache
+@functools.cache
 def mesh_of_one() -> DeviceMesh:
     """This rank alone."""
     return DeviceMesh.from_group(dist.new_subgroups(1)[0], "cpu")
@@ -131,7 +133,7 @@ class Way:
 
     def wrapped(self, case: Case, model: Any) -> Any:
         """The model as this way runs it; makes the optimiser too."""
-        # With the usual epsilon of 1e-8 an entry whose gradient is little more than rounding would move by a whole rate.
+        # With the usual epsilon of 1e-8 an entry whose gradient is little more than rounding would move by a rate.
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, eps=1e-4)
         return model
 
@@ -202,6 +204,25 @@ class Fsdp2(Ddp):
         return contextlib.nullcontext()  # it reduces each micro-batch, and adds up what it keeps
 
 
+class Fsdp1(Ddp):
+    """The older FSDP: units of flat parameters; the layers, and the root with the head."""
+
+    def wrapped(self, case: Case, model: Any) -> Any:
+        layers = {type(causal_model(model).model.layers[0])}
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=layers)
+        cpu = torch.device("cpu")
+        whole = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu)
+        return Way.wrapped(self, case, whole)
+
+    def last_of_step(self, model: Any, last: bool) -> Any:
+        return contextlib.nullcontext()
+
+    def weights(self, model: Any) -> dict[str, Tensor]:
+        with FullyShardedDataParallel.summon_full_params(model):
+            found = super().weights(model)
+        return {name.replace("_fsdp_wrapped_module.", ""): value for name, value in found.items()}
+
+
 class Alone16(Fsdp2):
     """The truth for mixed precision: one process that rounds where FSDP2 rounds, batch by batch of the ranks."""
 
@@ -226,12 +247,14 @@ class Zero(Ddp):
     def wrapped(self, case: Case, model: Any) -> Any:
         import deepspeed  # slow, and not installed everywhere
 
+        os.environ["LOCAL_RANK"] = str(self.rank)  # as a launcher sets it
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined] # takes a minute
         Way.wrapped(self, case, model)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 2 if case.extra == "accumulation" else 1,
             "zero_optimization": {"stage": self.stage},
+            "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -264,11 +287,17 @@ class TensorParallel(Way):
         return {**super().config(), "num_attention_heads": 4, "num_key_value_heads": 4}
 
     def wrapped(self, case: Case, model: Any) -> Any:
-        plan: dict[str, Any] = {"lm_head": ColwiseParallel()}
+        heads = ("original_module", "modules_to_save.default") if case.tuning == "lora+head" else ()
+        plan: dict[str, Any] = {
+            name: ColwiseParallel() for name in [f"lm_head.{copy}" for copy in heads] or ["lm_head"]
+        }
         if self.layers:
-            split = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
-            plan |= {f"model.layers.*.{at}.{name}": ColwiseParallel() for at, names in split.items() for name in names}
-            plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+            columns, rows = ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]
+            if case.tuning == "full":  # layers with an adapter stay whole
+                columns += [f"self_attn.{name}_proj" for name in "qkv"]
+                rows += ["self_attn.o_proj"]
+            plan |= {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
+            plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in rows}
         parallelize_module(causal_model(model), self.mesh, plan)
         return super().wrapped(case, model)
 
@@ -359,6 +388,7 @@ class Sequences(Ddp):
 _UNITS = ("root", "head", "norm+head", "norm+embed+head")
 WAYS: dict[str, Any] = {
     "ddp": Ddp,
+    "fsdp1": Fsdp1,
     **{f"fsdp2 [{unit}]": (lambda w, r, unit=unit: Fsdp2(w, r, unit, False)) for unit in _UNITS},
     **{f"fsdp2 [{unit}] bfloat16": (lambda w, r, unit=unit: Fsdp2(w, r, unit, True)) for unit in _UNITS},
     **{f"zero-{stage}": (lambda w, r, stage=stage: Zero(w, r, stage)) for stage in (1, 2, 3)},

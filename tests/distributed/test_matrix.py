@@ -17,12 +17,13 @@ from tests.distributed.launcher import on_ranks  # noqa: E402
 
 
 def sample() -> list[tuple[int, matrix.Case]]:
-    """Each way once, with the next tuning and the next extra; every second one on 4 processes."""
-    chosen = []
-    for index, way in enumerate(matrix.WAYS):
-        tuning = matrix.TUNINGS[index % len(matrix.TUNINGS)]
-        chosen.append((2, matrix.Case(way, tuning, matrix.EXTRAS[index % len(matrix.EXTRAS)])))
-    return chosen
+    """Each way once, with the next tuning and the next extra: all pairs of these; every third one on 4 processes too."""
+    tunings, extras = matrix.TUNINGS, matrix.EXTRAS
+    chosen = [
+        matrix.Case(way, tunings[index % len(tunings)], extras[index % len(extras)])
+        for index, way in enumerate(matrix.WAYS)
+    ]
+    return [(2, case) for case in chosen] + [(4, case) for case in chosen[::3]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
