@@ -42,16 +42,8 @@ def ask(
     hidden: Tensor,
     run: Callable[[Tensor, Tensor, Tensor | None, VocabShard | None], tuple[Any, ...]],
 ) -> Any:
-    """Call `run` on hidden states and the head's weight inside the head's forward, where FSDP's weight is whole.
-
-    Of a head that stays split (tensor parallelism, `shard_head`) the forward is called without its hooks: those of
-    tensor parallelism would sum the gradient of the hidden states a second time, and expect logits.
-    """
-    request = Request(run)
-    if type(head) is LogProbHead and is_sharded(head.weight):
-        *seen, original = LogProbHead.forward(head, hidden, request)
-    else:
-        *seen, original = head(hidden, request=request)
+    """Call `run` on hidden states and the head's weight inside the head's forward, where FSDP's weight is whole."""
+    *seen, original = head(hidden, request=Request(run))
     return least_cast(tuple(seen), original.value)
 
 
@@ -74,6 +66,16 @@ class LogProbHead(HandsOver, nn.Linear):
     _own_rows: Way | None = None
     """Set by `shard_head`: the way of a head whose ranks have rows of their own. A head that is split otherwise is one
     of tensor parallelism, with the same rows on every rank."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A head that stays split (tensor parallelism, `shard_head`) answers without its hooks.
+
+        Those of tensor parallelism would sum the gradient of the hidden states a second time, and expect logits. In a
+        unit of its own the head has a class of FSDP2, whose hooks gather it.
+        """
+        if kwargs.get("request") is not None and type(self) is LogProbHead and is_sharded(self.weight):
+            return self.forward(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor, request: Request | None = None) -> Any:
         """Logits, or the answer to `request`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -150,13 +151,29 @@ def reference_logps(
     inputs = rejected_half(model_inputs, num_chosen) if cut else model_inputs
     inputs = {key: value for key, value in inputs.items() if key != "output_router_logits"}
     check_attached(model)
-    with torch.no_grad(), in_mode(model, mode), adapter or contextlib.nullcontext():
+    with torch.no_grad(), in_mode(model, mode), _without_freezing(model, adapter):
         logps = own_output(model, model(**inputs, linear_logps="mean" if average else "sum")).logps
     assert logps is not None
     if not skip_chosen:
         return logps
     rejected = logps if cut else logps[num_chosen:]
     return torch.cat([rejected.new_full((num_chosen,), torch.nan), rejected])
+
+
+@contextlib.contextmanager
+def _without_freezing(model: Any, adapter: Any) -> Iterator[None]:
+    """Enter `adapter`, and undo what it does to `requires_grad`: PEFT freezes an adapter that it switches off.
+
+    FSDP2 reads the flags in its first forward, and fails later in mixed precision if nothing was trained then. And
+    while a unit is gathered, PEFT would unfreeze the gathered weights in place of the parts, which stay frozen for
+    ever.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if adapter else []
+    with adapter or contextlib.nullcontext():
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        yield
 
 
 def preference_output(

@@ -85,7 +85,7 @@ def _groups(size: int) -> _Group:
     return group
 
 
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 30) -> list[Any]:
+def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
     """`function(*arguments)` on each of `size` processes that share a process group; their results.
 
     The function is found by its name in its module. Arguments and results are pickled. `dist.get_rank()` tells the

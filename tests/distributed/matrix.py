@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ class Way:
 
     def wrapped(self, case: Case, model: Any) -> Any:
         """The model as this way runs it; makes the optimiser too."""
-        # With the usual epsilon of 1e-8 an entry whose gradient is little more than rounding would move by a whole rate.
+        # With the usual epsilon of 1e-8 an entry whose gradient is little more than rounding would move by a rate.
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, eps=1e-4)
         return model
 
@@ -226,12 +227,14 @@ class Zero(Ddp):
     def wrapped(self, case: Case, model: Any) -> Any:
         import deepspeed  # slow, and not installed everywhere
 
+        os.environ["LOCAL_RANK"] = str(self.rank)  # as a launcher sets it
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined] # takes a minute
         Way.wrapped(self, case, model)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 2 if case.extra == "accumulation" else 1,
             "zero_optimization": {"stage": self.stage},
+            "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -264,11 +267,17 @@ class TensorParallel(Way):
         return {**super().config(), "num_attention_heads": 4, "num_key_value_heads": 4}
 
     def wrapped(self, case: Case, model: Any) -> Any:
-        plan: dict[str, Any] = {"lm_head": ColwiseParallel()}
+        heads = ("original_module", "modules_to_save.default") if case.tuning == "lora+head" else ()
+        plan: dict[str, Any] = {
+            name: ColwiseParallel() for name in [f"lm_head.{copy}" for copy in heads] or ["lm_head"]
+        }
         if self.layers:
-            split = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
-            plan |= {f"model.layers.*.{at}.{name}": ColwiseParallel() for at, names in split.items() for name in names}
-            plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+            columns, rows = ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]
+            if case.tuning == "full":  # layers with an adapter stay whole
+                columns += [f"self_attn.{name}_proj" for name in "qkv"]
+                rows += ["self_attn.o_proj"]
+            plan |= {f"model.layers.*.{name}": ColwiseParallel() for name in columns}
+            plan |= {f"model.layers.*.{name}": RowwiseParallel() for name in rows}
         parallelize_module(causal_model(model), self.mesh, plan)
         return super().wrapped(case, model)
 

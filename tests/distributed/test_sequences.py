@@ -17,8 +17,10 @@ from tests.distributed.launcher import RankError, on_ranks
 
 V, H, S, T = 61, 64, 6, 24  # 64 rows of logits fit into the gradient of the weight: more than some ranks have
 OBJECTIVES = (
-    InfoPO(), InfoPO(0.3, 0.0, 1.0, None, 0.5, True), InfoPO(sft_weight=0.5, min_log_weight=-4.0), DPO(), IPO(), SimPO(),
-    SFT(),
+    InfoPO(),
+    InfoPO(0.3, 0.0, 1.0, None, 0.5, True),
+    InfoPO(sft_weight=0.5, min_log_weight=-4.0),
+    DPO(), IPO(), SimPO(), SFT(),
 )  # fmt: skip
 CUTS = ("contiguous", "zig-zag", "a rank with prompts only", "packed")
 
