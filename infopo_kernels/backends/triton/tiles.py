@@ -1,6 +1,6 @@
 """Launch parameters: one table per target, each row with its reason. Imports neither Triton nor a GPU.
 
-Those of sm_90 for aligned 16-bit rows were compared with others on an H100 (the record first-contact-variants). The rest
+Those of sm_90 for aligned 16-bit rows were compared with others on an H100 (record first-contact-variants). The rest
 follows from the sizes of register file and shared memory, from what Triton's compiler reports for each target
 (`make kernels`), and from counting (docs/gpu.md). Correct it by measurement with INFOPO_KERNELS_AUTOTUNE=1 and
 `make first-contact`.
@@ -118,9 +118,9 @@ _WIDE = Tile(128, 256, 64, warps=8, stages=3)
 # (16 MiB at H = 4096 in bfloat16) stay in L2 beside it. On an H100 14.1 ms, and 14.9 with 8.
 _WIDE_LOGITS = replace(_WIDE, group=16)
 
-# Whose products form dX and dW. H100, 16 bits: the library's, measured (56.9 ms a step, 60.7 with Triton's). The rest is
-# a model. Blackwell: less than half of cuBLAS' rate for a Triton product that is neither persistent nor specialised, it
-# is assumed. A100: 0.96 (float16, 2944 cubed: 170.1 and 176.1 TFLOP/s, issue 6523 of triton-lang/triton), so that
+# Whose products form dX and dW. H100, 16 bits: the library's, measured (56.9 ms a step, 60.7 with Triton's). The rest
+# is a model. Blackwell: less than half of cuBLAS' rate for a Triton product that is neither persistent nor specialised, it is
+# assumed. A100: 0.96 (float16, 2944 cubed: 170.1 and 176.1 TFLOP/s, issue 6523 of triton-lang/triton), so that
 # products on plain memory stay. float32 on plain FMA units: cuBLAS', it is assumed. AMD: Triton's until somebody has
 # seen `addmm` with a float32 result there.
 TARGETS: dict[str, Target] = {
