@@ -119,8 +119,8 @@ _WIDE = Tile(128, 256, 64, warps=8, stages=3)
 _WIDE_LOGITS = replace(_WIDE, group=16)
 
 # Whose products form dX and dW. H100, 16 bits: the library's, measured (56.9 ms a step, 60.7 with Triton's). The rest
-# is a model. Blackwell: less than half of cuBLAS' rate for a Triton product that is neither persistent nor specialised, it
-# is assumed. A100: 0.96 (float16, 2944 cubed: 170.1 and 176.1 TFLOP/s, issue 6523 of triton-lang/triton), so that
+# is a model. Blackwell: less than half of cuBLAS' rate for a Triton product that is neither persistent nor specialised,
+# it is assumed. A100: 0.96 (float16, 2944 cubed: 170.1 and 176.1 TFLOP/s, issue 6523 of triton-lang/triton), so that
 # products on plain memory stay. float32 on plain FMA units: cuBLAS', it is assumed. AMD: Triton's until somebody has
 # seen `addmm` with a float32 result there.
 TARGETS: dict[str, Target] = {
