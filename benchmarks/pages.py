@@ -12,6 +12,7 @@ from typing import Final
 
 from benchmarks import plots, records, report
 from benchmarks.contenders import CONTENDERS
+from benchmarks.gpu import first_contact
 from benchmarks.parts import cpu_targets, long_context_training, packing, tuning_sweep
 from benchmarks.records import Record, Records
 
@@ -75,6 +76,15 @@ _BLOCKS: Final[dict[str, tuple[str, Callable[[Records], str]]]] = {
             (long_context_training.RECORD, long_context_training.table),
             (tuning_sweep.RECORD, tuning_sweep.table),
             (f"{tuning_sweep.RECORD}-long", tuning_sweep.table),
+            (first_contact.VARIANTS, first_contact.variants_table),
+        )
+    },
+    **{
+        f"gpu-{name}": (first_contact.RECORD, _with_title(first_contact.RECORD, table))
+        for name, table in (
+            ("works", first_contact.works_table),
+            ("steps", first_contact.steps_table),
+            ("products", first_contact.products_table),
         )
     },
 }
@@ -100,6 +110,8 @@ def _processor(name: str, found: Records) -> list[str]:
     for part in _TITLES:
         if part in found:
             machines.setdefault("\n".join(f"- {line}" for line in report.machine(found[part].machine)), []).append(part)
+    if not machines:  # records of pages of their own
+        return []
     lines = [f"# On {name}"]
     for text, parts in machines.items():
         lines += [f"{', '.join(_TITLES[part].lower() for part in parts)}:", text]

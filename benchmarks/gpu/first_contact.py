@@ -30,11 +30,15 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks import report
 from benchmarks.measure.timing import interleave
+from benchmarks.records import Record
 
 ROOT: Final = Path(__file__).parents[2]
 RESULTS: Final = ROOT / "benchmarks" / "results"
 RECORD: Final = "first-contact"
+VARIANTS: Final = "first-contact-variants"
+"""The section `variants` of a run of its own."""
 
 N, H, V = 8192, 4096, 151936
 """The peer's shape (TRL issue 7244): bare products 42 ms on an H100."""
@@ -389,16 +393,65 @@ def page(record: Row) -> str:
     lines += [f"- {key}: {value}" for key, value in record["machine_info"].items()]
     for name, found in record["sections"].items():
         section = SECTIONS[name]
-        used = [column for column in section.columns if any(column in row for row in found["rows"])]
-        used = used or list(section.columns[:1])
+        rows = [row for row in record["rows"] if row["section"] == name]
+        used = [column for column in section.columns if any(column in row for row in rows)]
         lines += ["", f"## {section.text} ({found['seconds']:.0f} s)", ""]
         if found["ended"]:
             lines += [f"Not finished: {found['ended']}", ""]
-        lines += ["| " + " | ".join(used) + " |", "|" + " --- |" * len(used)]
-        for row in found["rows"]:
-            cells = (row.get(column, "") for column in used)
-            lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+        cells = [[_cell(row.get(column)) for column in used] for row in rows]
+        lines.append(report.markdown(report.Table(RECORD, "", used or list(section.columns[:1]), cells)))
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """Three digits; nothing for what was not measured."""
+    if value is None or value != value:
+        return ""
+    return str(value) if not isinstance(value, float) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def works_table(record: Record) -> report.Table:
+    """The backend's calls over bare products, which took turns with them."""
+    rows = record.rows[record.rows["kernel"].str.endswith(": all", na=False)]
+    figures = ("ms", "bare products, ms", "ratio", "model, ms")
+    cells = [
+        [r["kernel"].removesuffix(": all"), *(_cell(r[name]) for name in figures)] for r in rows.to_dict("records")
+    ]
+    title = (
+        f"Calls of the backend on an {record.machine['gpu']}, medians of {REPETITIONS}, in turns with bare products:"
+    )
+    return report.Table(RECORD, title, ["work", *figures], cells)
+
+
+def steps_table(record: Record) -> report.Table:
+    """Whole steps of every implementation."""
+    cases: dict[str, dict[str, list[str]]] = {}
+    for row in record.rows[record.rows["section"] == "steps"].to_dict("records"):
+        case, name = row["step"].split(": ")
+        if row["ms"] == row["ms"]:
+            name = "bare products" if name.endswith("bare products") else name
+            cases.setdefault(name, {})[case] = [_cell(row["ms"]), _cell(row["MiB beyond"])]
+    names = list(dict.fromkeys(case for found in cases.values() for case in found))
+    cells = [[name, *(cell for case in names for cell in found.get(case, ["", ""]))] for name, found in cases.items()]
+    columns = ["", *(f"{case}, {unit}" for case in names for unit in ("ms", "MiB beyond"))]
+    title = f"Whole steps through public functions on an {record.machine['gpu']}, medians of {REPETITIONS}, in turns:"
+    return report.Table(RECORD, title, columns, cells)
+
+
+def products_table(record: Record) -> report.Table:
+    """Bare products and copies."""
+    rows = record.rows[record.rows["section"] == "products"].to_dict("records")
+    columns = ["product", "ms", "TFLOP/s", "TB/s"]
+    title = f"Bare products and copies on an {record.machine['gpu']}, medians of {REPETITIONS}:"
+    return report.Table(RECORD, title, columns, [[_cell(row[name]) for name in columns] for row in rows])
+
+
+def variants_table(record: Record) -> report.Table:
+    """What the table of tiles could say instead."""
+    rows = record.rows[record.rows["section"] == "variants"].to_dict("records")
+    title = f"Variants on an {record.machine['gpu']}, medians of {REPETITIONS}, each measured alone:"
+    cells = [[row["variant"], _cell(row["ms"])] for row in rows]
+    return report.Table(VARIANTS, title, ["variant", "ms"], cells)
 
 
 def dry_run(names: Sequence[str]) -> int:
@@ -446,16 +499,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"first-contact needs a GPU: {reason} `--dry-run` lists what it would run.", file=sys.stderr)
         return 2
-    record: Row = {"machine_info": environment("cuda"), "shape": [N, H, V], "sections": {}}
+    record: Row = {"machine_info": environment("cuda"), "shape": [N, H, V], "sections": {}, "rows": []}
     path = arguments.output / str(record["machine_info"]["processor"]) / f"{RECORD}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
-        record["sections"][name] = start_section(SECTIONS[name])
+        found = start_section(SECTIONS[name])
+        record["rows"] += [{"section": name, **row} for row in found.pop("rows")]
+        record["sections"][name] = found
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"{name}: {record['sections'][name]['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(page(record))
     print(f"written to {path}", file=sys.stderr)
-    wrong = record["sections"].get("cases", {"rows": []})["rows"][1:]
+    wrong = [row for row in record["rows"] if row["section"] == "cases"][1:]
     return int(bool(wrong) or any(found["ended"] for found in record["sections"].values()))
 
 

@@ -9,8 +9,7 @@ kernel of the same rows is queued by then and keeps the device busy. Rows beyond
 and chunks without rows are not launched. While a CUDA graph is captured nothing may be waited for: Triton's products
 read the number on the device.
 
-Which one runs is a line of the table (`tiles.Target.library`), by a model until a device has been measured;
-INFOPO_KERNELS_GPU_PRODUCTS=library or =triton overrules it.
+Which one runs is a line of the table (`tiles.Target`); INFOPO_KERNELS_GPU_PRODUCTS=library or =triton overrules it.
 """
 
 from __future__ import annotations
