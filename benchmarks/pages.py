@@ -13,7 +13,7 @@ from typing import Final
 from benchmarks import plots, records, report
 from benchmarks.contenders import CONTENDERS
 from benchmarks.gpu import first_contact
-from benchmarks.parts import cpu_targets, long_context_training, packing, tuning_sweep
+from benchmarks.parts import cpu_targets, distributed, long_context_training, packing, tuning_sweep
 from benchmarks.records import Record, Records
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -73,6 +73,7 @@ _BLOCKS: Final[dict[str, tuple[str, Callable[[Records], str]]]] = {
         for part, table in (
             (cpu_targets.RECORD, cpu_targets.table),
             (packing.RECORD, packing.table),
+            (distributed.RECORD, distributed.table),
             (long_context_training.RECORD, long_context_training.table),
             (tuning_sweep.RECORD, tuning_sweep.table),
             (f"{tuning_sweep.RECORD}-long", tuning_sweep.table),
@@ -87,6 +88,7 @@ _BLOCKS: Final[dict[str, tuple[str, Callable[[Records], str]]]] = {
             ("products", first_contact.products_table),
         )
     },
+    "distributed-model": (distributed.RECORD, _with_title(distributed.RECORD, lambda _: distributed.model())),
 }
 """By name: the part that a processor must have been measured on, and the block of one processor."""
 

@@ -68,6 +68,8 @@ _RECEIVED: dict[str, Callable[[int, int, int], float]] = {
     "_c10d_functional::reduce_scatter_tensor": lambda out, own, ranks: own * (ranks - 1) / ranks,
 }
 
+_NO_TRANSFER = ("wait_tensor", "_wrap_tensor_autograd", "barrier")
+
 _OURS = {
     op.raw._opoverload: op.raw._init_fn
     for op in vars(ops).values()
@@ -87,7 +89,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return _OURS[func](*args, **(kwargs or {}))
         name = func.name().split(".")[0]
-        if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(("wait_tensor", "barrier")):
+        if name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(_NO_TRANSFER):
             tensors = [_tensors(value) for value in args]
             held = [each for each in tensors if each]
             out, own = (_bytes(held[0]), _bytes(held[-1])) if held else (0, 0)

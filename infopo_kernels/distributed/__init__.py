@@ -8,6 +8,7 @@
     choice          which of these moves the fewest bytes
     sharded         DTensors as parts of a head
     collectives     the only file that calls torch.distributed
+    shared_backend  what these backends have in common; `parts`: the parts of a vocabulary
     agreement       an error on every rank where the ranks of a group disagree, instead of a hang
 
 A shared head is a backend like any other (`backends.base`): it makes the three primitives from those of the rank's own

@@ -18,12 +18,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.distributed import collectives
 from infopo_kernels.distributed.parts import Parts, logit_of_label, merged
-from infopo_kernels.objectives import Evaluation, Objective, Sequences
+from infopo_kernels.distributed.shared_backend import SharedBackend
 from infopo_kernels.options import IGNORE_INDEX
-from infopo_kernels.packing import Rows
 
 
 @dataclass
@@ -42,33 +41,10 @@ class _Chunk:
     """[R C]."""
 
 
-class TravellingRows:
+class TravellingRows(SharedBackend):
     """The three primitives of the whole vocabulary, for rows that differ from rank to rank."""
 
     name: ClassVar[str] = "rows"
-
-    def __init__(self, own: Backend, parts: Parts, *, average: bool) -> None:
-        """With `average`, dW and db are divided by the number of ranks, as a wrapper that averages gradients does."""
-        self._own, self._parts, self._average = own, parts, average
-
-    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return self._own.unsupported_reason(device, dtype)
-
-    def kept_rows(self, head: Head, weight_gradient: Tensor) -> int:
-        del head, weight_gradient
-        return 0
-
-    def scale_(self, values: Tensor, factor: Tensor) -> None:
-        self._own.scale_(values, factor)
-
-    def objective(self, objective: Objective, logp: Tensor, rows: Rows, sequences: Sequences) -> Evaluation | None:
-        return self._own.objective(objective, logp, rows, sequences)
-
-    def whole_head(self, head: Head) -> Head:
-        return head
-
-    def finish(self, gradients: Gradients) -> Gradients:
-        return gradients
 
     def logprob(self, head: Head, labels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert keep is None, "kept_rows is 0"

@@ -19,32 +19,23 @@ from torch import Tensor
 from infopo_kernels.backends.base import Backend, Gradients, Head
 from infopo_kernels.distributed import collectives
 from infopo_kernels.distributed.parts import Parts, logit_of_label, merged
-from infopo_kernels.objectives import Evaluation, Objective, Sequences
-from infopo_kernels.packing import Rows
+from infopo_kernels.distributed.shared_backend import SharedBackend
 
 
-class SameRows:
+class SameRows(SharedBackend):
     """The three primitives of the whole vocabulary, from those of each rank's part."""
 
     name: ClassVar[str] = "same_rows"
 
     def __init__(self, own: Backend, parts: Parts, kept_rows: int) -> None:
         """`kept_rows` is the least of all ranks."""
-        self._own, self._parts, self._kept_rows = own, parts, kept_rows
-
-    def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return self._own.unsupported_reason(device, dtype)
+        super().__init__(own, parts)
+        self._kept_rows = kept_rows
 
     def kept_rows(self, head: Head, weight_gradient: Tensor) -> int:
         """The same number on every rank, because it decides who calls what."""
         del head, weight_gradient
         return self._kept_rows
-
-    def scale_(self, values: Tensor, factor: Tensor) -> None:
-        self._own.scale_(values, factor)
-
-    def objective(self, objective: Objective, logp: Tensor, rows: Rows, sequences: Sequences) -> Evaluation | None:
-        return self._own.objective(objective, logp, rows, sequences)
 
     def logprob(self, head: Head, labels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         part = self._parts.own(head)
@@ -83,9 +74,6 @@ class SameRows:
         y = parts.labels(labels, parts.rank)
         kept = None if kept is None else parts.labels(kept, parts.rank)
         self._own.backward(parts.own(head), y, lse, row_weight, parts.own_gradients(gradients), kept)
-
-    def whole_head(self, head: Head) -> Head:
-        return head
 
     def finish(self, gradients: Gradients) -> Gradients:
         """dX [N, H] of the whole vocabulary from this part's, in place; sums in float32, rounded once."""
