@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 pytest.importorskip("trl")
 
-from tests.distributed.launcher import on_ranks  # noqa: E402
-from tests.distributed.test_trainers import accelerate_on_a_cpu  # noqa: E402
+from tests.distributed.launcher import on_ranks
+from tests.distributed.test_trainers import accelerate_on_a_cpu
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distributed.md").read_text()

@@ -17,7 +17,7 @@ from tests.distributed.launcher import on_ranks  # noqa: E402
 
 
 def sample() -> list[tuple[int, matrix.Case]]:
-    """Each way once, with the next tuning and the next extra: all pairs of these; every third one on 4 processes too."""
+    """Each way with the next tuning and the next extra, so all pairs of these; every third one on 4 processes too."""
     tunings, extras = matrix.TUNINGS, matrix.EXTRAS
     chosen = [
         matrix.Case(way, tunings[index % len(tunings)], extras[index % len(extras)])
