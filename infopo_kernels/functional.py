@@ -11,7 +11,7 @@ from torch import Tensor
 from infopo_kernels import checks, ops
 from infopo_kernels.objectives import InfoPO, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
-from infopo_kernels.output import InfoPOOutput, PreferenceOutput
+from infopo_kernels.output import InfoPOOutput, PreferenceOutput, TailSummary
 from infopo_kernels.packing import Rows, default_is_chosen, packed_rows, padded_rows, sequence_sums
 
 Reduction = Literal["none", "sum", "mean"]
@@ -32,6 +32,7 @@ def linear_logps(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    tail_threshold: float = 0.0,
 ) -> Tensor:
     """Log-probabilities of labels under a language-model head: differentiable, without the logits in memory.
 
@@ -64,6 +65,7 @@ def linear_logps(
         temperature: τ.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond the results; None takes 32 on a CPU and 256 on a GPU.
+        tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
 
     Returns:
         "none": the shape of `labels`, float32 (float64 for float64 inputs), nats, 0 where not scored. With `shift`,
@@ -77,7 +79,10 @@ def linear_logps(
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
-    logit, kernel = LogitOptions(softcap, logit_scale, temperature), KernelOptions(backend, workspace_mib)
+    logit, kernel = (
+        LogitOptions(softcap, logit_scale, temperature),
+        KernelOptions(backend, workspace_mib, tail_threshold),
+    )
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, _Layout(cu_seqlens, None, shift, ignore_index))
     logp = ops.logprob(rows, weight, bias, logit, kernel)
     if reduction == "none":
@@ -121,6 +126,8 @@ def linear_infopo_loss(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    tail_threshold: float = 0.0,
+    report_tail: bool = False,
 ) -> InfoPOOutput:
     """The InfoPO loss and its gradients from hidden states, head and labels, without the logits in memory.
 
@@ -167,6 +174,8 @@ def linear_infopo_loss(
         softcap, logit_scale, temperature: see `LogitOptions`; they apply to the reference's logits too.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
+        tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
+        report_tail: fill the output's `tail`.
 
     Returns:
         `InfoPOOutput`; only `loss` has a gradient. To put the log-probabilities into another loss, use `linear_logps`.
@@ -188,7 +197,7 @@ def linear_infopo_loss(
         _Shares(num_pairs, sequence_weights),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
-        KernelOptions(backend, workspace_mib),
+        KernelOptions(backend, workspace_mib, tail_threshold, report_tail),
     )
 
 
@@ -215,6 +224,8 @@ def linear_preference_loss(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    tail_threshold: float = 0.0,
+    report_tail: bool = False,
 ) -> PreferenceOutput:
     """A preference loss and its gradients from hidden states, head and labels, without the logits in memory.
 
@@ -253,6 +264,8 @@ def linear_preference_loss(
         softcap, logit_scale, temperature: see `LogitOptions`; they apply to the reference's logits too.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
+        tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
+        report_tail: fill the output's `tail`.
 
     Returns:
         `PreferenceOutput`; its documentation says what each field means for each objective. Only `loss` has a gradient.
@@ -275,7 +288,7 @@ def linear_preference_loss(
         _Shares(num_pairs, sequence_weights),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
-        KernelOptions(backend, workspace_mib),
+        KernelOptions(backend, workspace_mib, tail_threshold, report_tail),
     )
 
 
@@ -477,6 +490,7 @@ def _linear_preference(
         scored_tokens=sequences.counts,
         is_chosen=is_chosen,
         chosen_reference_skipped=False,
+        tail=TailSummary(*result.tail) if kernel.report_tail else None,
     )
     return output.without_chosen_reference() if reference.skip_chosen else output
 

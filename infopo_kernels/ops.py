@@ -20,7 +20,7 @@ from torch import Tensor
 
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
-from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport
 from infopo_kernels.objectives import InfoPO, Objective, Sequences, from_flat
 from infopo_kernels.op_schema import define
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
@@ -80,13 +80,22 @@ class HeadInputs:
     scale: float
     backend: str
     workspace_mib: int | None
+    tail_threshold: float
 
     @classmethod
     def of(
         cls, rows: Rows, weight: Tensor, bias: Tensor | None, logit: LogitOptions, kernel: KernelOptions
     ) -> HeadInputs:
         return cls(
-            rows.hidden, weight, bias, rows.labels, logit.softcap, logit.scale, kernel.backend, kernel.workspace_mib
+            rows.hidden,
+            weight,
+            bias,
+            rows.labels,
+            logit.softcap,
+            logit.scale,
+            kernel.backend,
+            kernel.workspace_mib,
+            float(kernel.tail_threshold),
         )
 
     def fields(self) -> dict[str, Any]:
@@ -97,11 +106,20 @@ class HeadInputs:
         limit = KernelOptions(workspace_mib=self.workspace_mib).workspace_bytes(self.hidden.device.type)
         hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.hidden, self.weight))
         bias = None if self.bias is None else self.bias.contiguous()
-        return Head(hidden, weight, bias, self.softcap, self.scale, limit)
+        return Head(hidden, weight, bias, self.softcap, self.scale, limit, self.tail_threshold)
 
     def runner(self) -> Backend:
-        """The backend. Checks the label values before the backend sees them."""
+        """The backend. Checks the label values before the backend sees them.
+
+        Raises:
+            ValueError: the backend pools no tail, and a threshold was given.
+        """
         backend = dispatch.resolve(self.backend, self.hidden.device, self.hidden.dtype)
+        if self.tail_threshold > 0 and not backend.tail_block:
+            raise ValueError(
+                f"`tail_threshold={self.tail_threshold}` needs a backend that pools tails, and {backend.name!r} does "
+                f"not; pass tail_threshold=0 for exact gradients, or backend='torch'."
+            )
         if self.labels.device.type == "cpu":
             checks.label_values(self.labels, self.weight.shape[0])
         return backend
@@ -186,7 +204,7 @@ def _(inputs: LogprobBackwardInputs) -> HeadGradients:
 
 def _save_logprob(ctx: Any, inputs: HeadInputs, results: LogprobResults) -> None:
     ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.labels, results.lse)
-    ctx.settings = inputs.softcap, inputs.scale, inputs.backend, inputs.workspace_mib
+    ctx.settings = inputs.softcap, inputs.scale, inputs.backend, inputs.workspace_mib, inputs.tail_threshold
     ctx.mark_non_differentiable(results.lse)
     ctx.set_materialize_grads(False)
 
@@ -229,6 +247,8 @@ class PreferenceInputs(HeadInputs):
     """`Objective.to_flat`."""
     wanted: list[bool]
     """Which gradients are wanted: of hidden, weight and bias."""
+    report_tail: bool
+    """Whether `PreferenceResults.tail` is wanted."""
 
     def rows(self) -> Rows:
         return Rows(self.hidden, self.labels, self.cu_seqlens, self.segments)
@@ -246,6 +266,9 @@ class PreferenceResults(NamedTuple):
     """[S] float64, as the next two."""
     rewards: Tensor
     weights: Tensor
+    tail: Tensor
+    """[3] float64, if wanted: mean and maximum of the pooled mass of a row, share of columns that were kept; else [0].
+    """
     hidden_gradient: Tensor
     """This and the next two as in `HeadGradients`, for an incoming gradient of 1."""
     weight_gradient: Tensor
@@ -262,9 +285,11 @@ def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
             checks.sequence_weight_values(inputs.sequence_weights)
         if objective.pairwise:
             checks.pairing_values(inputs.is_chosen, objective)
+    head, wanted = inputs.head(), schedule.Wanted(*inputs.wanted)
+    tail = TailReport.empty(head) if inputs.report_tail else None
     with inputs.no_autocast():
         result, gradients = schedule.preference(
-            runner, inputs.head(), inputs.rows(), inputs.sequences(), objective, schedule.Wanted(*inputs.wanted)
+            runner, head, inputs.rows(), inputs.sequences(), objective, wanted, tail
         )
     return PreferenceResults(
         result.loss.to(_accumulator(hidden)),
@@ -272,6 +297,7 @@ def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
         result.logps,
         result.rewards,
         result.weights,
+        result.logps.new_empty(0) if tail is None else tail.summary(),
         *HeadGradients.of(gradients, hidden),
     )
 
@@ -285,6 +311,7 @@ def _(inputs: PreferenceInputs) -> PreferenceResults:
         logps,
         rewards,
         weights,
+        inputs.hidden.new_empty(3 if inputs.report_tail else 0, dtype=torch.float64),
         *inputs.fake_gradients(inputs.wanted),
     )
 
@@ -355,5 +382,6 @@ def linear_preference(
             objective=objective.name,
             options=objective.to_flat(),
             wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],
+            report_tail=kernel.report_tail,
         )
     )

@@ -41,7 +41,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.objectives import evaluate as evaluate_in_pytorch
 from infopo_kernels.objectives.base import weighted
@@ -76,9 +76,15 @@ def hidden_gradient_apart(head: Head, kept_rows: int) -> bool:
 
 
 def preference(
-    backend: Backend, head: Head, rows: Rows, sequences: Sequences, objective: Objective, wanted: Wanted
+    backend: Backend,
+    head: Head,
+    rows: Rows,
+    sequences: Sequences,
+    objective: Objective,
+    wanted: Wanted,
+    tail: TailReport | None = None,
 ) -> tuple[Evaluation, Gradients]:
-    """The value of the objective for a batch, and the gradients of its loss."""
+    """The value of the objective for a batch, and the gradients of its loss. Fills `tail`, if it is given."""
     if objective.pairwise:
         sequences = sequences.paired()
 
@@ -92,9 +98,10 @@ def preference(
     if objective.known != "all" and not (wanted.weight or wanted.bias):
         gradients = zero_gradients(head, wanted)
         assert gradients.hidden is not None
-        return _unit_hidden_gradient(backend, head, rows.labels, gradients.hidden, evaluate)[0], gradients
+        into = replace(gradients, tail=tail)
+        return _unit_hidden_gradient(backend, head, rows.labels, into, evaluate)[0], gradients
 
-    gradients = zero_gradients(head, replace(wanted, weight=False))
+    gradients = replace(zero_gradients(head, replace(wanted, weight=False)), tail=tail)
     if wanted.weight:  # not zeroed here: it may hold logits first
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
@@ -162,7 +169,7 @@ def _no_weight_known(
     slots = _kept_rows(backend, head, into.weight)
     if into.hidden is not None and not _adds_up(head, into) and hidden_gradient_apart(head, slots):
         assert into.weight is not None
-        result, lse = _unit_hidden_gradient(backend, head, labels, into.hidden, evaluate)
+        result, lse = _unit_hidden_gradient(backend, head, labels, into, evaluate)
         into.weight.zero_()
         backend.backward(head, labels, lse, result.row_weight, replace(into, hidden=None))
         return result
@@ -215,14 +222,15 @@ def _unit_hidden_gradient(
     backend: Backend,
     head: Head,
     labels: torch.Tensor,
-    hidden_gradient: torch.Tensor,
+    into: Gradients,
     evaluate: Evaluate,
 ) -> tuple[Evaluation, torch.Tensor]:
     """The objective and lse. Forms dX for row weights of 1, and scales it when the objective knows the weights."""
+    assert into.hidden is not None
     ones = torch.ones(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
-    logp, lse = backend.logprob_and_grad(head, labels, ones, Gradients(hidden_gradient, None, None))
+    logp, lse = backend.logprob_and_grad(head, labels, ones, replace(into, weight=None, bias=None))
     result = evaluate(logp)
-    backend.scale_(hidden_gradient, result.row_weight)
+    backend.scale_(into.hidden, result.row_weight)
     return result, lse
 
 

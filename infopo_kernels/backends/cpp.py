@@ -78,6 +78,8 @@ class CppBackend:
     """C++ kernels for CPUs."""
 
     name: ClassVar[str] = "cpp"
+    tail_block: ClassVar[int] = 0
+    tail_exact_above: ClassVar[float] = 1.0
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
