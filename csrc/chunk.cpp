@@ -31,7 +31,7 @@ void Chunk::load(const int64_t* chunk_rows, int64_t n, const int64_t* chunk_slot
   for (int64_t c = 0; c < C; ++c) b.labels[c] = c < live ? labels_[rows[c]] : kIgnoreIndex;
   const int64_t panels = ceil_div(live, k.panel);
   on_threads(sizes.threads, [&](int64_t t) {
-    const Range own = part(panels, sizes.threads, t), own_rows = part(live, sizes.threads, t);
+    const Range own = part(panels, sizes.threads, t), own_rows = part(live, sizes.threads, t, k.block);
     if (!slots) k.pack_columns(p.hidden, rows, live, p.H, own.begin, own.end, b.columns);
     if (want_.rows_panels) k.pack_rows(p.hidden, rows, 0, own_rows.begin, own_rows.end, live, p.H, b.rows);
   });

@@ -49,7 +49,8 @@ class Chunk {
              .ld = b.ld,
              .rows = std::min(kTile, own.end - v),
              .C = C,
-             .v0 = v0 + v});
+             .v0 = v0 + v,
+             .by_column = want_.weight_rows});
     }
   }
 

@@ -5,7 +5,8 @@
 //
 //   INFOPO_ISA        name of the instruction set, and of the namespace
 //   INFOPO_LANES      number of floats in a vector
-//   INFOPO_BF16_DOT   1 if one instruction multiplies and adds pairs of bfloat16; for bfloat16 inputs only
+//   INFOPO_PRODUCTS   the header with the products
+//   INFOPO_BF16       1 if the products take pairs of bfloat16; for bfloat16 inputs only
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -29,7 +30,8 @@
 // Any machine: vectors of four floats by the compiler's vector extensions.
 #define INFOPO_ISA portable
 #define INFOPO_LANES 4
-#define INFOPO_BF16_DOT 0
+#define INFOPO_PRODUCTS "products_float32.h"
+#define INFOPO_BF16 0
 #include INFOPO_TARGET_SOURCE
 #undef INFOPO_ISA
 #undef INFOPO_LANES
@@ -49,12 +51,22 @@ INFOPO_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #define INFOPO_LANES 16
 #include INFOPO_TARGET_SOURCE
 #undef INFOPO_ISA
-#undef INFOPO_BF16_DOT
+#undef INFOPO_PRODUCTS
+#undef INFOPO_BF16
 INFOPO_END_TARGET
 
 INFOPO_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16")
 #define INFOPO_ISA avx512_bf16
-#define INFOPO_BF16_DOT 1
+#define INFOPO_PRODUCTS "products_bf16.h"
+#define INFOPO_BF16 1
+#include INFOPO_TARGET_SOURCE
+#undef INFOPO_ISA
+#undef INFOPO_PRODUCTS
+INFOPO_END_TARGET
+
+INFOPO_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
+#define INFOPO_ISA amx
+#define INFOPO_PRODUCTS "products_amx.h"
 #include INFOPO_TARGET_SOURCE
 #undef INFOPO_ISA
 #undef INFOPO_LANES
@@ -62,4 +74,5 @@ INFOPO_END_TARGET
 
 #endif
 
-#undef INFOPO_BF16_DOT
+#undef INFOPO_PRODUCTS
+#undef INFOPO_BF16

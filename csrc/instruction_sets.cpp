@@ -1,6 +1,11 @@
 // The choice of the instruction set. The machine that runs makes it, not the machine that built.
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 
@@ -33,6 +38,19 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+// Linux gives a process the tile registers on request. The threads and children of the process have them then, too.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool allowed = has_avx512_bf16() && __builtin_cpu_supports("amx-tile") &&
+                              __builtin_cpu_supports("amx-bf16") &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+
 // One instruction multiplies and adds pairs of bfloat16. It runs at twice the float rate on AMD (Zen 4 and later), and
 // at half of it on Intel (measured on Emerald Rapids: docs/cpu.md), where widening to float is faster and more
 // accurate.
@@ -42,6 +60,7 @@ bool multiplies_bf16_fast() { return __builtin_cpu_is("amd"); }
 // The default is the first one that the machine has and that takes the type.
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
+    {.kernels = amx::kKernels, .machine_has = has_amx, .is_default = always, .other_types = &avx512::kKernels},
     {.kernels = avx512_bf16::kKernels,
      .machine_has = has_avx512_bf16,
      .is_default = multiplies_bf16_fast,

@@ -12,14 +12,9 @@ namespace {
 
 // Register tile and K block: as for floats, with a pair instead of a number.
 constexpr int kGroup = 6, kPanelVectors = 4;
-constexpr int kPanel = kPanelVectors * kLanes;
+constexpr int kPanel = kPanelVectors * kLanes, kColumns = kLanes;
 constexpr int kDepth = 384;
-
-INFOPO_INLINE uint32_t load_pair(const uint16_t* p) {
-  uint32_t pair;
-  __builtin_memcpy(&pair, p, sizeof pair);
-  return pair;
-}
+constexpr int kBlock = 2;  // a pair
 
 // out [MR, width] (+)= A B over `pairs` of K; pair k of A's row i is at rows[i] + k * step. A pragma unrolls each loop
 // over `acc`, as for floats.
@@ -169,50 +164,6 @@ void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile&
     p.b_row0 = k0;
     p.accumulate = k0 > 0;
     multiply_rows(p, 2, [=](int64_t m) { return staged + m * kDepth; });
-  }
-}
-
-INFOPO_INLINE const uint16_t* row_of(const Matrix& m, int64_t row) {
-  return static_cast<const uint16_t*>(m.data) + row * m.stride;
-}
-
-void pack_rows(const Matrix& m, const int64_t* rows, int64_t row0, int64_t k0, int64_t k1, int64_t K, int64_t H,
-               float* out) {
-  const int64_t padded_K = round_up(K, 2);
-  for (int64_t k = k0; k < k1;) {
-    const uint16_t* row = row_of(m, rows ? rows[k] : row0 + k);
-    const bool whole_pair = k % 2 == 0 && (k + 1 < k1 || k + 1 == K);  // else another thread has its other half
-    const bool has_second = whole_pair && k + 1 < K;
-    const uint16_t* second = has_second ? row_of(m, rows ? rows[k + 1] : row0 + k + 1) : row;
-    const uint32_t mask = has_second ? 0xffff0000u : 0u;
-    for (int64_t h0 = 0; h0 < H; h0 += kPanel) {
-      const int64_t columns = least(kPanel, H - h0), width = round_up(columns, kLanes);
-      uint16_t* to = reinterpret_cast<uint16_t*>(out) + h0 * padded_K + k / 2 * 2 * width;
-      if (whole_pair) {
-        uint32_t* pairs = reinterpret_cast<uint32_t*>(to);
-        for (int64_t j = 0; j < columns; ++j) {
-          pairs[j] = row[h0 + j] | ((static_cast<uint32_t>(second[h0 + j]) << 16) & mask);
-        }
-        for (int64_t j = columns; j < width; ++j) pairs[j] = 0;
-      } else {
-        for (int64_t j = 0; j < width; ++j) to[2 * j + k % 2] = j < columns ? row[h0 + j] : 0;
-      }
-    }
-    k += whole_pair ? 2 : 1;
-  }
-}
-
-void pack_columns(const Matrix& X, const int64_t* rows, int64_t C, int64_t H, int64_t p0, int64_t p1, float* out) {
-  const int64_t padded_H = round_up(H, 2);
-  for (int64_t c0 = p0 * kPanel; c0 < least(C, p1 * kPanel); c0 += kPanel) {
-    const int64_t columns = least(kPanel, C - c0), width = round_up(columns, kLanes);
-    uint32_t* panel = reinterpret_cast<uint32_t*>(reinterpret_cast<uint16_t*>(out) + c0 * padded_H);
-    for (int64_t j = 0; j < width; ++j) {
-      const uint16_t* row = j < columns ? row_of(X, rows[c0 + j]) : nullptr;
-      for (int64_t h = 0; h < padded_H; h += 2) {
-        panel[h / 2 * width + j] = !row ? 0 : h + 1 < H ? load_pair(row + h) : row[h];
-      }
-    }
   }
 }
 

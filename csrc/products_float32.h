@@ -12,7 +12,10 @@ constexpr int kGroup = 6, kPanelVectors = 2;
 #else
 constexpr int kGroup = 4, kPanelVectors = 2;
 #endif
-constexpr int kPanel = kPanelVectors * kLanes;
+constexpr int kPanel = kPanelVectors * kLanes, kColumns = kLanes;
+
+// Panels hold floats, and a tile of logits may have any number of rows.
+constexpr int kBlock = 1, kPackedBytes = 4;
 
 // K block for A by row: 160 rows of a panel are 40 KiB, and one block of A stays in L1 while a panel is read.
 constexpr int kDepth = 160;

@@ -14,6 +14,12 @@ INFOPO_INLINE void prefetch(const void* rows, int64_t row_bytes, int64_t begin, 
   }
 }
 
+INFOPO_INLINE uint32_t load_pair(const uint16_t* p) {
+  uint32_t pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return pair;
+}
+
 INFOPO_INLINE float bits_to_float(uint32_t bits) {
   float x;
   __builtin_memcpy(&x, &bits, sizeof x);

@@ -14,7 +14,7 @@
 //     dW  = G^T X        A = G^T   by row        B = panels of X   (pack_rows)
 //     dX  = G W          A = G^T   by column     B = panels of W   (pack_rows)
 //
-// The kernels choose the format of A and of panels: float, or pairs of bfloat16 (products_bf16.h). Callers only pass on
+// The kernels choose the format of A and of panels: float, or pairs of bfloat16 (pairs_bf16.h). Callers only pass on
 // the output of `pack_*`, `exponentials` and `gradient`, in buffers whose size is counted in floats.
 #pragma once
 
@@ -67,6 +67,7 @@ struct Tile {
   int64_t ld;
   int64_t rows, C;
   int64_t v0;
+  bool by_column;  // dX is wanted, so a product will read the tile by column
 };
 
 struct TileKernels {
@@ -75,6 +76,8 @@ struct TileKernels {
   int row_group;  // rows of A that a register tile takes
   int panel;      // columns that a register tile takes
   int depth;      // K block of a product; `logits` stages this many columns of a 16-bit W
+  int block;      // the rows of panels and the memory of a tile of logits are padded to whole blocks of rows
+  int packed_bytes;  // bytes of a number in a panel
 
   // out: panels of X^T [H, C]; panels p0 ... p1 - 1. rows[c] is the row of X in column c.
   void (*pack_columns)(const Matrix& X, const int64_t* rows, int64_t C, int64_t H, int64_t p0, int64_t p1, float* out);
@@ -118,6 +121,9 @@ extern const TileKernels kKernels;
 namespace avx512_bf16 {
 extern const TileKernels kKernels;
 }
+namespace amx {
+extern const TileKernels kKernels;
+}
 #endif
 
 // The kernels for inputs of this type on this machine, or those that INFOPO_KERNELS_CPU_ISA names. Throws a ValueError
@@ -131,8 +137,9 @@ inline int64_t product_tasks(const TileKernels& k, int64_t M, int64_t N) {
   return ceil_div(N, k.panel) * ceil_div(M, k.row_group);
 }
 
-// Upper bound on the size of the panels of a matrix [K, N], in floats (pairs of bfloat16 take half of it, for K rounded
-// up to even).
-inline int64_t packed_size(const TileKernels& k, int64_t K, int64_t N) { return K * round_up(N, k.lanes); }
+// Bytes of the panels of a matrix [K, N].
+inline int64_t packed_size(const TileKernels& k, int64_t K, int64_t N) {
+  return round_up(K, k.block) * round_up(N, k.lanes) * k.packed_bytes;
+}
 
 }  // namespace infopo

@@ -7,10 +7,9 @@
 #include "vectors.h"
 //
 #include "rows.h"
-#if INFOPO_BF16_DOT
-#include "products_bf16.h"
-#else
-#include "products_float32.h"
+#include INFOPO_PRODUCTS
+#if INFOPO_BF16
+#include "pairs_bf16.h"
 #endif
 //
 #include "passes.h"
@@ -21,10 +20,12 @@
 namespace infopo::INFOPO_ISA {
 
 constexpr TileKernels kKernels{.name = INFOPO_TEXT(INFOPO_ISA),
-                               .lanes = kLanes,
+                               .lanes = kColumns,
                                .row_group = kGroup,
                                .panel = kPanel,
                                .depth = kDepth,
+                               .block = kBlock,
+                               .packed_bytes = kPackedBytes,
                                .pack_columns = pack_columns,
                                .pack_rows = pack_rows,
                                .multiply = multiply,

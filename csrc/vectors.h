@@ -101,7 +101,7 @@ INFOPO_INLINE void narrow_f16(const float* from, int64_t n, uint16_t* to) {
   for (; i < n; ++i) to[i] = float_to_half(from[i]);
 }
 
-#if INFOPO_BF16_DOT
+#if INFOPO_BF16
 // c + a_0 b_0 + a_1 b_1 for pairs of bfloat16. `pair` is the same for every lane, and holds a_0 in its low half.
 INFOPO_INLINE Vec dot_pairs(uint32_t pair, const uint16_t* b, Vec c) {
   const __m512i a = _mm512_set1_epi32(static_cast<int>(pair));
@@ -117,6 +117,42 @@ INFOPO_INLINE Bits round_to_bf16(Vec x) {
 INFOPO_INLINE void store_low_halves(uint16_t* p, Bits x) {
   const Halves halves = __builtin_convertvector(x, Halves);
   __builtin_memcpy(p, &halves, sizeof halves);
+}
+// Rounds two vectors to bfloat16, one after the other.
+INFOPO_INLINE __m512i round_to_bf16(Vec first, Vec second) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+// 32 numbers of 16 bits; zeros from number n on.
+INFOPO_INLINE __m512i load_numbers(const uint16_t* p, int64_t n) {
+  return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p);
+}
+
+// Transposes 16 x 16 words of 32 bits.
+INFOPO_INLINE void transpose_words(__m512i* r) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // then word j of quarter q of r[i + j] is word 4 q + j of row i, ...
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // a transposition of quarters
+    const __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    const __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88),
+                  odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    r[j] = _mm512_shuffle_i32x4(even, even2, 0x88);
+    r[4 + j] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+    r[12 + j] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+  }
 }
 #endif
 

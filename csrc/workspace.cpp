@@ -23,10 +23,11 @@ bool reads_weight_in_place(const TileKernels& k, const Head& p) {
 Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes& s, const Want& want) {
   const int64_t C = round_up(s.C, k.lanes);
   ld = C + k.lanes;  // not a power of two, so that rows of a tile do not share cache sets
-  columns = arena.take<float>(packed_size(k, p.H, C));
-  rows = want.rows_panels ? arena.take<float>(packed_size(k, C, p.H)) : nullptr;
-  weight = want.weight_rows && !reads_weight_in_place(k, p) ? arena.take<float>(packed_size(k, s.Vb, p.H)) : nullptr;
-  z = want.all_logits || want.block ? arena.take<float>(round_up(want.all_logits ? p.V : s.Vb, 2) * ld) : nullptr;
+  const auto panels = [&](int64_t K, int64_t N) { return reinterpret_cast<float*>(arena.take<char>(packed_size(k, K, N))); };
+  columns = panels(p.H, C);
+  rows = want.rows_panels ? panels(C, p.H) : nullptr;
+  weight = want.weight_rows && !reads_weight_in_place(k, p) ? panels(s.Vb, p.H) : nullptr;
+  z = want.all_logits || want.block ? arena.take<float>(round_up(want.all_logits ? p.V : s.Vb, k.block) * ld) : nullptr;
   tiles = want.own_tiles ? arena.take<float>(s.threads * kTile * ld) : nullptr;
   stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * kTile * k.depth);
   scratch = arena.take<float>(s.threads * 2 * C);
@@ -60,7 +61,7 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
       {16, 96, 0},          {16, 48, 0},          {16, 16, 0},          {1, 16, 0}};
   for (int64_t threads = num_threads(); threads >= 1; threads /= 2) {
     for (const Sizes& step : kLadder) {
-      sizes = {even_size(n, step.C, k.lanes), std::min(step.Vb, p.V), threads};
+      sizes = {even_size(n, step.C, k.lanes), std::min(round_up(step.Vb, k.block), p.V), threads};
       if (bytes_of(k, p, sizes, want) <= p.workspace_bytes) return true;
     }
   }

@@ -63,7 +63,7 @@ class Budget:
 def operand_rounding(backend: str, dtype: torch.dtype, roundings: int = 2) -> float:
     """r: relative error of G as an operand of a backend's products. `roundings`: of the Triton kernels, at most two."""
     if backend == "cpp":
-        return HALF_STEP[dtype] if cpp.isa(dtype) == "avx512_bf16" else 0.0
+        return HALF_STEP[dtype] if cpp.isa(dtype) in ("avx512_bf16", "amx") else 0.0
     return roundings * HALF_STEP[dtype] if backend == "triton" and dtype.itemsize == 2 else 0.0
 
 

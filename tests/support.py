@@ -21,7 +21,7 @@ from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows, row_segments, sequence_sums
 from tests.budget import HALF_STEP, SMALLEST, assert_within, error_budget, operand_rounding
 
-CPU_BACKENDS = ["torch", "cpp-portable", "cpp-avx2", "cpp-avx512", "cpp-avx512_bf16"]
+CPU_BACKENDS = ["torch", "cpp-portable", "cpp-avx2", "cpp-avx512", "cpp-avx512_bf16", "cpp-amx"]
 """Backends for a CPU, with their instruction sets. Tests run all that a machine has, not only the default."""
 
 

@@ -27,7 +27,12 @@ REASON = BACKEND.unsupported_reason(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KERNELS = [*itertools.product(["portable", "avx2", "avx512"], DTYPES), ("avx512_bf16", torch.bfloat16)]
+PAIRS = ["avx512_bf16", "amx"]
+"""Instruction sets that multiply pairs of bfloat16; they take no other type."""
+KERNELS = [
+    *itertools.product(["portable", "avx2", "avx512"], DTYPES),
+    *((name, torch.bfloat16) for name in PAIRS),
+]
 MIB = 1 << 20
 BEFORE = 1 / 16
 """Initial content of buffers that a kernel adds to. It is small, so that rounding of the sum hides little."""
@@ -335,8 +340,9 @@ def test_workspace_too_small_for_one_row_says_so() -> None:
         BACKEND.logprob(problem.head, problem.labels)
 
 
-def test_bf16_pairs_serve_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    force_isa("avx512_bf16", monkeypatch)
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_serve_bfloat16_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_isa(name, monkeypatch)
     assert isa(torch.float32) == isa(torch.float16) == "avx512"
 
 

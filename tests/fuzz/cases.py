@@ -51,7 +51,7 @@ def draw(seed: int, backends: list[str]) -> Case:
     backend = r.choice(backends)
     small = backend == "triton"  # interpreted
     dtype = r.choice([torch.float32, torch.bfloat16, torch.float16])
-    if backend == "cpp-avx512_bf16":
+    if backend in ("cpp-avx512_bf16", "cpp-amx"):
         dtype = torch.bfloat16
     N = r.choice([0, 1, r.randint(1, 20), r.randint(1, 20 if small else 100)])
     H = r.choice([1, r.randint(1, 40), r.randint(1, 40 if small else 130), 16 if small or r.random() < 0.8 else 1024])

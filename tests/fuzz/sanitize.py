@@ -51,6 +51,7 @@ def main(library: str) -> int:
         "avx2": [torch.float32, torch.bfloat16, torch.float16],
         "avx512": [torch.float32, torch.bfloat16, torch.float16],
         "avx512_bf16": [torch.bfloat16],
+        "amx": [torch.bfloat16],
     }.items():
         os.environ["INFOPO_KERNELS_CPU_ISA"] = name
         try:
