@@ -20,7 +20,8 @@ Want stored_logits_want(const Head& p, const Gradients& to) {
           .rows_panels = to.weight != nullptr,
           .weight_rows = to.hidden != nullptr,
           .reduce = true,
-          .hidden_rows = to.hidden && p.hidden.dtype != Dtype::kFloat32};
+          .hidden_rows = to.hidden && p.hidden.dtype != Dtype::kFloat32,
+          .tail = p.tail_threshold > 0};
 }
 
 }  // namespace
@@ -41,8 +42,8 @@ void from_stored_logits(const TileKernels& k, const Head& p, const int64_t* labe
     for_blocks(chunk, [&](int64_t v0, int64_t v1) {
       float* z = chunk.b.z + v0 * chunk.b.ld;
       float* dW = to.weight ? static_cast<float*>(to.weight) + v0 * p.H : nullptr;
-      chunk.weight_gradient(v0, v1, {.z = z, .have_logits = true, .dW = dW, .add = true, .db = to.bias, .store = {}});
-      if (to.hidden) chunk.hidden_gradient(v0, v1, z, sums.rows(0));
+      chunk.gradients(v0, v1, {.z = z, .have_logits = true, .dW = dW, .add = true, .db = to.bias, .store = {}},
+                      to.hidden ? sums.rows(0) : nullptr, to.tail);
     });
     if (to.hidden) sums.round_into_result(0);
   });
