@@ -1,6 +1,7 @@
 #include "pooled_tail.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "threads.h"
@@ -37,11 +38,10 @@ class Block {
       chunk_.for_own_tiles(t, v0_, v1_, to_.z, kTile, [&](const Tile& tile) {
         chunk_.form_logits(tile, t, to_);
         const int64_t v = tile.v0 - v0_, at = own.begin + rows;
-        const Tail tail{.threshold = p_.tail_threshold,
+        const Tail tail{.log_threshold = std::log(p_.tail_threshold),
                         .exact_above = kExactAbove,
                         .share = b_.tail.share + v,
                         .pooled = thread_row(t, 0),
-                        .tile_mass = thread_row(t, 1),
                         .mass = report_.mass ? mass(t) : nullptr};
         const int64_t n = k_.pool(p_.map, tile, chunk_.live, b_.labels, b_.lse, b_.coefficient, to_.db,
                                   chunk_.scratch(t), tail, to_.z + at * b_.ld);
@@ -123,8 +123,8 @@ class Block {
   }
 
  private:
-  float* thread_row(int64_t t, int64_t i) const { return b_.tail.rows + (3 * t + i) * chunk_.C; }
-  float* mass(int64_t t) const { return thread_row(t, 2); }
+  float* thread_row(int64_t t, int64_t i) const { return b_.tail.rows + (2 * t + i) * chunk_.C; }
+  float* mass(int64_t t) const { return thread_row(t, 1); }
 
   // Settles rows [first, first + n) of thread t's compact rows, and adds their part of dW. Returns n.
   int64_t settle(int64_t t, const Range& own, int64_t first, int64_t n) {

@@ -66,6 +66,12 @@ void logprob_and_grad(const Head& p, const int64_t* labels, const float* row_wei
     if (to.hidden) clear_weightless(p, rows, row_weight, to.hidden);
     return backward(p, labels, lse, row_weight, to, {});
   }
+  if (pools) {  // every word is kept
+    for (const int64_t t : rows) {
+      if (to.tail.mass && row_weight[t] != 0) to.tail.mass[t] = 0;
+    }
+    for (int i = 0; to.tail.columns && i < 2; ++i) to.tail.columns[i] += static_cast<double>(p.V);
+  }
   if (to.hidden) {
     hidden_from_one_pass(k, p, labels, rows, row_weight, to.hidden, l, lse);
   } else {

@@ -14,103 +14,105 @@ INFOPO_INLINE float largest_lane(Vec x) {
   return most;
 }
 
-// z -> G^T as in `gradient`. share[v] = sum_c p for words that may be pooled, kKept for the others. Returns whether some
-// p is NaN.
-template <bool kSoftcap>
-bool gradient_and_mass(const LogitMap& map, const Tile& t, const bool* labelled, const float* lse,
-                       const float* coefficient, float* p_row, const Tail& tail) {
-  const Vec inverse_range = broadcast(kSoftcap ? 1.f / (map.scale * map.softcap) : 0.f);
-  bool bad = false;
+// share[v] = 0 for words with z - lse below log_threshold in every row, kKept for the others and all labels. Returns the
+// number of kept words.
+int64_t choose(const Tile& t, const bool* labelled, const float* lse, float log_threshold, float* share) {
+  int64_t kept = 0;
   for (int64_t v = 0; v < t.rows; ++v) {
-    Vec total = Vec{}, most = Vec{};
-    float* row = t.z + v * t.ld;
+    const float* row = t.z + v * t.ld;
+    Vec most = broadcast(-__builtin_inff());
+    for (int64_t c = 0; c < t.C; c += kLanes) {
+      const Vec log_p = load(row + c) - load(lse + c);
+      most = log_p > most ? log_p : most;
+    }
+    share[v] = labelled[v] || largest_lane(most) >= log_threshold ? kKept : 0;
+    kept += share[v] == kKept;
+  }
+  return kept;
+}
+
+// A tile of logits -> its kept rows of G^T at to, to + ld, ..., and after them the pooled row if there is a tail. Rows
+// move only towards the front: `to` may be t.z or lie before it. Not settled yet. Returns the number of kept rows.
+// tail.mass, if given, += the probability of the tail.
+template <bool kSoftcap>
+int64_t pool_as(const LogitMap& map, const Tile& t, int64_t live, const int64_t* labels, const float* lse,
+                const float* coefficient, float* grad_bias, float* scratch, const Tail& tail, float* to) {
+  const float inverse = kSoftcap ? 1.f / (map.scale * map.softcap) : 0.f;
+  const Vec inverse_range = broadcast(inverse);
+  bool labelled[kMostRowsOfTile] = {}, bad = false;
+  for (int64_t c = 0; c < live; ++c) {
+    bad |= lse[c] != lse[c];
+    const int64_t v = labels[c] - t.v0;
+    if (v < 0 || v >= t.rows) continue;
+    const float tanh_a = kSoftcap ? t.z[v * t.ld + c] * inverse : 0.f;  // z may be -inf without a softcap
+    scratch[c] = coefficient[c] * (1.f - tanh_a) * (1.f + tanh_a);
+    labelled[v] |= coefficient[c] != 0;
+  }
+  int64_t kept = choose(t, labelled, lse, tail.log_threshold, tail.share);
+  if (bad || static_cast<float>(kept) > tail.exact_above * static_cast<float>(t.rows)) {
+    kept = t.rows;
+    for (int64_t v = 0; v < t.rows; ++v) tail.share[v] = kKept;
+  }
+  float* const p_sum = scratch + t.C;  // of the tail
+  if (kept < t.rows) {
+    for (int64_t c = 0; c < t.C; ++c) p_sum[c] = tail.pooled[c] = 0;
+  }
+  int64_t position[kMostRowsOfTile], k = 0;
+  float mass = 0;
+  for (int64_t v = 0; v < t.rows; ++v) {
+    const float* row = t.z + v * t.ld;
+    const bool keep = tail.share[v] == kKept;
+    float* const result = to + k * t.ld;
+    position[v] = k;
+    k += keep;
+    Vec total = Vec{};
     for (int64_t c = 0; c < t.C; c += kLanes) {
       const Vec z = load(row + c);
       Vec log_p = z - load(lse + c);
       log_p = log_p > Vec{} ? Vec{} : log_p;
       const Vec p = exp(log_p);
-      total += p;
-      most = p > most ? p : most;
-      Vec g = load(coefficient + c) * p;
-      if (kSoftcap) g = g * slope<kSoftcap>(z, inverse_range);
-      store(row + c, g);
-      if (tail.mass) store(p_row + c, p);
+      if (keep) {
+        Vec g = load(coefficient + c) * p;
+        if (kSoftcap) g = g * slope<kSoftcap>(z, inverse_range);
+        store(result + c, g);
+        total += g;
+      } else {
+        total += p;
+        store(p_sum + c, load(p_sum + c) + p);
+        if (kSoftcap) store(tail.pooled + c, load(tail.pooled + c) + p * slope<kSoftcap>(z, inverse_range));
+      }
     }
-    const float sum = sum_lanes(total);
-    bad |= sum != sum;
-    tail.share[v] = labelled[v] || !(largest_lane(most) < tail.threshold) ? kKept : sum;
-    if (tail.mass && tail.share[v] != kKept) {
-      for (int64_t c = 0; c < t.C; c += kLanes) store(tail.tile_mass + c, load(tail.tile_mass + c) + load(p_row + c));
-    }
+    if (!keep) mass += tail.share[v] = sum_lanes(total);
+    if (keep && grad_bias) grad_bias[t.v0 + v] += sum_lanes(total);
   }
-  return bad;
-}
-
-// A tile of logits -> its kept rows of G^T at to, to + ld, ..., and after them the pooled row if there is a tail. Rows
-// move only towards the front: `to` may be t.z or lie before it. Not settled yet. Returns the number of kept rows.
-int64_t pool(const LogitMap& map, const Tile& t, int64_t live, const int64_t* labels, const float* lse,
-             const float* coefficient, float* grad_bias, float* scratch, const Tail& tail, float* to) {
-  const float inverse = map.softcap == 0 ? 0.f : 1.f / (map.scale * map.softcap);
-  bool labelled[kMostRowsOfTile] = {};
   for (int64_t c = 0; c < live; ++c) {
     const int64_t v = labels[c] - t.v0;
-    if (v < 0 || v >= t.rows) continue;
-    const float tanh_a = map.softcap == 0 ? 0.f : t.z[v * t.ld + c] * inverse;  // z may be -inf without a softcap
-    scratch[c] = coefficient[c] * (1.f - tanh_a) * (1.f + tanh_a);
-    if (coefficient[c] != 0) labelled[v] = true;
-  }
-  for (int64_t c = 0; c < t.C; ++c) tail.tile_mass[c] = tail.pooled[c] = 0;
-  float* p_row = scratch + t.C;
-  const bool bad = map.softcap == 0 ? gradient_and_mass<false>(map, t, labelled, lse, coefficient, p_row, tail)
-                                    : gradient_and_mass<true>(map, t, labelled, lse, coefficient, p_row, tail);
-  for (int64_t c = 0; c < live; ++c) {
-    const int64_t v = labels[c] - t.v0;
-    if (v >= 0 && v < t.rows) t.z[v * t.ld + c] -= scratch[c];
-  }
-  int64_t kept = 0;
-  float mass = 0;
-  for (int64_t v = 0; v < t.rows; ++v) {
-    tail.share[v] == kKept ? ++kept : mass += tail.share[v];
-  }
-  const bool all = bad || static_cast<float>(kept) > tail.exact_above * static_cast<float>(t.rows);
-  const float inverse_mass = mass > 0 ? 1.f / mass : 0.f;
-  for (int64_t v = 0; v < t.rows; ++v) {
-    if (all) tail.share[v] = kKept;
-    if (tail.share[v] != kKept) tail.share[v] *= inverse_mass;
-  }
-  if (all) kept = t.rows;
-  int64_t k = 0;
-  for (int64_t v = 0; v < t.rows; ++v) {
-    const float* row = t.z + v * t.ld;
-    if (tail.share[v] != kKept) {
-      for (int64_t c = 0; c < t.C; c += kLanes) store(tail.pooled + c, load(tail.pooled + c) + load(row + c));
-      continue;
-    }
-    float* moved = to + k++ * t.ld;
-    if (moved == row && !grad_bias) continue;
-    Vec total = Vec{};
-    for (int64_t c = 0; c < t.C; c += kLanes) {
-      const Vec g = load(row + c);
-      store(moved + c, g);
-      total += g;
-    }
-    if (grad_bias) grad_bias[t.v0 + v] += sum_lanes(total);
+    if (v < 0 || v >= t.rows || tail.share[v] != kKept) continue;
+    to[position[v] * t.ld + c] -= scratch[c];
+    if (grad_bias) grad_bias[labels[c]] -= scratch[c];
   }
   if (kept == t.rows) return kept;
+  const float inverse_mass = mass > 0 ? 1.f / mass : 0.f;
   Vec total = Vec{};
   for (int64_t c = 0; c < t.C; c += kLanes) {
-    const Vec g = load(tail.pooled + c);
+    const Vec g = load(coefficient + c) * load((kSoftcap ? tail.pooled : p_sum) + c);
     store(to + kept * t.ld + c, g);
     total += g;
-    if (tail.mass) store(tail.mass + c, load(tail.mass + c) + load(tail.tile_mass + c));
+    if (tail.mass) store(tail.mass + c, load(tail.mass + c) + load(p_sum + c));
   }
-  if (grad_bias) {
-    const float pooled = sum_lanes(total);
-    for (int64_t v = 0; v < t.rows; ++v) {
-      if (tail.share[v] != kKept) grad_bias[t.v0 + v] += tail.share[v] * pooled;
-    }
+  const float pooled = sum_lanes(total);
+  for (int64_t v = 0; v < t.rows; ++v) {
+    if (tail.share[v] == kKept) continue;
+    tail.share[v] *= inverse_mass;
+    if (grad_bias) grad_bias[t.v0 + v] += tail.share[v] * pooled;
   }
   return kept;
+}
+
+int64_t pool(const LogitMap& map, const Tile& t, int64_t live, const int64_t* labels, const float* lse,
+             const float* coefficient, float* grad_bias, float* scratch, const Tail& tail, float* to) {
+  return map.softcap == 0 ? pool_as<false>(map, t, live, labels, lse, coefficient, grad_bias, scratch, tail, to)
+                          : pool_as<true>(map, t, live, labels, lse, coefficient, grad_bias, scratch, tail, to);
 }
 
 // out[h] = sum_v share[v] W[v0 + v][h] over the tail of a tile.

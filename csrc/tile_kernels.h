@@ -72,12 +72,11 @@ struct Tile {
 
 // The tail of a tile (tail.h). `share` is a result.
 struct Tail {
-  float threshold;    // words with p below it in every row of the chunk are pooled
-  float exact_above;  // all words of the tile are kept if more than this share would be
-  float* share;       // [rows] pi_v; kKept for words that are kept
-  float* pooled;      // [C] scratch
-  float* tile_mass;   // [C] scratch
-  float* mass;        // [C] += sum of p over the pooled words; or null
+  float log_threshold;  // words whose log p is below it in every row of the chunk are pooled
+  float exact_above;    // all words of the tile are kept if more than this share would be
+  float* share;         // [rows] pi_v; kKept for words that are kept
+  float* pooled;        // [C] scratch
+  float* mass;          // [C] += sum of p over the pooled words; or null
 };
 
 constexpr float kKept = -1;

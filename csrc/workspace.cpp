@@ -55,7 +55,7 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   const int64_t rows_of_block = round_up(s.Vb, k.block), tiles_of_block = ceil_div(s.Vb, kTile);
   tail.share = arena.take<float>(s.Vb);
   tail.words = arena.take<int64_t>(rows_of_block);
-  tail.rows = arena.take<float>(s.threads * 3 * C);
+  tail.rows = arena.take<float>(s.threads * 2 * C);
   tail.counts = arena.take<int64_t>(s.threads * 2);
   if (want.rows_panels) {
     tail.out = arena.take<float*>(s.Vb);

@@ -78,7 +78,7 @@ struct TailBuffers {
   void* gathered;  // [kPiece, stride] floats, or [kPiece, H] of the type of W if there are panels
   int64_t stride;
   float* panels;    // of `gathered`, unless products read it in place
-  float* rows;      // [threads, 3, C]
+  float* rows;      // [threads, 2, C]
   int64_t* counts;  // [threads, 2] compact rows and kept rows
 };
 

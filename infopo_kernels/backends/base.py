@@ -25,7 +25,8 @@ chunk C of rows that get a gradient (c_t is not 0), a block B of consecutive wor
 So rows of G still sum to what they sum to without a threshold. If δ_t = sum_{v in T} |p_tv - pi_v sum_{v' in T} p_tv'|,
 the error of dX_t is at most |c_t scale| δ_t max_{v in T} |W_v - sum_{v' in T} pi_v' W_v'| for each block, without a
 softcap. A backend chooses the chunks. It keeps all of B if K is more than `tail_exact_above` of B, because the exact
-product is faster there, and if some p_tv is NaN, so that a bad row spoils no other row.
+product is faster there, and if the lse of some row is NaN, so that a bad row spoils no other row. `logprob_and_grad`
+may keep all words where it forms dX alone: in one pass, without lse, the exact dX may be as fast.
 
 Contract, the same for every backend:
 
