@@ -9,8 +9,9 @@
 namespace infopo {
 namespace {
 
-// All words of a tile are kept if more than this share would be.
-constexpr float kExactAbove = 0.6f;
+// All words of a tile are kept if more than this share would be: then the exact product is as fast (2 cores of Emerald
+// Rapids, H 576, V 49152, 512 rows: 0.98 of its time at a share of 0.75, float32).
+constexpr float kExactAbove = 0.75f;
 
 // What a row of the compact tile stands for: a word of the block, the pool of tile j as -1 - j, or nothing.
 constexpr int64_t kPadding = INT64_MIN;

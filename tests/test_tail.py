@@ -265,7 +265,8 @@ def test_losses_are_exact_and_gradients_near(
         assert a is not None
         assert b is not None
         error = float((a.double() - b.double()).norm() / a.double().norm())
-        assert 0 < error < 0.2, f"{name}: relative error {error:.3g}"
+        assert error < 0.2, f"{name}: relative error {error:.3g}"
+        assert error > 0 or trained == ("hidden",), f"{name}: nothing was pooled"  # dX alone may be exact
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
@@ -292,7 +293,8 @@ def test_smallest_workspace(dtype: torch.dtype, trained: tuple[str, ...], backen
         assert a is not None
         assert b is not None
         error = float((a.double() - b.double()).norm() / a.double().norm())
-        assert 0 < error < 0.2, f"{name}: relative error {error:.3g}"
+        assert error < 0.2, f"{name}: relative error {error:.3g}"
+        assert error > 0 or trained == ("hidden",), f"{name}: nothing was pooled"  # dX alone may be exact
 
 
 def test_a_bad_row_spoils_no_other(backend: Backend) -> None:
