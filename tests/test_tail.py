@@ -266,7 +266,7 @@ def test_losses_are_exact_and_gradients_near(
         assert b is not None
         error = float((a.double() - b.double()).norm() / a.double().norm())
         assert error < 0.2, f"{name}: relative error {error:.3g}"
-        assert error > 0 or trained == ("hidden",), f"{name}: nothing was pooled"  # dX alone may be exact
+        assert error > 0 or name == "hidden", f"{name}: nothing was pooled"  # a call may form dX alone and exactly
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.name)
@@ -294,7 +294,7 @@ def test_smallest_workspace(dtype: torch.dtype, trained: tuple[str, ...], backen
         assert b is not None
         error = float((a.double() - b.double()).norm() / a.double().norm())
         assert error < 0.2, f"{name}: relative error {error:.3g}"
-        assert error > 0 or trained == ("hidden",), f"{name}: nothing was pooled"  # dX alone may be exact
+        assert error > 0 or name == "hidden", f"{name}: nothing was pooled"  # a call may form dX alone and exactly
 
 
 def test_a_bad_row_spoils_no_other(backend: Backend) -> None:

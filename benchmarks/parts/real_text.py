@@ -70,7 +70,10 @@ def real_batch(dtype: torch.dtype) -> Batch:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
         states = torch.cat(
-            [model.model(input_ids=i, attention_mask=m).last_hidden_state for i, m in zip(ids.split(2), mask.split(2))]
+            [
+                model.model(input_ids=i, attention_mask=m).last_hidden_state
+                for i, m in zip(ids.split(2), mask.split(2), strict=True)
+            ]
         )
     labels = batch["labels"][:, 1:]
     scored = labels != IGNORE_INDEX
@@ -117,7 +120,8 @@ def table(record: records.Record) -> report.Table:
         kept = f"{row['kept_share']:.1%}" if row.get("kept_share") == row.get("kept_share") else ""
         rows.append([row["case"], row["contender"], f"{row['ratio']:.2f}", *errors, kept])
     m = record.machine
-    title = f"{MAIN_SHAPE} on real text, {m['cpu']}, {m['threads']} threads, torch {m['versions']['torch']}; medians in one run."
+    torch_version = m["versions"]["torch"]
+    title = f"{MAIN_SHAPE}, {m['cpu']}, {m['threads']} threads, torch {torch_version}; medians in one run."
     heads = ["case", "implementation", "time / exact", "error of dX", "error of dW", "columns kept"]
     return report.Table(record.part, title, heads, rows)
 
@@ -125,14 +129,12 @@ def table(record: records.Record) -> report.Table:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the record, show the table."""
     parser = records.parser(RECORD, __doc__)
-    parser.add_argument(
-        "--dtypes", type=lambda text: among(text, ("float32", "bfloat16")), default=("float32", "bfloat16")
-    )
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args(argv)
     console, machine, record = report.console(), environment(), None
     ours = [CONTENDERS[OURS], Pooled()]
-    for dtype in args.dtypes:
+    for dtype in among("dtypes", args.dtypes, ("float32", "bfloat16")):
         batch = real_batch(DTYPES[dtype])
         found = measure(f"step, {dtype}", batch, [*ours, *(CONTENDERS[name] for name in PEERS)], args.rounds)
         found += measure(f"frozen, {dtype}", _frozen(batch), ours, args.rounds)
