@@ -2,13 +2,14 @@
 #
 #   make demo        the main job: InfoPO and DPO on a real language model, in a few minutes on two cores
 #   make test        every test that this machine can run
+#   make test-distributed  every way over 2 and 4 processes, against one (make test: a sample of it)
 #   make bench       benchmarks on the CPU (QUICK=1: in 3 minutes)
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
 #   make kernels-versions  the sample of it with every Triton that is supported
 #   make first-contact     on a GPU: what is right and where the time goes, in ten minutes (ARGS=--dry-run: without one)
 #   make test-gpu    the tests that need a GPU; test-gpu-heavy those that take long or much memory
 #   make bench-gpu   benchmarks on a GPU
-#   make fuzz        random cases of the primitives against float64 (MINUTES=2, CASES=...)
+#   make fuzz        random cases of primitives and functions against float64 (MINUTES=2, CASES=...)
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make check       formatting of Python and C++, lint, types
 #   make test-matrix the tests that depend on other libraries, on their oldest and newest releases (CELLS="oldest ...")
@@ -45,8 +46,8 @@ extras = $(PY) -c 'import sys, tomllib; \
 	print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(1) > $(STAMPS)/requirements.txt \
 	&& $(PIP) -r $(STAMPS)/requirements.txt
 
-.PHONY: demo test bench kernels kernels-versions first-contact test-gpu test-gpu-heavy bench-gpu check fuzz sanitize \
-	test-matrix docs setup clean
+.PHONY: demo test test-distributed bench kernels kernels-versions first-contact test-gpu test-gpu-heavy bench-gpu check \
+	fuzz sanitize test-matrix docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE) $(TRAIN)
@@ -54,6 +55,9 @@ demo: $(PACKAGE) $(TRAIN)
 
 test: $(PACKAGE) $(TEST)
 	$(PY) -m pytest $(ARGS)
+
+test-distributed: $(PACKAGE) $(TEST)
+	$(PY) -m pytest tests/distributed tests/test_launch.py --every-case $(ARGS)
 
 bench: $(PACKAGE) $(TEST)
 	$(PY) -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
@@ -131,6 +135,7 @@ $(TRAIN): $(TORCH_STAMP) pyproject.toml
 $(TEST): $(TRAIN)
 	@echo "Installing what the tests and benchmarks need"
 	$(call extras,test bench triton)
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation "deepspeed>=0.19"
 	touch $@
 
 $(DOCS): $(TRAIN)

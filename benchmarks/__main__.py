@@ -20,6 +20,7 @@ _COMMANDS: Final = {
     "pages": ("benchmarks.pages", "write the figures of README and docs from the committed records"),
     "cpu-targets": ("benchmarks.parts.cpu_targets", "the targets of the C++ kernels"),
     "packing": ("benchmarks.parts.packing", "what packs and shared prompts save"),
+    "distributed": ("benchmarks.parts.distributed", "what travels, and what a rank holds, where ranks share a head"),
     "long-context-training": ("benchmarks.parts.long_context_training", "training steps of up to 128k tokens"),
     "tuning-sweep": ("benchmarks.parts.tuning_sweep", "which beta and learning rate to start from"),
     "real-text": ("benchmarks.parts.real_text", "time and error of a pooled tail on real text"),

@@ -12,7 +12,8 @@ from typing import Final
 
 from benchmarks import plots, records, report
 from benchmarks.contenders import CONTENDERS
-from benchmarks.parts import cpu_targets, long_context_training, packing, tuning_sweep
+from benchmarks.gpu import first_contact
+from benchmarks.parts import cpu_targets, distributed, long_context_training, packing, tuning_sweep
 from benchmarks.records import Record, Records
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -72,11 +73,22 @@ _BLOCKS: Final[dict[str, tuple[str, Callable[[Records], str]]]] = {
         for part, table in (
             (cpu_targets.RECORD, cpu_targets.table),
             (packing.RECORD, packing.table),
+            (distributed.RECORD, distributed.table),
             (long_context_training.RECORD, long_context_training.table),
             (tuning_sweep.RECORD, tuning_sweep.table),
             (f"{tuning_sweep.RECORD}-long", tuning_sweep.table),
+            (first_contact.VARIANTS, first_contact.variants_table),
         )
     },
+    **{
+        f"gpu-{name}": (first_contact.RECORD, _with_title(first_contact.RECORD, table))
+        for name, table in (
+            ("works", first_contact.works_table),
+            ("steps", first_contact.steps_table),
+            ("products", first_contact.products_table),
+        )
+    },
+    "distributed-model": (distributed.RECORD, _with_title(distributed.RECORD, lambda _: distributed.model())),
 }
 """By name: the part that a processor must have been measured on, and the block of one processor."""
 
@@ -100,6 +112,8 @@ def _processor(name: str, found: Records) -> list[str]:
     for part in _TITLES:
         if part in found:
             machines.setdefault("\n".join(f"- {line}" for line in report.machine(found[part].machine)), []).append(part)
+    if not machines:  # records of pages of their own
+        return []
     lines = [f"# On {name}"]
     for text, parts in machines.items():
         lines += [f"{', '.join(_TITLES[part].lower() for part in parts)}:", text]

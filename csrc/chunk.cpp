@@ -50,7 +50,7 @@ void Chunk::load_weights(const float* row_weight, const float* lse) const {
 void Chunk::reset_reduction() const {
   std::fill_n(b.max, sizes.threads * C, -kInfinity);
   std::fill_n(b.sum, sizes.threads * C, 0.0);
-  std::fill_n(b.target, C, kNaN);  // stays NaN for a label outside the vocabulary
+  for (int64_t c = 0; c < C; ++c) b.target[c] = b.labels[c] == kElsewhere ? 0 : kNaN;  // NaN: outside the vocabulary
 }
 
 void Chunk::pick_targets(const Tile& tile) const {
@@ -131,7 +131,7 @@ void Chunk::weight_gradient(int64_t v0, int64_t v1, const BlockGradient& to) con
       form_logits(tile, t, to);
       k.gradient(p.map, tile, live, b.labels, b.lse, b.coefficient, to.db, scratch(t));
       if (to.dW) {
-        float* out[kTile];
+        float* out[kMostTileRows];
         for (int64_t v = 0; v < tile.rows; ++v) out[v] = to.dW + (tile.v0 - v0 + v) * p.H;
         k.multiply({.M = tile.rows,
                     .N = p.H,

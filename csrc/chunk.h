@@ -43,17 +43,17 @@ class Chunk {
   // Calls f(tile of vocabulary entries) for each tile of [v0, v1) that belongs to thread t.
   template <typename F>
   void for_own_tiles(int64_t t, int64_t v0, int64_t v1, float* z, const F& f) const {
-    for_own_tiles(t, v0, v1, z, k.row_group, f);
+    for_own_tiles(t, v0, v1, z, k.row_group, k.tile, f);
   }
 
-  // The same; threads have parts of whole multiples of `align` entries.
+  // The same for tiles of `most` entries; threads have parts of whole multiples of `align` entries.
   template <typename F>
-  void for_own_tiles(int64_t t, int64_t v0, int64_t v1, float* z, int64_t align, const F& f) const {
+  void for_own_tiles(int64_t t, int64_t v0, int64_t v1, float* z, int64_t align, int64_t most, const F& f) const {
     const Range own = part(v1 - v0, sizes.threads, t, align);
-    for (int64_t v = own.begin; v < own.end; v += kTile) {
-      f(Tile{.z = z ? z + v * b.ld : b.tiles + t * kTile * b.ld,
+    for (int64_t v = own.begin; v < own.end; v += most) {
+      f(Tile{.z = z ? z + v * b.ld : b.tiles + t * k.tile * b.ld,
              .ld = b.ld,
-             .rows = std::min(kTile, own.end - v),
+             .rows = std::min(most, own.end - v),
              .C = C,
              .v0 = v0 + v,
              .by_column = want_.weight_rows});
@@ -62,7 +62,7 @@ class Chunk {
 
   // The buffers of thread t alone.
   float* scratch(int64_t t) const { return b.scratch + t * 2 * C; }
-  float* stage(int64_t t) const { return b.stage ? b.stage + t * kTile * k.depth : nullptr; }
+  float* stage(int64_t t) const { return b.stage ? b.stage + t * k.tile * k.stage : nullptr; }
   float* max(int64_t t) const { return b.max + t * C; }
   double* sum(int64_t t) const { return b.sum + t * C; }
 

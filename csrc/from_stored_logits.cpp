@@ -11,10 +11,6 @@
 namespace infopo {
 namespace {
 
-// With fewer rows than this, recomputing logits is faster, because each chunk reads and writes all of dW (2 cores of
-// Emerald Rapids: the dW product runs at 160 GFLOP/s a core with 128 rows, at 80 with 48).
-constexpr int64_t kFewestStoredRows = 64;
-
 constexpr int kTileRegisterRows = 32;  // `block` of the kernels with tile registers
 
 Want stored_logits_want(const Head& p, const Gradients& to) {
@@ -33,7 +29,8 @@ bool stored_logits_fit(const TileKernels& k, const Head& p, int64_t rows, const 
   // Rapids, 512 rows, H 576, V 49152, pooled tail, float32 dW: 0.20 s against 0.10 s).
   if (p.tail_threshold > 0 && k.block == kTileRegisterRows) return false;
   Sizes sizes{};
-  return find_sizes(k, p, rows, stored_logits_want(p, to), sizes) && sizes.C >= std::min(rows, kFewestStoredRows);
+  return find_sizes(k, p, rows, stored_logits_want(p, to), sizes) &&
+         sizes.C >= std::min(rows, int64_t{k.fewest_stored_rows});
 }
 
 void from_stored_logits(const TileKernels& k, const Head& p, const int64_t* labels, const std::vector<int64_t>& rows,

@@ -5,9 +5,9 @@
 //     G_tv  = c_t * (1[v = y_t] - exp(z_tv - lse_t)) * dz_tv / da_tv
 //     dX    = G W        dW += G^T X        db += G^T 1
 //
-// Rows with y = kIgnoreIndex cost nothing: their l and lse are 0, and their rows of X and dX are not touched. X, W and
-// dX have the same type, one of three. dW has that type or float32; the rest is float32. A result that is not wanted
-// has a null pointer.
+// Rows with y = kIgnoreIndex cost nothing: their l and lse are 0, and their rows of X and dX are not touched. Rows with
+// y = kElsewhere have their label in another part of the vocabulary: l = -lse, and no v is y. X, W and dX have the same
+// type, one of three. dW has that type or float32; the rest is float32. A result that is not wanted has a null pointer.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@
 namespace infopo {
 
 constexpr int64_t kIgnoreIndex = -100;
+constexpr int64_t kElsewhere = -(int64_t{1} << 62);
 
 struct Head {
   Matrix hidden;  // [N, H]

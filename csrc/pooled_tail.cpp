@@ -33,10 +33,10 @@ class Block {
   // Forms G of the block, moves its rows to the front of each thread's part, and adds dW and db.
   void form() {
     on_threads(chunk_.sizes.threads, [&](int64_t t) {
-      const Range own = part(v1_ - v0_, chunk_.sizes.threads, t, kTile);
+      const Range own = part(v1_ - v0_, chunk_.sizes.threads, t, kTailTile);
       if (report_.mass) std::fill_n(mass(t), chunk_.C, 0.f);
       int64_t rows = 0, done = 0, kept = 0;
-      chunk_.for_own_tiles(t, v0_, v1_, to_.z, kTile, [&](const Tile& tile) {
+      chunk_.for_own_tiles(t, v0_, v1_, to_.z, kTailTile, kTailTile, [&](const Tile& tile) {
         chunk_.form_logits(tile, t, to_);
         const int64_t v = tile.v0 - v0_, at = own.begin + rows;
         const Tail tail{.log_threshold = std::log(p_.tail_threshold),
@@ -53,12 +53,12 @@ class Block {
         rows += n;
         kept += n;
         if (n < tile.rows) {
-          const int64_t pool = v / kTile;
+          const int64_t pool = v / kTailTile;
           *words = -1 - pool;
           ++rows;
           if (hidden_) k_.tail_mean(p_.weight, tile.v0, tile.rows, tail.share, p_.H, b_.tail.means + pool * p_.H);
         }
-        if (rows - done >= kTile) done += settle(t, own, done, (rows - done) / k_.block * k_.block);
+        if (rows - done >= kTailTile) done += settle(t, own, done, (rows - done) / k_.block * k_.block);
       });
       settle(t, own, done, rows - done);
       b_.tail.counts[2 * t] = rows;
@@ -153,8 +153,8 @@ class Block {
                  .task_end = product_tasks(k_, n, p_.H)});
     for (int64_t i = 0; i < n; ++i) {
       if (b_.tail.words[at + i] >= 0) continue;
-      const int64_t v = (-1 - b_.tail.words[at + i]) * kTile;
-      k_.spread_tail(b_.tail.share + v, std::min(kTile, v1_ - v0_ - v), out[i], p_.H, to_.add, to_.dW + v * p_.H);
+      const int64_t v = (-1 - b_.tail.words[at + i]) * kTailTile;
+      k_.spread_tail(b_.tail.share + v, std::min(kTailTile, v1_ - v0_ - v), out[i], p_.H, to_.add, to_.dW + v * p_.H);
     }
     return n;
   }
@@ -170,7 +170,7 @@ class Block {
     const int64_t threads = chunk_.sizes.threads, width = ceil_div(b_.ld, threads);
     int64_t K = 0;
     for (int64_t t = 0; t < threads; ++t) {
-      const Range own = part(v1_ - v0_, threads, t, kTile);
+      const Range own = part(v1_ - v0_, threads, t, kTailTile);
       const int64_t n = b_.tail.counts[2 * t];
       std::memmove(b_.tail.words + K, b_.tail.words + own.begin, n * sizeof(int64_t));
       K += n;
@@ -180,7 +180,8 @@ class Block {
       const int64_t first = std::min(b_.ld, t * width), last = std::min(b_.ld, first + width);
       int64_t to = 0;
       for (int64_t s = 0; s < threads; ++s) {
-        const int64_t from = part(v1_ - v0_, threads, s, kTile).begin, n = round_up(b_.tail.counts[2 * s], k_.block);
+        const int64_t from = part(v1_ - v0_, threads, s, kTailTile).begin,
+                      n = round_up(b_.tail.counts[2 * s], k_.block);
         for (int64_t i = 0; i < n && to != from; ++i) {
           std::memcpy(to_.z + (to + i) * b_.ld + first, to_.z + (from + i) * b_.ld + first,
                       (last - first) * sizeof(float));

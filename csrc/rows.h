@@ -52,13 +52,6 @@ INFOPO_INLINE void load_part(const Matrix& m, int64_t row, int64_t h0, int64_t n
 
 void load_row(const Matrix& m, int64_t row, int64_t H, float* out) { load_part(m, row, 0, H, out); }
 
-INFOPO_INLINE uint16_t float_to_bf16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);  // a NaN stays a NaN, whatever its low bits are
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 void store_row(const float* row, int64_t H, bool add, Dtype dtype, void* out) {
   if (dtype == Dtype::kFloat32) {
     float* to = static_cast<float*>(out);
@@ -74,7 +67,7 @@ void store_row(const float* row, int64_t H, bool add, Dtype dtype, void* out) {
     if (add) load_part(old, 0, h0, n, part);
     for (int64_t i = 0; i < n; ++i) part[i] = add ? part[i] + row[h0 + i] : row[h0 + i];
     if (dtype == Dtype::kBFloat16) {
-      for (int64_t i = 0; i < n; ++i) to[h0 + i] = float_to_bf16(part[i]);
+      narrow_bf16(part, n, to + h0);
     } else {
       narrow_f16(part, n, to + h0);
     }

@@ -81,14 +81,24 @@ struct Tail {
 
 constexpr float kKept = -1;
 
+// Vocabulary entries of a tile with a tail, which is a block of the definition in pooled_tail.h.
+constexpr int64_t kTailTile = 96;
+
+constexpr int64_t kMostTileRows = 192;
+
 struct TileKernels {
   const char* name;
-  int lanes;         // columns are padded to a multiple of this
-  int row_group;     // rows of A that a register tile takes
-  int panel;         // columns that a register tile takes
-  int depth;         // K block of a product; `logits` stages this many columns of a 16-bit W
-  int block;         // the rows of panels and the memory of a tile of logits are padded to whole blocks of rows
-  int packed_bytes;  // bytes of a number in a panel
+  int64_t tile;        // vocabulary entries of a tile, at most kMostTileRows
+  int lanes;           // columns are padded to a multiple of this
+  int row_group;       // rows of A that a register tile takes
+  int panel;           // columns that a register tile takes
+  int stage;           // floats in which `logits` stages a row of a 16-bit W
+  int block;           // the rows of panels and the memory of a tile of logits are padded to whole blocks of rows
+  int packed_bytes;    // bytes of a number in a panel
+  int64_t most_block;  // vocabulary entries of a block for each thread, at most
+  // If only chunks of fewer rows fit with all their logits, forming logits twice is faster, because each chunk reads and
+  // writes all of a float32 dW.
+  int fewest_stored_rows;
 
   // out: panels of X^T [H, C]; panels p0 ... p1 - 1. rows[c] is the row of X in column c.
   void (*pack_columns)(const Matrix& X, const int64_t* rows, int64_t C, int64_t H, int64_t p0, int64_t p1, float* out);
@@ -97,7 +107,7 @@ struct TileKernels {
                     float* out);
   void (*multiply)(const Product&);
 
-  // tile = W[v0 ...] X^T, before bias and map. stage: tile.rows * depth floats, used if W is 16-bit.
+  // tile = W[v0 ...] X^T, before bias and map. stage: tile.rows * stage floats, used if W is 16-bit.
   void (*logits)(const Matrix& W, const float* packed_columns, int64_t H, const Tile&, float* stage);
   // a -> z in place. With `max` [C]: max = max(max, z). With `sum` [C] too: sum *= exp(old max - new max).
   void (*finish)(const LogitMap&, const Tile&, float* max, double* sum);

@@ -21,12 +21,15 @@
 namespace infopo::INFOPO_ISA {
 
 constexpr TileKernels kKernels{.name = INFOPO_TEXT(INFOPO_ISA),
+                               .tile = kTile,
                                .lanes = kColumns,
                                .row_group = kGroup,
                                .panel = kPanel,
-                               .depth = kDepth,
+                               .stage = kStage,
                                .block = kBlock,
                                .packed_bytes = kPackedBytes,
+                               .most_block = kMostBlock,
+                               .fewest_stored_rows = kFewestStoredRows,
                                .pack_columns = pack_columns,
                                .pack_rows = pack_rows,
                                .multiply = multiply,

@@ -15,9 +15,9 @@ constexpr int64_t kPageBytes = 4096;
 // are there, a block takes no memory for logits, and a large one has fewer waits between threads.
 int64_t tail_block(int64_t Vb, int64_t threads, const Want& want) {
   constexpr int64_t kLargest = 3072;
-  const int64_t unit = kTile * threads;
+  const int64_t unit = kTailTile * threads;
   if (want.all_logits) Vb = kLargest;
-  return Vb >= unit ? Vb / unit * unit : Vb >= kTile ? Vb / kTile * kTile : Vb;
+  return Vb >= unit ? Vb / unit * unit : Vb >= kTailTile ? Vb / kTailTile * kTailTile : Vb;
 }
 
 }  // namespace
@@ -29,7 +29,7 @@ bool reads_weight_in_place(const TileKernels& k, const Head& p) {
 
 Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes& s, const Want& want) {
   const int64_t C = round_up(s.C, k.lanes);
-  ld = C + k.lanes;  // not a power of two, so that rows of a tile do not share cache sets
+  ld = C + 16;  // one cache line more, so that rows of a tile do not share cache sets
   const auto panels = [&](int64_t K, int64_t N) {
     return reinterpret_cast<float*>(arena.take<char>(packed_size(k, K, N)));
   };
@@ -37,8 +37,8 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   rows = want.rows_panels ? panels(C, p.H) : nullptr;
   weight = want.weight_rows && !want.tail && !reads_weight_in_place(k, p) ? panels(s.Vb, p.H) : nullptr;
   z = want.all_logits || want.block ? arena.take<float>(round_up(want.all_logits ? p.V : s.Vb, k.block) * ld) : nullptr;
-  tiles = want.own_tiles ? arena.take<float>(s.threads * kTile * ld) : nullptr;
-  stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * kTile * k.depth);
+  tiles = want.own_tiles ? arena.take<float>(s.threads * k.tile * ld) : nullptr;
+  stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * k.tile * k.stage);
   scratch = arena.take<float>(s.threads * 2 * C);
   max = want.reduce ? arena.take<float>(s.threads * C) : nullptr;
   sum = want.reduce ? arena.take<double>(s.threads * C) : nullptr;
@@ -52,7 +52,7 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   labels = arena.take<int64_t>(C);
   tail = {};
   if (!want.tail) return;
-  const int64_t rows_of_block = round_up(s.Vb, k.block), tiles_of_block = ceil_div(s.Vb, kTile);
+  const int64_t rows_of_block = round_up(s.Vb, k.block), tiles_of_block = ceil_div(s.Vb, kTailTile);
   tail.share = arena.take<float>(s.Vb);
   tail.words = arena.take<int64_t>(rows_of_block);
   tail.rows = arena.take<float>(s.threads * 2 * C);
@@ -88,7 +88,7 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
   for (int64_t threads = num_threads(); threads >= 1; threads /= 2) {
     for (const Sizes& step : kLadder) {
       const int64_t Vb = want.tail ? tail_block(step.Vb, threads, want) : round_up(step.Vb, k.block);
-      sizes = {even_size(n, step.C, k.lanes), std::min(Vb, p.V), threads};
+      sizes = {even_size(n, step.C, k.lanes), std::min({Vb, k.most_block * threads, p.V}), threads};
       if (bytes_of(k, p, sizes, want) <= p.workspace_bytes) return true;
     }
   }

@@ -11,9 +11,6 @@
 
 namespace infopo {
 
-// Vocabulary entries of a tile. 96 is 16 register groups; the part of W [96, depth] and the logits [96, C] stay in L2.
-constexpr int64_t kTile = 96;
-
 // Rows of a chunk. Each chunk reads W and dW once, so more rows are better until the panels of X no longer fit L2 (2
 // MiB at H 576; 2 cores of Emerald Rapids: 193 GFLOP/s a core with 512 rows, 163 with 128).
 constexpr int64_t kMostRows = 512;
@@ -89,8 +86,8 @@ struct Buffers {
   float* rows;         // panels of X [C, H]
   float* weight;       // panels of W [Vb, H]
   float* z;            // logits or G [Vb or V, ld]
-  float* tiles;        // [threads, kTile, ld]
-  float* stage;        // [threads, kTile, depth], for a 16-bit W
+  float* tiles;        // [threads, tile, ld]
+  float* stage;        // [threads, tile, stage], for a 16-bit W
   float* scratch;      // [threads, 2, C]
   float* max;          // [threads, C]
   double* sum;         // [threads, C]

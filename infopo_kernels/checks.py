@@ -52,8 +52,13 @@ def _same_device(name: str, value: torch.Tensor, hidden: torch.Tensor) -> None:
         )
 
 
-def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, prefix: str = "") -> None:
-    """Types, devices and shapes of hidden states [..., H], weight [V, H] and bias [V]; `prefix` is "ref_" or ""."""
+def head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, prefix: str = "", part: bool = False
+) -> None:
+    """Types, devices and shapes of hidden states [..., H], weight [V, H] and bias [V]; `prefix` is "ref_" or "".
+
+    `part`: the weight is one rank's part of a head, which may have no entries.
+    """
     names = {key: prefix + key for key in ("hidden", "weight", "bias")}
     tensor(names["hidden"], hidden)
     tensor(names["weight"], weight)
@@ -69,7 +74,7 @@ def head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
             f"`{names['hidden']}` must have shape [2B, T, H] (padded) or [N, H] (packed) with H = {weight.shape[1]} as "
             f"in `{names['weight']}` {_shape(weight)}, got {_shape(hidden)}."
         )
-    if weight.shape[0] == 0 or weight.shape[1] == 0:
+    if (weight.shape[0] == 0 and not part) or weight.shape[1] == 0:
         raise ValueError(f"`{names['weight']}` must not be empty, got shape {_shape(weight)}.")
     for key, value in (("weight", weight), ("bias", bias)):
         if value is None:
@@ -103,7 +108,7 @@ def layout(hidden: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor 
     tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"`cu_seqlens` must be int32 or int64, got {cu_seqlens.dtype}.")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"`cu_seqlens` must have shape [S + 1] for S >= 1 sequences, got {_shape(cu_seqlens)}.")
     _same_device("cu_seqlens", cu_seqlens, hidden)
     if hidden.ndim == 3 and hidden.shape[0] != 1:
@@ -135,7 +140,7 @@ def pairs(
     """The number of sequences S. Checks `is_chosen`, the weights of the sequences, and `num_pairs`."""
     if cu_seqlens is None and labels.ndim == 1:
         raise ValueError("`cu_seqlens` is missing: packed `hidden` [N, H] needs the bounds [S + 1] of its sequences.")
-    S = labels.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if is_chosen is None:
         if cu_seqlens is not None:
             raise ValueError("`is_chosen` is missing: packed sequences need a bool [S], True for a chosen response.")
@@ -297,16 +302,16 @@ def label_values(labels: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-def segment_values(cu_seqlens: torch.Tensor, num_rows: int) -> None:
-    """`cu_seqlens` starts at 0, increases, and ends at N."""
+def segment_values(cu_seqlens: torch.Tensor, num_rows: int, *, parts: bool = False) -> None:
+    """`cu_seqlens` starts at 0, increases, and ends at N. With `parts`, a sequence may have no row on this rank."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"`cu_seqlens` must start at 0, got {bounds[0]}.")
     for s, (first, last) in enumerate(pairwise(bounds)):
-        if last <= first:
-            raise ValueError(
-                f"`cu_seqlens` must increase, got {first} then {last} at position {s + 1}; every sequence needs a row."
-            )
+        if last < first or (last == first and not parts):
+            order = "not decrease" if parts else "increase"
+            meaning = "its bounds are those of this rank's rows." if parts else "every sequence needs a row."
+            raise ValueError(f"`cu_seqlens` must {order}, got {first} then {last} at position {s + 1}; {meaning}")
     if bounds[-1] != num_rows:
         raise ValueError(f"`cu_seqlens` must end at N = {num_rows}, the number of rows, got {bounds[-1]}.")
 

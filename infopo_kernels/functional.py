@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from infopo_kernels import checks, ops
+from infopo_kernels.distributed import collectives
+from infopo_kernels.distributed.parallel import Parallel, VocabShard
+from infopo_kernels.distributed.sharded import local
 from infopo_kernels.objectives import InfoPO, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
 from infopo_kernels.output import InfoPOOutput, PreferenceOutput, TailSummary
 from infopo_kernels.packing import Rows, default_is_chosen, packed_rows, padded_rows, sequence_sums
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -32,6 +40,8 @@ def linear_logps(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    vocab: VocabShard | None = None,
+    sequence_group: ProcessGroup | None = None,
     tail_threshold: float = 0.0,
 ) -> Tensor:
     """Log-probabilities of labels under a language-model head: differentiable, without the logits in memory.
@@ -65,6 +75,14 @@ def linear_logps(
         temperature: τ.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond the results; None takes 32 on a CPU and 256 on a GPU.
+        vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`. A
+            `weight` that is a DTensor cut along its vocabulary describes itself: `VocabShard.of(weight)`.
+        sequence_group: the process group whose ranks hold parts of the same sequences (context parallelism): any rows
+            of each, the same sequences in the same order. `labels` were shifted before the cut. "sum" and "mean" are
+            of whole sequences, alike on all ranks; in the backward pass each rank forms the gradient of its rows, and
+            dW adds up over the ranks. A rank may hold no scored row of a sequence, and with `cu_seqlens` no row at
+            all. 16 bytes a sequence travel.
         tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
 
     Returns:
@@ -79,23 +97,30 @@ def linear_logps(
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
-    logit, kernel = (
-        LogitOptions(softcap, logit_scale, temperature),
-        KernelOptions(backend, workspace_mib, tail_threshold),
-    )
-    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, _Layout(cu_seqlens, None, shift, ignore_index))
-    logp = ops.logprob(rows, weight, bias, logit, kernel)
+    logit = LogitOptions(softcap, logit_scale, temperature)
+    kernel = KernelOptions(backend, workspace_mib, tail_threshold)
+    parallel = Parallel.of(vocab, sequence_group, weight)
+    layout = _Layout(cu_seqlens, None, shift, ignore_index, parts=sequence_group is not None)
+    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
     if reduction == "none":
-        return logp.reshape(labels.shape)
+        return ops.logprob(rows, weight, bias, logit, kernel, parallel).reshape(labels.shape)
     if rows.cu_seqlens is None or rows.segments is None:
         raise ValueError(
             f"`cu_seqlens` is missing: reduction={reduction!r} of packed `hidden` [N, H] needs the bounds [S + 1] of "
             f"its sequences."
         )
-    S = len(rows.cu_seqlens) - 1
-    counts = ops.scored_tokens(rows.labels, rows.segments, S)
-    sums = sequence_sums(logp, rows.segments, S)
-    return sums if reduction == "sum" else sums / counts
+    S = rows.cu_seqlens.shape[0] - 1  # `len` would make it a constant of torch.export
+    if parallel is None or not parallel.sequence_group:
+        counts: Tensor = ops.scored_tokens(rows.labels, rows.segments, S)
+    else:
+        counts = _whole_counts(rows, S, parallel, (weight, bias), logit, {"reduction": reduction})
+    sums = sequence_sums(ops.logprob(rows, weight, bias, logit, kernel, parallel), rows.segments, S)
+    if parallel is not None:
+        sums = parallel.whole_sequences(sums)
+    if reduction == "mean":
+        return sums / counts
+    # A sequence without a scored token is an error on a CPU; elsewhere nobody has seen it, and its sum is not 0.
+    return sums if sums.device.type == "cpu" else torch.masked_fill(sums, counts == 0, math.nan)
 
 
 def linear_infopo_loss(
@@ -126,6 +151,9 @@ def linear_infopo_loss(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    vocab: VocabShard | None = None,
+    sequence_group: ProcessGroup | None = None,
+    data_group: ProcessGroup | None = None,
     tail_threshold: float = 0.0,
     report_tail: bool = False,
 ) -> InfoPOOutput:
@@ -143,7 +171,8 @@ def linear_infopo_loss(
     numbers, if every call gets the same `num_pairs`.
 
     The forward pass forms the gradients too, so that one tile of logits serves both. The backward pass multiplies them
-    once by the incoming gradient. `infopo_kernels.schedule` says which rows take how many products.
+    once by the incoming gradient. `infopo_kernels.schedule` says which rows take how many products. float16 gradients
+    are formed relative to a scale of their own (`infopo_kernels.lift`), so a GradScaler works as with plain PyTorch.
 
     Args:
         hidden: [2B, T, H] padded, the first B sequences chosen, the last B rejected; or [N, H] or [1, N, H] packed.
@@ -174,6 +203,16 @@ def linear_infopo_loss(
         softcap, logit_scale, temperature: see `LogitOptions`; they apply to the reference's logits too.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
+        vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`. A
+            `weight` that is a DTensor cut along its vocabulary describes itself: `VocabShard.of(weight)`.
+        sequence_group: the process group whose ranks hold parts of the same sequences, see `linear_logps`. Every rank
+            gets the same output; the gradients of its rows are whole, and dW and db add up over the ranks. 16 bytes a
+            sequence travel: its scored tokens and its log-probability (24 for InfoPO with a trained head).
+        data_group: the process group over which a wrapper averages gradients (DDP, FSDP). `num_pairs` is then this
+            rank's own number, and the averaged gradient is that of the loss over all pairs of the group, however many
+            each rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients
+            are scaled, so that the average over all ranks adds up the parts. The host waits for one number.
         tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
         report_tail: fill the output's `tail`.
 
@@ -193,11 +232,12 @@ def linear_infopo_loss(
         bias,
         labels,
         InfoPO(beta, offset, max_log_weight, min_log_weight, sft_weight, average),
-        _Layout(cu_seqlens, is_chosen, shift, ignore_index),
-        _Shares(num_pairs, sequence_weights),
+        _Layout(cu_seqlens, is_chosen, shift, ignore_index, parts=sequence_group is not None),
+        _Shares(num_pairs, sequence_weights, data_group),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
         KernelOptions(backend, workspace_mib, tail_threshold, report_tail),
+        Parallel.of(vocab, sequence_group, weight),
     )
 
 
@@ -224,6 +264,9 @@ def linear_preference_loss(
     temperature: float = 1.0,
     backend: str = "auto",
     workspace_mib: int | None = None,
+    vocab: VocabShard | None = None,
+    sequence_group: ProcessGroup | None = None,
+    data_group: ProcessGroup | None = None,
     tail_threshold: float = 0.0,
     report_tail: bool = False,
 ) -> PreferenceOutput:
@@ -264,6 +307,16 @@ def linear_preference_loss(
         softcap, logit_scale, temperature: see `LogitOptions`; they apply to the reference's logits too.
         backend: "auto", "cpp", "triton" or "torch".
         workspace_mib: bound, in MiB, on memory beyond results and gradients; None takes 32 on a CPU and 256 on a GPU.
+        vocab: which part of the head this is, if the ranks of a group share it: `weight` and `bias` are the part then,
+            and `labels` count from the start of the whole vocabulary. See `infopo_kernels.distributed.VocabShard`. A
+            `weight` that is a DTensor cut along its vocabulary describes itself: `VocabShard.of(weight)`.
+        sequence_group: the process group whose ranks hold parts of the same sequences, see `linear_logps`. Every rank
+            gets the same output; the gradients of its rows are whole, and dW and db add up over the ranks. 16 bytes a
+            sequence travel: its scored tokens and its log-probability (24 for InfoPO with a trained head).
+        data_group: the process group over which a wrapper averages gradients (DDP, FSDP). `num_pairs` is then this
+            rank's own number, and the averaged gradient is that of the loss over all pairs of the group, however many
+            each rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients
+            are scaled, so that the average over all ranks adds up the parts. The host waits for one number.
         tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
         report_tail: fill the output's `tail`.
 
@@ -284,11 +337,12 @@ def linear_preference_loss(
         bias,
         labels,
         checks.objective(objective),
-        _Layout(cu_seqlens, is_chosen, shift, ignore_index),
-        _Shares(num_pairs, sequence_weights),
+        _Layout(cu_seqlens, is_chosen, shift, ignore_index, parts=sequence_group is not None),
+        _Shares(num_pairs, sequence_weights, data_group),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
         KernelOptions(backend, workspace_mib, tail_threshold, report_tail),
+        Parallel.of(vocab, sequence_group, weight),
     )
 
 
@@ -388,6 +442,8 @@ class _Layout:
     is_chosen: Tensor | None
     shift: bool
     ignore_index: int
+    parts: bool
+    """Whether the rows are parts of the sequences."""
 
 
 @dataclass(frozen=True)
@@ -396,6 +452,7 @@ class _Shares:
 
     num_pairs: float | None
     sequence_weights: Tensor | None
+    data_group: ProcessGroup | None
 
 
 @dataclass(frozen=True)
@@ -421,30 +478,69 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _checked_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, parallel: Parallel | None, prefix: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias as the ops take them; `prefix` is "ref_" or ""."""
+    if parallel is not None and parallel.shares_head:
+        hidden, weight = local(f"{prefix}hidden", hidden), local(f"{prefix}weight", weight)
+        bias = None if bias is None else local(f"{prefix}bias", bias)
     for name, value in ((f"{prefix}hidden", hidden), (f"{prefix}weight", weight)):
         checks.tensor(name, value)
     cast_hidden, cast_weight, cast_bias = _autocast(hidden, weight, bias)
     assert cast_hidden is not None
     assert cast_weight is not None
-    checks.head(cast_hidden, cast_weight, cast_bias, prefix=prefix)
+    part = parallel is not None and parallel.shares_head
+    checks.head(cast_hidden, cast_weight, cast_bias, prefix=prefix, part=part)
     return cast_hidden, cast_weight, cast_bias
 
 
 def _checked_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, layout: _Layout
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, layout: _Layout, parallel: Parallel | None
 ) -> tuple[Rows, Tensor, Tensor | None]:
     """Rows, and weight and bias as the ops take them. The sequence of each row is derived and checked once: here."""
-    hidden, weight, bias = _checked_head(hidden, weight, bias)
+    hidden, weight, bias = _checked_head(hidden, weight, bias, parallel)
     cu_seqlens, shift, ignore_index = layout.cu_seqlens, layout.shift, layout.ignore_index
     checks.layout(hidden, labels, cu_seqlens, ignore_index)
     checks.flag("shift", shift)
+    if layout.parts and shift:
+        raise ValueError(
+            "`shift=True` does not go with `sequence_group`: the label of a part's last row lies on another rank. "
+            "Shift before the cut: labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)."
+        )
     if cu_seqlens is None and labels.ndim == 2:
         return padded_rows(hidden, labels, shift=shift, ignore_index=ignore_index), weight, bias
-    segments = None if cu_seqlens is None else ops.row_segments(cu_seqlens, labels.numel())
-    return packed_rows(hidden, labels, cu_seqlens, segments, shift=shift, ignore_index=ignore_index), weight, bias
+    segments = None if cu_seqlens is None else ops.row_segments(cu_seqlens, labels.numel(), layout.parts)
+    rows = packed_rows(hidden, labels, cu_seqlens, segments, shift=shift, ignore_index=ignore_index, parts=layout.parts)
+    return rows, weight, bias
+
+
+def _whole_counts(
+    rows: Rows,
+    S: int,
+    parallel: Parallel,
+    head: tuple[Tensor, Tensor | None],
+    logit: LogitOptions,
+    same: dict[str, object],
+    *values: Tensor | None,
+) -> Tensor:
+    """Scored tokens of sequences whose parts lie on several ranks, [S], after a comparison with the other ranks.
+
+    `same`, and `values` (`is_chosen`, `ref_logps`, `sequence_weights`), are what they must pass alike.
+    """
+    assert rows.segments is not None
+    trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.hidden, *head)]
+    same = {
+        **same,
+        "softcap, logit_scale or temperature": repr(logit),
+        "requires_grad of hidden, weight, bias": trained,
+    }
+    vocabulary = 0 if parallel.vocab_group else head[0].shape[0]
+    is_chosen, ref_logps, weights = values or (None, None, None)
+    counts: Tensor = ops.shared_tokens(
+        rows.labels, rows.segments, is_chosen, ref_logps, weights, vocabulary, S, parallel.sequence_group,
+        json.dumps(same),
+    )  # fmt: skip
+    return counts
 
 
 def _linear_preference(
@@ -458,9 +554,15 @@ def _linear_preference(
     reference: _Reference,
     logit: LogitOptions,
     kernel: KernelOptions,
+    parallel: Parallel | None,
 ) -> PreferenceOutput:
     """`linear_preference_loss` with its options as objects."""
-    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout)
+    if kernel.report_tail and parallel is not None and parallel.shares_head:
+        raise ValueError(
+            "`report_tail=True` was given with a head that ranks share (`vocab`, or a DTensor `weight`): each rank pools "
+            "the tail of its own part, and no rank knows the whole; leave `report_tail` out."
+        )
+    rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
     S = checks.pairs(labels, layout.cu_seqlens, layout.is_chosen, shares.num_pairs, shares.sequence_weights, objective)
     checks.reference(
         objective, reference.logps, reference.hidden, reference.weight, reference.bias, reference.skip_chosen
@@ -468,20 +570,36 @@ def _linear_preference(
     assert rows.segments is not None
     is_chosen = default_is_chosen(S, hidden.device) if layout.is_chosen is None else layout.is_chosen
     weights = shares.sequence_weights
+    num_pairs = S / 2 if shares.num_pairs is None else float(shares.num_pairs)
+    if parallel is None or not parallel.sequence_group:
+        counts = sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S)
+    else:
+        same = {
+            "objective": repr(objective), "num_pairs": num_pairs, "skip_chosen_reference": reference.skip_chosen,
+            "ref_hidden": reference.hidden is None,
+        }  # fmt: skip
+        counts = _whole_counts(rows, S, parallel, (weight, bias), logit, same, is_chosen, reference.logps, weights)
+    num_pairs, parts = _over_ranks(num_pairs, shares.data_group, parallel, hidden.device)
     sequences = Sequences(
-        counts=sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S),
+        counts=counts,
         is_chosen=is_chosen,
         ref_logps=torch.zeros(S, dtype=torch.float64, device=hidden.device),
-        num_pairs=S / 2 if shares.num_pairs is None else float(shares.num_pairs),
+        num_pairs=num_pairs,
         weights=None if weights is None else weights.detach().to(torch.float64),
     )
     if reference.logps is not None or reference.hidden is not None:
         chosen_first = layout.is_chosen is None
-        ref_logps = _reference_logps(reference, rows, sequences, labels, chosen_first, objective, logit, kernel)
+        ref_logps = _reference_logps(
+            reference, rows, sequences, labels, chosen_first, objective, logit, kernel, parallel
+        )
         sequences = replace(sequences, ref_logps=ref_logps)
-    result = ops.linear_preference(rows, weight, bias, sequences, objective, logit, kernel)
+    given = None if shares.num_pairs is None and shares.data_group is None else num_pairs
+    result = ops.linear_preference(rows, weight, bias, sequences, given, objective, logit, kernel, parallel)
+    loss = result.loss
+    if parts > 1:  # the value stays; the average over the parts of a sequence has to be their sum
+        loss = loss + (parts - 1) * (loss - loss.detach())
     output = PreferenceOutput(
-        loss=result.loss,
+        loss=loss,
         mi_lower_bound=result.mi_lower_bound,
         logps=result.logps,
         ref_logps=sequences.ref_logps,
@@ -495,6 +613,23 @@ def _linear_preference(
     return output.without_chosen_reference() if reference.skip_chosen else output
 
 
+def _over_ranks(
+    num_pairs: float, data_group: ProcessGroup | None, parallel: Parallel | None, device: torch.device
+) -> tuple[float, int]:
+    """Where a wrapper averages gradients: what the loss is divided by, and the factor of its gradient.
+
+    The loss is a sum over sequences divided by the number P of all pairs. The average over R ranks of sums divided by
+    P / R is that. Where a sequence's C parts lie among the R ranks, there are R / C times as many pairs, and each rank
+    has a part of each gradient: their sum is C times the average.
+    """
+    if data_group is None:
+        return num_pairs, 1
+    name = collectives.name_of("data_group", data_group)
+    sequence_group = "" if parallel is None else parallel.sequence_group
+    parts = collectives.parts_within("data_group", name, sequence_group) if sequence_group else 1
+    return collectives.average(name, num_pairs, device), parts
+
+
 def _reference_logps(
     reference: _Reference,
     rows: Rows,
@@ -504,12 +639,13 @@ def _reference_logps(
     objective: Objective,
     logit: LogitOptions,
     kernel: KernelOptions,
+    parallel: Parallel | None,
 ) -> Tensor:
     """[S] float64 log-probabilities of the reference, as given or formed without gradient; 0 for skipped chosen ones.
 
     If the chosen reference is skipped, a padded batch with chosen first may give the rejected half alone.
     """
-    S, skip = len(sequences.is_chosen), reference.skip_chosen
+    S, skip = sequences.is_chosen.shape[0], reference.skip_chosen
     if reference.hidden is None:
         assert reference.logps is not None
         rejected_only = skip and chosen_first and reference.logps.shape == (S // 2,)
@@ -521,19 +657,22 @@ def _reference_logps(
     else:
         assert reference.weight is not None
         assert rows.segments is not None
-        hidden, weight, bias = _checked_head(reference.hidden, reference.weight, reference.bias, prefix="ref_")
+        hidden, weight, bias = _checked_head(
+            reference.hidden, reference.weight, reference.bias, parallel, prefix="ref_"
+        )
         rejected_only = skip and chosen_first and hidden.shape[:-1] == labels[S // 2 :].shape
         checks.reference_hidden(hidden, rows.hidden, labels[S // 2 :].shape if rejected_only else labels.shape)
         y = rows.labels
         if rejected_only:
-            y = y[len(y) // 2 :]
+            y = y[y.shape[0] // 2 :]
         elif skip:
             y = y.masked_fill(sequences.is_chosen[rows.segments], IGNORE_INDEX)
         with torch.no_grad():
             own = replace(rows, hidden=hidden.reshape(-1, hidden.shape[-1]), labels=y)
-            logp = ops.logprob(own, weight, bias, logit, kernel)
+            logp = ops.logprob(own, weight, bias, logit, kernel, parallel)
             if rejected_only:
                 logp = torch.cat([torch.zeros_like(logp), logp])
             logps = sequence_sums(logp, rows.segments, S)
+            logps = logps if parallel is None else parallel.whole_sequences(logps)
             logps = logps / sequences.counts if objective.average else logps
     return torch.where(sequences.is_chosen, 0.0, logps) if skip else logps

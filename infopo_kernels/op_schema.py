@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -32,6 +33,11 @@ _TYPES: dict[Any, str] = {
     list[bool]: "bool[]",
 }
 
+_FIRST_BACKWARD_ONLY = (
+    "is not available through {what}: the fused ops have gradients for backward() and torch.autograd.grad only. Call "
+    "one of these (torch.func.functional_call works with both), or use the plain functions of infopo_kernels.naive."
+)
+
 Inputs = TypeVar("Inputs")
 Results = TypeVar("Results", bound=tuple[Tensor, ...])
 
@@ -43,13 +49,24 @@ class Op(Generic[Inputs, Results]):
         self, name: str, inputs: type[Inputs], results: type[Results], run: Callable[[Inputs], Results]
     ) -> None:
         self._inputs, self._results = inputs, results
+        self.run = run
         self._names = tuple(field.name for field in dataclasses.fields(inputs))  # type: ignore[arg-type]
         self.raw = torch.library.custom_op(
             name, lambda *flat: tuple(run(inputs(*flat))), mutates_args=(), schema=_schema(inputs, results)
         )
 
     def __call__(self, inputs: Inputs) -> Results:
-        return self._results(*self.raw(*self.flat(inputs)))
+        flat = self.flat(inputs)
+        if torch.compiler.is_compiling():
+            return self._results(*self.raw(*flat))
+        _refuse_tangents(flat)
+        try:
+            return self._results(*self.raw(*flat))
+        except RuntimeError as error:
+            if "setup_context" not in str(error):
+                raise
+            why = _FIRST_BACKWARD_ONLY.format(what="torch.func.grad, vjp, jacrev and their kin")
+            raise RuntimeError(f"A derivative {why}") from error
 
     def flat(self, inputs: Inputs) -> tuple[Any, ...]:
         """The op's arguments. `vars(inputs)` is beyond torch.compile of torch 2.10."""
@@ -75,6 +92,16 @@ class Op(Generic[Inputs, Results]):
             return *first, *(None,) * (len(self._names) - len(first))
 
         self.raw.register_autograd(padded, setup_context=setup_context)
+
+
+def _refuse_tangents(flat: tuple[Any, ...]) -> None:
+    """Raise if an argument has a tangent: `torch.library` would drop it, and the derivative would be 0."""
+    if forward_ad._current_level < 0:  # type: ignore[attr-defined]
+        return
+    tensors = (x for x in flat if isinstance(x, Tensor))
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):  # type: ignore[no-untyped-call]
+        what = "torch.func.jvp, jacfwd and forward-mode derivatives"
+        raise RuntimeError(f"A derivative {_FIRST_BACKWARD_ONLY.format(what=what)}")
 
 
 def _schema(inputs: type, results: type) -> str:

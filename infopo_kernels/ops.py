@@ -2,9 +2,13 @@
 
     infopo_kernels::row_segments       cu_seqlens -> sequence of each row; checks the values
     infopo_kernels::scored_tokens      scored tokens of each sequence; checks that there are some
+    infopo_kernels::shared_tokens      the same of sequences whose parts lie on several ranks, which compare their input
     infopo_kernels::logprob            token log-probabilities [N] (and logsumexp), differentiable
     infopo_kernels::logprob_backward   its gradients
     infopo_kernels::linear_preference  an objective's loss and its gradients, formed in the forward pass; differentiable
+
+Each op over a head has a second form, `infopo_kernels::shared_...`, for a head or sequences that ranks share. Its
+schema has one argument more; the ops of one device keep theirs.
 
 Each op finds its backend by name when it runs. This file checks values (on a CPU), `functional` checks shapes.
 """
@@ -12,7 +16,8 @@ Each op finds its backend by name when it runs. This file checks values (on a CP
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +26,9 @@ from torch import Tensor
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport
+from infopo_kernels.distributed import agreement, collectives
+from infopo_kernels.distributed.choice import Work
+from infopo_kernels.distributed.parallel import Call, Parallel, Together
 from infopo_kernels.objectives import InfoPO, Objective, Sequences, from_flat
 from infopo_kernels.op_schema import define
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
@@ -36,15 +44,15 @@ _DOUBLE_BACKWARD = (
 
 
 @torch.library.custom_op("infopo_kernels::row_segments", mutates_args=())
-def row_segments(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """Sequence of each of `num_rows` rows, [N] int64."""
+def row_segments(cu_seqlens: Tensor, num_rows: int, parts: bool = False) -> Tensor:
+    """Sequence of each of `num_rows` rows, [N] int64; with `parts`, a sequence may have no row here."""
     if cu_seqlens.device.type == "cpu":
-        checks.segment_values(cu_seqlens, num_rows)
+        checks.segment_values(cu_seqlens, num_rows, parts=parts)
     return packing.row_segments(cu_seqlens, num_rows)
 
 
 @row_segments.register_fake
-def _(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+def _(cu_seqlens: Tensor, num_rows: int, parts: bool = False) -> Tensor:
     return cu_seqlens.new_empty(num_rows, dtype=torch.int64)
 
 
@@ -59,6 +67,61 @@ def scored_tokens(labels: Tensor, segments: Tensor, num_sequences: int) -> Tenso
 
 @scored_tokens.register_fake
 def _(labels: Tensor, segments: Tensor, num_sequences: int) -> Tensor:
+    return labels.new_empty(num_sequences, dtype=torch.int64)
+
+
+@torch.library.custom_op("infopo_kernels::shared_tokens", mutates_args=())
+def shared_tokens(
+    labels: Tensor,
+    segments: Tensor,
+    is_chosen: Tensor | None,
+    ref_logps: Tensor | None,
+    sequence_weights: Tensor | None,
+    vocabulary: int,
+    num_sequences: int,
+    group: str,
+    same: str,
+) -> Tensor:
+    """Scored tokens of each sequence over all its parts, [S] int64. The first thing that ranks with parts do together:
+    before, they compare what they must pass alike, so that none waits for another.
+
+    Args:
+        labels, segments: [N], of this rank's part; on a CPU labels are checked here, unless `vocabulary` is 0.
+        is_chosen, ref_logps, sequence_weights: [S], alike on all ranks; compared on a CPU.
+        vocabulary: V.
+        num_sequences: S.
+        group: name of the process group.
+        same: what else must be alike, as JSON.
+    """
+    refusal, alike = None, {"number of sequences": num_sequences, **json.loads(same)}
+    if labels.device.type == "cpu":
+        given = {"is_chosen": is_chosen, "ref_logps": ref_logps, "sequence_weights": sequence_weights}
+        alike |= {name: agreement.Values(value) for name, value in given.items()}
+        try:
+            if vocabulary:
+                checks.label_values(labels, vocabulary)
+        except ValueError as error:
+            refusal = error
+    agreement.compare(group, labels.device, alike, {}, refusal)
+    counts = packing.sequence_sums(labels.ne(IGNORE_INDEX), segments, num_sequences)
+    collectives.add_up_(group, counts)
+    if counts.device.type == "cpu":
+        checks.scored_sequences(counts)
+    return counts
+
+
+@shared_tokens.register_fake
+def _(
+    labels: Tensor,
+    segments: Tensor,
+    is_chosen: Tensor | None,
+    ref_logps: Tensor | None,
+    sequence_weights: Tensor | None,
+    vocabulary: int,
+    num_sequences: int,
+    group: str,
+    same: str,
+) -> Tensor:
     return labels.new_empty(num_sequences, dtype=torch.int64)
 
 
@@ -109,10 +172,10 @@ class HeadInputs:
         return Head(hidden, weight, bias, self.softcap, self.scale, limit, self.tail_threshold)
 
     def runner(self) -> Backend:
-        """The backend. Checks the label values before the backend sees them.
+        """This rank's backend.
 
         Raises:
-            ValueError: the backend pools no tail, and a threshold was given.
+            ValueError: it pools no tail, and a threshold was given.
         """
         backend = dispatch.resolve(self.backend, self.hidden.device, self.hidden.dtype)
         if self.tail_threshold > 0 and not backend.tail_block:
@@ -120,9 +183,32 @@ class HeadInputs:
                 f"`tail_threshold={self.tail_threshold}` needs a backend that pools tails, and {backend.name!r} does "
                 f"not; pass tail_threshold=0 for exact gradients, or backend='torch'."
             )
-        if self.labels.device.type == "cpu":
-            checks.label_values(self.labels, self.weight.shape[0])
         return backend
+
+    def check_values(self, vocabulary: int) -> None:
+        """Checks on a CPU what a backend does not."""
+        if self.labels.device.type == "cpu":
+            checks.label_values(self.labels, vocabulary)
+
+    def call(self) -> Call:
+        """For ranks that share a head."""
+        return Call(
+            check=self.check_values,
+            scored=lambda: int((self.labels != IGNORE_INDEX).sum()),
+            same={},
+            same_rows={"hidden.shape[:-1]": len(self.hidden), "labels": agreement.checksum(self.labels)},
+            wanted=[],
+            work=Work(logits=True, known=False, hidden=False, weight=False),
+        )
+
+    def begin(self) -> tuple[Backend, Together | None]:
+        """The backend to compute with, and what the call shares with other ranks. Checks values before."""
+        text: str = getattr(self, "parallel", "")
+        if not text:
+            self.check_values(self.weight.shape[0])
+            return self.runner(), None
+        together = Parallel.from_text(text).begin(self.runner(), self.head(), self.call())
+        return together.backend, together
 
     def no_autocast(self) -> torch.autocast:
         """Turn autocast off: products inside an op keep the types of their inputs."""
@@ -165,15 +251,24 @@ class LogprobResults(NamedTuple):
     """[N] in the accumulator type."""
 
 
+@dataclass
+class SharedHeadInputs(HeadInputs):
+    parallel: str
+    """`Parallel.to_text`."""
+
+
 @define("infopo_kernels::logprob", HeadInputs, LogprobResults)
 def _logprob(inputs: HeadInputs) -> LogprobResults:
-    runner = inputs.runner()
+    runner, together = inputs.begin()
     with inputs.no_autocast():
-        return LogprobResults(*runner.logprob(inputs.head(), inputs.labels))
+        head = inputs.head() if together is None else together.whole_head(inputs.head())
+        return LogprobResults(*runner.logprob(head, inputs.labels))
 
 
-@_logprob.register_fake
-def _(inputs: HeadInputs) -> LogprobResults:
+_shared_logprob = define("infopo_kernels::shared_logprob", SharedHeadInputs, LogprobResults)(_logprob.run)
+
+
+def _fake_logprob(inputs: HeadInputs) -> LogprobResults:
     logp = inputs.hidden.new_empty(inputs.labels.shape, dtype=_accumulator(inputs.hidden))
     return LogprobResults(logp, torch.empty_like(logp))
 
@@ -186,25 +281,49 @@ class LogprobBackwardInputs(HeadInputs):
     wanted: list[bool]
     """Which gradients are wanted: of hidden, weight and bias."""
 
+    def check_values(self, vocabulary: int) -> None:
+        """Nothing: `logprob` has checked them."""
+
+    def call(self) -> Call:
+        work = Work(logits=False, known=False, hidden=self.wanted[0], weight=self.wanted[1])
+        return replace(super().call(), wanted=self.wanted, work=work)
+
+
+@dataclass
+class SharedLogprobBackwardInputs(LogprobBackwardInputs):
+    parallel: str
+
 
 @define("infopo_kernels::logprob_backward", LogprobBackwardInputs, HeadGradients)
 def _logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
-    runner, head = dispatch.resolve(inputs.backend, inputs.hidden.device, inputs.hidden.dtype), inputs.head()
+    runner, together = inputs.begin()
+    head = inputs.head() if together is None else together.whole_head(inputs.head())
     gradients = schedule.zero_gradients(head, schedule.Wanted(*inputs.wanted))
     with inputs.no_autocast():
         row_weight = inputs.row_weight.to(inputs.lse.dtype).contiguous()
         runner.backward(head, inputs.labels, inputs.lse, row_weight, gradients)
+    if together is not None:
+        gradients = together.finish(gradients)
     return HeadGradients.of(gradients, inputs.hidden)
 
 
-@_logprob_backward.register_fake
-def _(inputs: LogprobBackwardInputs) -> HeadGradients:
+_shared_logprob_backward = define(
+    "infopo_kernels::shared_logprob_backward", SharedLogprobBackwardInputs, HeadGradients
+)(_logprob_backward.run)
+
+
+def _fake_logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
     return HeadGradients(*inputs.fake_gradients(inputs.wanted))
+
+
+_logprob_backward.register_fake(_fake_logprob_backward)
+_shared_logprob_backward.register_fake(_fake_logprob_backward)
 
 
 def _save_logprob(ctx: Any, inputs: HeadInputs, results: LogprobResults) -> None:
     ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.labels, results.lse)
     ctx.settings = inputs.softcap, inputs.scale, inputs.backend, inputs.workspace_mib, inputs.tail_threshold
+    ctx.parallel = inputs.parallel if isinstance(inputs, SharedHeadInputs) else None
     ctx.mark_non_differentiable(results.lse)
     ctx.set_materialize_grads(False)
 
@@ -216,17 +335,35 @@ def _differentiate_logprob(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[T
     if grad is None or not any(wanted):
         return ()
     hidden, weight, bias, labels, lse = ctx.saved_tensors
-    head = HeadInputs(hidden, weight, bias, labels, *ctx.settings)
-    results = _logprob_backward(LogprobBackwardInputs(**head.fields(), lse=lse, row_weight=grad, wanted=wanted))
+    head = HeadInputs(hidden, weight, bias, labels, *ctx.settings).fields()
+    more = {"lse": lse, "row_weight": grad, "wanted": wanted}
+    if ctx.parallel is None:
+        results = _logprob_backward(LogprobBackwardInputs(**head, **more))
+    else:
+        shared = SharedLogprobBackwardInputs(**head, **more, parallel=ctx.parallel)
+        results = _shared_logprob_backward(shared)
     return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
 
+_logprob.register_fake(_fake_logprob)
 _logprob.register_autograd(_save_logprob, _differentiate_logprob)
+_shared_logprob.register_fake(_fake_logprob)
+_shared_logprob.register_autograd(_save_logprob, _differentiate_logprob)
 
 
-def logprob(rows: Rows, weight: Tensor, bias: Tensor | None, logit: LogitOptions, kernel: KernelOptions) -> Tensor:
+def logprob(
+    rows: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit: LogitOptions,
+    kernel: KernelOptions,
+    parallel: Parallel | None = None,
+) -> Tensor:
     """Token log-probabilities of rows, [N] in the accumulator type, differentiable."""
-    return _logprob(HeadInputs.of(rows, weight, bias, logit, kernel)).logp
+    inputs = HeadInputs.of(rows, weight, bias, logit, kernel)
+    if parallel is None:
+        return _logprob(inputs).logp
+    return _shared_logprob(SharedHeadInputs(**inputs.fields(), parallel=parallel.to_text())).logp
 
 
 # --- linear_preference ------------------------------------------------------------------------------------------------
@@ -240,7 +377,8 @@ class PreferenceInputs(HeadInputs):
     is_chosen: Tensor
     ref_logps: Tensor
     sequence_weights: Tensor | None
-    num_pairs: float
+    num_pairs: float | None
+    """None: half of the number of sequences. (A number that is traced from it would become a constant of the graph.)"""
     objective: str
     """Name of the objective."""
     options: list[float]
@@ -253,8 +391,32 @@ class PreferenceInputs(HeadInputs):
     def rows(self) -> Rows:
         return Rows(self.hidden, self.labels, self.cu_seqlens, self.segments)
 
+    def check_values(self, vocabulary: int) -> None:
+        super().check_values(vocabulary)
+        if self.hidden.device.type != "cpu":
+            return
+        checks.scored_sequences(self.counts)
+        checks.reference_values(self.ref_logps)
+        if self.sequence_weights is not None:
+            checks.sequence_weight_values(self.sequence_weights)
+        objective = from_flat(self.objective, self.options)
+        if objective.pairwise:
+            checks.pairing_values(self.is_chosen, objective)
+
+    def call(self) -> Call:
+        call, objective = super().call(), from_flat(self.objective, self.options)
+        known = objective.known == "all" or not (self.wanted[1] or self.wanted[2])
+        return replace(
+            call,
+            same={"objective": objective},
+            same_rows={**call.same_rows, "number of sequences": len(self.counts), "num_pairs": self.num_pairs},
+            wanted=self.wanted,
+            work=Work(logits=True, known=known, hidden=self.wanted[0], weight=self.wanted[1]),
+        )
+
     def sequences(self) -> Sequences:
-        return Sequences(self.counts, self.is_chosen, self.ref_logps, self.num_pairs, self.sequence_weights)
+        num_pairs = len(self.counts) / 2 if self.num_pairs is None else self.num_pairs
+        return Sequences(self.counts, self.is_chosen, self.ref_logps, num_pairs, self.sequence_weights)
 
 
 class PreferenceResults(NamedTuple):
@@ -270,26 +432,26 @@ class PreferenceResults(NamedTuple):
     """[3] float64, if wanted: mean and maximum of the pooled mass of a row, share of columns that were kept; else [0].
     """
     hidden_gradient: Tensor
-    """This and the next two as in `HeadGradients`, for an incoming gradient of 1."""
+    """This and the next two as in `HeadGradients`, for an incoming gradient of `lift`."""
     weight_gradient: Tensor
     bias_gradient: Tensor
+    lift: Tensor
+    """[] float32, of float16 gradients (`infopo_kernels.lift`); empty where it is 1."""
+
+
+@dataclass
+class SharedPreferenceInputs(PreferenceInputs):
+    parallel: str
 
 
 @define("infopo_kernels::linear_preference", PreferenceInputs, PreferenceResults)
 def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
-    runner, objective, hidden = inputs.runner(), from_flat(inputs.objective, inputs.options), inputs.hidden
-    if hidden.device.type == "cpu":
-        checks.scored_sequences(inputs.counts)
-        checks.reference_values(inputs.ref_logps)
-        if inputs.sequence_weights is not None:
-            checks.sequence_weight_values(inputs.sequence_weights)
-        if objective.pairwise:
-            checks.pairing_values(inputs.is_chosen, objective)
-    head, wanted = inputs.head(), schedule.Wanted(*inputs.wanted)
-    tail = TailReport.empty(head) if inputs.report_tail else None
+    runner, together = inputs.begin()
+    objective, hidden, head = from_flat(inputs.objective, inputs.options), inputs.hidden, inputs.head()
+    tail, wanted = TailReport.empty(head) if inputs.report_tail else None, schedule.Wanted(*inputs.wanted)
     with inputs.no_autocast():
-        result, gradients = schedule.preference(
-            runner, head, inputs.rows(), inputs.sequences(), objective, wanted, tail
+        result, gradients, lift = schedule.preference(
+            runner, head, inputs.rows(), inputs.sequences(), objective, wanted, together, tail
         )
     return PreferenceResults(
         result.loss.to(_accumulator(hidden)),
@@ -299,12 +461,18 @@ def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
         result.weights,
         result.logps.new_empty(0) if tail is None else tail.summary(),
         *HeadGradients.of(gradients, hidden),
+        hidden.new_empty(0, dtype=torch.float32) if lift is None else lift,
     )
 
 
-@_linear_preference.register_fake
-def _(inputs: PreferenceInputs) -> PreferenceResults:
+_shared_linear_preference = define(
+    "infopo_kernels::shared_linear_preference", SharedPreferenceInputs, PreferenceResults
+)(_linear_preference.run)
+
+
+def _fake_linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     logps, rewards, weights = (inputs.hidden.new_empty(inputs.is_chosen.shape, dtype=torch.float64) for _ in range(3))
+    half = inputs.hidden.dtype == torch.float16
     return PreferenceResults(
         inputs.hidden.new_empty((), dtype=_accumulator(inputs.hidden)),
         inputs.hidden.new_empty((), dtype=torch.float64),
@@ -313,7 +481,22 @@ def _(inputs: PreferenceInputs) -> PreferenceResults:
         weights,
         inputs.hidden.new_empty(3 if inputs.report_tail else 0, dtype=torch.float64),
         *inputs.fake_gradients(inputs.wanted),
+        inputs.hidden.new_empty(() if half and any(inputs.wanted) else 0, dtype=torch.float32),
     )
+
+
+@torch.library.custom_op("infopo_kernels::common_gradient", mutates_args=())
+def _common_gradient(grad: Tensor, parallel: str) -> Tensor:
+    """`grad` [], the gradient of a rank's loss; NaN, and on a CPU an error, if it is another one on another rank.
+
+    dW of a shared head is formed in the forward pass from the rows of all ranks, so that one factor has to serve all.
+    """
+    return Parallel.from_text(parallel).common_gradient(grad)
+
+
+@_common_gradient.register_fake
+def _(grad: Tensor, parallel: str) -> Tensor:
+    return torch.empty_like(grad)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
@@ -330,8 +513,9 @@ def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
 
 
 def _save_preference(ctx: Any, inputs: PreferenceInputs, results: PreferenceResults) -> None:
-    ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient)
+    ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient, results.lift)
     ctx.wanted, ctx.backend = inputs.wanted, inputs.backend
+    ctx.parallel = inputs.parallel if isinstance(inputs, SharedPreferenceInputs) else None
     ctx.name = "linear_infopo_loss" if inputs.objective == InfoPO.name else "linear_preference_loss"
     ctx.mark_non_differentiable(*(result for result in results if result is not results.loss))
     ctx.set_materialize_grads(False)
@@ -341,7 +525,7 @@ def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[
     if torch.is_grad_enabled():
         raise RuntimeError(f"{ctx.name}: {_DOUBLE_BACKWARD}")
     try:
-        saved = ctx.saved_tensors
+        *saved, lift = ctx.saved_tensors
     except RuntimeError as error:
         raise RuntimeError(
             f"{ctx.name}: backward() ran a second time through the same loss. The forward pass formed its gradients, "
@@ -350,10 +534,16 @@ def _differentiate_preference(ctx: Any, grad: Tensor | None, *_: None) -> tuple[
         ) from error
     if grad is None:
         return ()
-    return tuple(_scaled(g, grad, ctx.backend) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
+    if ctx.parallel is not None:
+        grad = _common_gradient(grad, ctx.parallel)
+    factor = grad / lift if lift.numel() else grad
+    return tuple(_scaled(g, factor, ctx.backend) if want else None for g, want in zip(saved, ctx.wanted, strict=True))
 
 
+_linear_preference.register_fake(_fake_linear_preference)
 _linear_preference.register_autograd(_save_preference, _differentiate_preference)
+_shared_linear_preference.register_fake(_fake_linear_preference)
+_shared_linear_preference.register_autograd(_save_preference, _differentiate_preference)
 
 
 def linear_preference(
@@ -361,27 +551,33 @@ def linear_preference(
     weight: Tensor,
     bias: Tensor | None,
     sequences: Sequences,
+    num_pairs: float | None,
     objective: Objective,
     logit: LogitOptions,
     kernel: KernelOptions,
+    parallel: Parallel | None = None,
 ) -> PreferenceResults:
-    """An objective's loss, differentiable, and the values to log; see `schedule.preference`."""
+    """An objective's loss, differentiable, and the values to log; see `schedule.preference`.
+
+    `num_pairs` replaces that of `sequences`; None: half of the number of sequences.
+    """
     assert rows.cu_seqlens is not None
     assert rows.segments is not None
     grad = torch.is_grad_enabled()
-    return _linear_preference(
-        PreferenceInputs(
-            **HeadInputs.of(rows, weight, bias, logit, kernel).fields(),
-            cu_seqlens=rows.cu_seqlens,
-            segments=rows.segments,
-            counts=sequences.counts,
-            is_chosen=sequences.is_chosen,
-            ref_logps=sequences.ref_logps,
-            sequence_weights=sequences.weights,
-            num_pairs=sequences.num_pairs,
-            objective=objective.name,
-            options=objective.to_flat(),
-            wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],
-            report_tail=kernel.report_tail,
-        )
+    inputs = PreferenceInputs(
+        **HeadInputs.of(rows, weight, bias, logit, kernel).fields(),
+        cu_seqlens=rows.cu_seqlens,
+        segments=rows.segments,
+        counts=sequences.counts,
+        is_chosen=sequences.is_chosen,
+        ref_logps=sequences.ref_logps,
+        sequence_weights=sequences.weights,
+        num_pairs=num_pairs,
+        objective=objective.name,
+        options=objective.to_flat(),
+        wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],
+        report_tail=kernel.report_tail,
     )
+    if parallel is None:
+        return _linear_preference(inputs)
+    return _shared_linear_preference(SharedPreferenceInputs(**inputs.fields(), parallel=parallel.to_text()))

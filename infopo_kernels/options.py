@@ -9,6 +9,10 @@ from typing import Final
 IGNORE_INDEX: Final = -100
 """Label of an unscored row inside the library; the public functions translate `ignore_index` to it."""
 
+ELSEWHERE: Final = -(1 << 62)
+"""Label, inside the library, of a scored row whose label lies in another rank's part of the vocabulary. A number that
+no caller passes by mistake."""
+
 BACKENDS: Final = ("auto", "cpp", "triton", "torch")
 """Names that `backend` accepts."""
 
@@ -23,7 +27,7 @@ def require_finite(name: str, value: float) -> None:
     """Raise unless `value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__} {value!r}; pass a Python float.")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile does not trace math.isfinite of a symbolic number
         raise ValueError(f"`{name}` must be finite, got {value}.")
 
 

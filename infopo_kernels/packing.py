@@ -35,9 +35,9 @@ def row_segments(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
     return segments.clamp_(max=len(cu_seqlens) - 2)
 
 
-def bounds_hold(cu_seqlens: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Whether `cu_seqlens` starts at 0, increases, and ends at N: [] bool, on its device."""
-    steps = (cu_seqlens[1:] > cu_seqlens[:-1]).all()
+def bounds_hold(cu_seqlens: torch.Tensor, num_rows: int, *, parts: bool = False) -> torch.Tensor:
+    """Whether `cu_seqlens` starts at 0, increases (with `parts`: does not decrease), and ends at N: [] bool."""
+    steps = (cu_seqlens[1:] - cu_seqlens[:-1] >= (0 if parts else 1)).all()
     return steps & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_rows)
 
 
@@ -61,7 +61,7 @@ def padded_rows(hidden: torch.Tensor, labels: torch.Tensor, *, shift: bool, igno
     S, T = labels.shape
     y = _own_ignore_index(labels, ignore_index)
     if shift:
-        y = torch.nn.functional.pad(y[:, 1:], (0, 1), value=IGNORE_INDEX)
+        y = _next_labels(y)
     sequence = torch.arange(S, device=labels.device)
     cu_seqlens = torch.arange(S + 1, device=labels.device) * T
     segments = sequence[:, None].expand(S, T).reshape(-1)
@@ -76,19 +76,30 @@ def packed_rows(
     *,
     shift: bool,
     ignore_index: int,
+    parts: bool = False,
 ) -> Rows:
-    """Packed rows with their sequences from `row_segments`; `shift` as in `padded_rows`, inside each sequence."""
+    """Packed rows with their sequences from `row_segments`; `shift` as in `padded_rows`, inside each sequence.
+
+    With `parts` the rows are parts of sequences, and a sequence may have none.
+    """
     y = _own_ignore_index(labels, ignore_index).reshape(-1)
     if shift:
-        y = torch.nn.functional.pad(y[1:], (0, 1), value=IGNORE_INDEX)
+        y = _next_labels(y)
         if segments is not None:  # the last row of a sequence does not predict the first token of the next
             follows = torch.nn.functional.pad(segments[1:] == segments[:-1], (0, 1), value=False)
             y = torch.where(follows, y, IGNORE_INDEX)
     if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
         # Nobody could check the bounds without waiting for the device: wrong ones make every label one that no
         # vocabulary has, whose log-probability is NaN.
-        y = torch.where(bounds_hold(cu_seqlens, len(y)), y, -1)
+        y = torch.where(bounds_hold(cu_seqlens, y.shape[0], parts=parts), y, -1)
     return Rows(hidden.reshape(-1, hidden.shape[-1]), y.contiguous(), cu_seqlens, segments)
+
+
+def _next_labels(y: torch.Tensor) -> torch.Tensor:
+    """The label of the next row in the last dimension, which may be empty; IGNORE_INDEX for the last row."""
+    following = torch.full_like(y, IGNORE_INDEX)
+    following[..., :-1] = y[..., 1:]
+    return following
 
 
 def _own_ignore_index(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:

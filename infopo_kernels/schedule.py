@@ -32,6 +32,12 @@ If all rows can be kept, they are, and everything takes 3 products at most. A 16
 float32 copy of it fits half of the workspace. With every weight known, a 16-bit dW may take a fourth product
 (`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen head. `linear_logps` and a loss
 by hand take 4, and 3 with a frozen head.
+
+float16 gradients are formed relative to a scale of their own (`infopo_kernels.lift`).
+
+Where ranks share a head, the lse of the whole vocabulary is known only after they have met. So every weight counts as
+unknown there: logprob on all, then backward on live rows, with two meetings. Rows that travel are the exception: they
+take the ways above, because a row whose weight is known travels once. So does a head that is gathered.
 """
 
 from __future__ import annotations
@@ -42,6 +48,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport
+from infopo_kernels.distributed.parallel import Together
+from infopo_kernels.lift import Lift
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.objectives import evaluate as evaluate_in_pytorch
 from infopo_kernels.objectives.base import weighted
@@ -82,73 +90,123 @@ def preference(
     sequences: Sequences,
     objective: Objective,
     wanted: Wanted,
+    together: Together | None = None,
     tail: TailReport | None = None,
-) -> tuple[Evaluation, Gradients]:
-    """The value of the objective for a batch, and the gradients of its loss. Fills `tail`, if it is given."""
+) -> tuple[Evaluation, Gradients, torch.Tensor | None]:
+    """The value of the objective for a batch, the gradients of its loss, and the factor that they carry (`Lift`).
+
+    `together`, if given, is what the call shares with other ranks; `backend` is its backend then. Fills `tail`, if it
+    is given.
+    """
+    if together is not None:
+        head = together.whole_head(head)
+        result, gradients, factor = _preference(backend, head, rows, sequences, objective, wanted, together, tail)
+        return result, together.finish(gradients), factor
+    return _preference(backend, head, rows, sequences, objective, wanted, None, tail)
+
+
+def _preference(
+    backend: Backend,
+    head: Head,
+    rows: Rows,
+    sequences: Sequences,
+    objective: Objective,
+    wanted: Wanted,
+    together: Together | None,
+    tail: TailReport | None,
+) -> tuple[Evaluation, Gradients, torch.Tensor | None]:
     if objective.pairwise:
         sequences = sequences.paired()
 
     def evaluate(logp: torch.Tensor) -> Evaluation:
+        if together is not None and together.parts_of_sequences:
+            return evaluate_in_pytorch(objective, logp, rows, sequences, together.whole_sequences)
         result = backend.objective(objective, logp, rows, sequences)
         return evaluate_in_pytorch(objective, logp, rows, sequences) if result is None else result
 
     if not (wanted.hidden or wanted.weight or wanted.bias):
-        return evaluate(backend.logprob(head, rows.labels)[0]), Gradients(None, None, None)
+        return evaluate(backend.logprob(head, rows.labels)[0]), Gradients(None, None, None), None
 
-    if objective.known != "all" and not (wanted.weight or wanted.bias):
+    lift = Lift(head, rows.labels, None if together is None else together.bounds)
+
+    alone = together is None or together.own_backend
+    at_once = together is None or together.known_weights_pay
+    known = objective.known if at_once else "none"
+    if at_once and known != "all" and not (wanted.weight or wanted.bias):
         gradients = zero_gradients(head, wanted)
-        assert gradients.hidden is not None
         into = replace(gradients, tail=tail)
-        return _unit_hidden_gradient(backend, head, rows.labels, into, evaluate)[0], gradients
+        result, _, _, factor = _unit_hidden_gradient(backend, head, rows.labels, into, evaluate, lift)
+        return result, gradients, factor
 
     gradients = replace(zero_gradients(head, replace(wanted, weight=False)), tail=tail)
     if wanted.weight:  # not zeroed here: it may hold logits first
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
-        if objective.known != "all" and backend.kept_rows(head, empty) >= len(rows.labels):
-            return _every_row_kept(backend, head, rows.labels, gradients, evaluate), gradients
-    into, head = _accumulators(head, gradients)
-    if objective.known == "all":
-        known = _known_row_weights(head, rows, sequences, objective)
-        result = _every_weight_known(backend, head, rows.labels, known, into, evaluate)
-    elif objective.known == "some" and _adds_up(head, into):
-        known = _known_row_weights(head, rows, sequences, objective)
-        result = _some_weights_known(backend, head, rows.labels, known, into, evaluate)
+        # Parts of sequences: every rank has to ask for as many sums, however many rows it has.
+        as_many = objective.known == "none" or together is None or not together.parts_of_sequences
+        if known != "all" and as_many and backend.kept_rows(head, empty) >= len(rows.labels):
+            result, factor = _every_row_kept(backend, head, rows.labels, gradients, evaluate, lift)
+            return result, gradients, factor
+    # Sizes of parts and numbers of rows differ between ranks, and all have to make the same calls of a shared backend.
+    into, head = _accumulators(head, gradients) if alone else (gradients, head)
+    if known == "all":
+        weights = _known_row_weights(head, rows, sequences, objective)
+        result, factor = _every_weight_known(backend, head, rows.labels, weights, into, evaluate, lift)
+    elif known == "some" and _adds_up(head, into):
+        weights = _known_row_weights(head, rows, sequences, objective)
+        result, factor = _some_weights_known(backend, head, rows.labels, weights, into, evaluate, lift)
     else:
-        result = _no_weight_known(backend, head, rows.labels, into, evaluate)
+        result, factor = _no_weight_known(backend, head, rows.labels, into, evaluate, lift, alone=alone)
     if gradients.weight is not None and into.weight is not None and into.weight is not gradients.weight:
         gradients.weight.copy_(into.weight)
-    return result, gradients
+    return result, gradients, factor
 
 
 Evaluate = Callable[[torch.Tensor], Evaluation]
 """The objective from token log-probabilities [N]."""
 
+Lifted = tuple[Evaluation, torch.Tensor | None]
+"""The objective, and the factor of the gradients (`Lift`)."""
+
 
 def _every_weight_known(
-    backend: Backend, head: Head, labels: torch.Tensor, known: torch.Tensor, into: Gradients, evaluate: Evaluate
-) -> Evaluation:
+    backend: Backend,
+    head: Head,
+    labels: torch.Tensor,
+    known: torch.Tensor,
+    into: Gradients,
+    evaluate: Evaluate,
+    lift: Lift,
+) -> Lifted:
     decided = known != 0  # NaN is not 0
     if into.weight is not None:
         into.weight.zero_()
-    logp, _ = backend.logprob_and_grad(head, torch.where(decided, labels, IGNORE_INDEX), known, into)
-    return evaluate(logp.add_(backend.logprob(head, torch.where(decided, IGNORE_INDEX, labels))[0]))
+    c, factor = lift(known, into)
+    logp, _ = backend.logprob_and_grad(head, torch.where(decided, labels, IGNORE_INDEX), c, into)
+    return evaluate(logp.add_(backend.logprob(head, torch.where(decided, IGNORE_INDEX, labels))[0])), factor
 
 
 def _every_row_kept(
-    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate
-) -> Evaluation:
+    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate, lift: Lift
+) -> Lifted:
     """Two calls and no list of which row goes where: half of the launches of a small batch, which they take longer to
     start than to run."""
     logp, lse = backend.logprob(head, labels, into.weight)
     result = evaluate(logp)
-    backend.backward(head, labels, lse, result.row_weight, into, labels)
-    return result
+    c, factor = lift(result.row_weight, into)
+    backend.backward(head, labels, lse, c, into, labels)
+    return result, factor
 
 
 def _some_weights_known(
-    backend: Backend, head: Head, labels: torch.Tensor, known: torch.Tensor, into: Gradients, evaluate: Evaluate
-) -> Evaluation:
+    backend: Backend,
+    head: Head,
+    labels: torch.Tensor,
+    known: torch.Tensor,
+    into: Gradients,
+    evaluate: Evaluate,
+    lift: Lift,
+) -> Lifted:
     decided = known.abs() > 0  # neither 0 nor NaN
     later = torch.where(decided, labels, IGNORE_INDEX)
     slots = _kept_rows(backend, head, into.weight)
@@ -159,25 +217,35 @@ def _some_weights_known(
         later = torch.where(kept != IGNORE_INDEX, IGNORE_INDEX, later)
     logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
     # The log-probabilities of decided rows may still be missing here; the weights of undecided rows do not need them.
-    backend.backward(head, first, lse, evaluate(logp).row_weight, into, kept)
-    return evaluate(logp.add_(backend.logprob_and_grad(head, later, known, into)[0]))
+    c, factor = lift(evaluate(logp).row_weight, into)
+    backend.backward(head, first, lse, c, into, kept)
+    known = known if factor is None else known * factor
+    return evaluate(logp.add_(backend.logprob_and_grad(head, later, known, into)[0])), factor
 
 
 def _no_weight_known(
-    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate
-) -> Evaluation:
+    backend: Backend,
+    head: Head,
+    labels: torch.Tensor,
+    into: Gradients,
+    evaluate: Evaluate,
+    lift: Lift,
+    *,
+    alone: bool,
+) -> Lifted:
     slots = _kept_rows(backend, head, into.weight)
-    if into.hidden is not None and not _adds_up(head, into) and hidden_gradient_apart(head, slots):
+    if alone and into.hidden is not None and not _adds_up(head, into) and hidden_gradient_apart(head, slots):
         assert into.weight is not None
-        result, lse = _unit_hidden_gradient(backend, head, labels, into, evaluate)
+        result, c, lse, factor = _unit_hidden_gradient(backend, head, labels, into, evaluate, lift)
         into.weight.zero_()
-        backend.backward(head, labels, lse, result.row_weight, replace(into, hidden=None))
-        return result
+        backend.backward(head, labels, lse, c, replace(into, hidden=None))
+        return result, factor
     kept = _first_rows(slots, labels) if slots else None
     logp, lse = _logprob_keeping(backend, head, labels, kept, into.weight)
     result = evaluate(logp)
-    backend.backward(head, labels, lse, result.row_weight, into, kept)
-    return result
+    c, factor = lift(result.row_weight, into)
+    backend.backward(head, labels, lse, c, into, kept)
+    return result, factor
 
 
 def _known_row_weights(head: Head, rows: Rows, sequences: Sequences, objective: Objective) -> torch.Tensor:
@@ -219,19 +287,21 @@ def _logprob_keeping(
 
 
 def _unit_hidden_gradient(
-    backend: Backend,
-    head: Head,
-    labels: torch.Tensor,
-    into: Gradients,
-    evaluate: Evaluate,
-) -> tuple[Evaluation, torch.Tensor]:
-    """The objective and lse. Forms dX for row weights of 1, and scales it when the objective knows the weights."""
+    backend: Backend, head: Head, labels: torch.Tensor, into: Gradients, evaluate: Evaluate, lift: Lift
+) -> tuple[Evaluation, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The objective, the row weights for the other gradients, lse, and the factor of all gradients.
+
+    Forms dX for row weights of 1, and scales it when the objective knows the weights.
+    """
     assert into.hidden is not None
+    hidden = replace(into, weight=None, bias=None)
     ones = torch.ones(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
-    logp, lse = backend.logprob_and_grad(head, labels, ones, replace(into, weight=None, bias=None))
+    ones, unit = lift(ones, hidden)
+    logp, lse = backend.logprob_and_grad(head, labels, ones, hidden)
     result = evaluate(logp)
-    backend.scale_(into.hidden, result.row_weight)
-    return result, lse
+    c, factor = lift(result.row_weight, into, unit)
+    backend.scale_(into.hidden, c if unit is None else c / unit)
+    return result, c, lse, factor
 
 
 def _accumulators(head: Head, gradients: Gradients) -> tuple[Gradients, Head]:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from infopo_kernels.backends import cpp
 from infopo_kernels.backends.base import Head
-from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 
 HALF_STEP = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Largest relative error of one rounding to the type."""
@@ -88,7 +88,9 @@ def error_budget(
     b = torch.zeros(V, dtype=torch.float64) if head.bias is None else head.bias.detach().double()
     c = c[scored].double()[:, None]
     c_error = torch.zeros_like(c) if c_error is None else c_error[scored].double()[:, None]
-    own = torch.nn.functional.one_hot(y, V).double()
+    here = (y != ELSEWHERE)[:, None]
+    y = y.where(here[:, 0], 0)
+    own = torch.where(here, torch.nn.functional.one_hot(y, V).double(), 0.0)
 
     a = x @ w.T + b
     masked = a == -torch.inf  # a bias of -inf removes an entry exactly
@@ -109,6 +111,7 @@ def error_budget(
     dlse = torch.maximum((z + dz + depth).logsumexp(1, True) - lse, lse - (z - dz - depth).logsumexp(1, True))
     dlse = dlse + 32 * u + 4 * u * lse.abs()
     l, dz_y = (v.gather(1, y[:, None]) for v in (log_p, dz))  # noqa: E741
+    l, dz_y = torch.where(here, l, -lse), torch.where(here, dz_y, 0.0)  # noqa: E741
     dl = dz_y + dlse + 2 * u * torch.where(l.isinf(), 0.0, l).abs()
 
     e = torch.where(masked, 0.0, dz + dlse + u * log_p.abs() + 8 * u)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infopo_kernels.backends.base import Head
-from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 
 
 @dataclass
@@ -31,7 +31,8 @@ def plain(head: Head, labels: Tensor, c: Tensor) -> Plain:
     a = x @ w.T + b
     z = head.scale * (a if head.softcap is None else head.softcap * torch.tanh(a / head.softcap))
     lse = z.logsumexp(1)
-    picked = z.gather(1, labels[scored][:, None]).squeeze(1)
+    here = labels[scored] != ELSEWHERE  # the logit of a label in another part of the vocabulary counts as 0
+    picked = torch.where(here, z.gather(1, labels[scored].where(here, 0)[:, None]).squeeze(1), 0.0)
     # the gradient of c (z_y - lse), without forming that product: 0 times -inf would be NaN
     weights = c[scored].double()
     torch.autograd.backward([picked, lse], [weights, -weights])

@@ -183,7 +183,7 @@ def make(case: Case, dtype: torch.dtype) -> Inputs:
 def logps_truth(inputs: Inputs, reduction: str) -> Tensor:
     """Log-probabilities with materialised logits."""
     case = inputs.case
-    bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
+    bounds = {"cu_seqlens": inputs.layout.get("cu_seqlens")}
     with torch.no_grad():
         return naive.linear_logps(
             **inputs.fresh(torch.float64), labels=inputs.labels, **bounds, shift=case.shift, reduction=reduction,
@@ -225,7 +225,7 @@ def fused(inputs: Inputs, backend: str, device: str = "cpu", **kernel: Any) -> R
 def fused_logps(inputs: Inputs, reduction: str, backend: str, device: str = "cpu", **kernel: Any) -> Result:
     """`linear_logps` of a case, weighted so that every entry has its own gradient."""
     case, there, leaves = inputs.case, inputs.moved(device), inputs.fresh(device=device)
-    bounds = {"cu_seqlens": there.layout["cu_seqlens"]} if there.layout else {}
+    bounds = {"cu_seqlens": there.layout.get("cu_seqlens")}
     logps = linear_logps(
         **leaves, labels=there.labels, **bounds, shift=case.shift, reduction=reduction,
         ignore_index=case.ignore_index, **vars(case.logit), backend=backend, **kernel,
@@ -249,10 +249,21 @@ class Truth(Result):
 
     @property
     def largest_factor(self) -> float:
-        """Allowed error from the factors that multiply a gradient after its rounding."""
+        """Largest factor of a gradient after its first rounding.
+
+        float16 gradients are rounded where the largest possible one is above 2^14 (`infopo_kernels.lift`).
+        """
         assert self.rows is not None
-        c = self.rows[2]
-        return max(abs(self.factor), float(c.abs().max()) if len(c) else 0.0)
+        head, _, c, _ = self.rows
+        if self.dtype != torch.float16:
+            return max(abs(self.factor), float(c.abs().max()) if len(c) else 0.0)
+        size = abs(head.scale) * c.abs()
+        bounds = {
+            "hidden": 2 * float(size.max()) * float(head.weight.abs().max()),
+            "weight": float((size * head.hidden.double().abs().amax(1)).sum()),
+            "bias": float(size.sum()),
+        }
+        return max(bounds[name] for name, gradient in self.gradients.items() if gradient is not None) / 2**14
 
     def budgets(self, operand: float) -> dict[str, Tensor]:
         """Allowed errors of the gradients."""
@@ -278,7 +289,7 @@ def plain(inputs: Inputs) -> Truth:
 def plain_logps(inputs: Inputs, reduction: str) -> Truth:
     """Naive log-probabilities, with the weights of `fused_logps`."""
     case = inputs.case
-    bounds = {"cu_seqlens": inputs.layout["cu_seqlens"]} if inputs.layout else {}
+    bounds = {"cu_seqlens": inputs.layout.get("cu_seqlens")}
 
     def logps(leaves: dict[str, Tensor | None]) -> Tensor:
         return naive.linear_logps(
@@ -351,8 +362,8 @@ def assert_result(got: Result, truth: Truth) -> None:
             continue
         assert other is not None, f"gradient of {name} is missing"
         # Each is rounded once when stored; dX of a frozen head (formed for weights of 1) is then scaled row by row;
-        # then all are scaled by the factor.
-        roundings = 1 + (name == "hidden") + (truth.factor != 1)
+        # then all are scaled by the factor, and float16 ones by their lift even if the factor is 1.
+        roundings = 1 + (name == "hidden") + (truth.factor != 1 or truth.dtype == torch.float16)
         limit = allowed[name].reshape(gradient.shape)
         assert_within(f"gradient of {name}", other, gradient, limit, roundings, largest)
 

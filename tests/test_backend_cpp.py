@@ -346,6 +346,18 @@ def test_pairs_serve_bfloat16_alone(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert isa(torch.float32) == isa(torch.float16) == "avx512"
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_products_of_torch_on_the_same_thread_are_as_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both may use the tile registers, whose shape is the state of a thread."""
+    force_isa(name, monkeypatch)
+    problem, g = Problem(70, 96, 397, torch.bfloat16), torch.Generator().manual_seed(1)
+    a, b = torch.randn(96, 160, generator=g).bfloat16(), torch.randn(160, 70, generator=g).bfloat16()
+    before = a @ b
+    problem.assert_right(problem.run(True, WANTED[0], torch.bfloat16))
+    assert torch.equal(a @ b, before)
+    problem.assert_right(problem.run(True, WANTED[0], torch.bfloat16))
+
+
 def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFOPO_KERNELS_CPU_ISA", "sse9")
     with pytest.raises(ValueError, match="INFOPO_KERNELS_CPU_ISA=sse9"):

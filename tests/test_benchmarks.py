@@ -478,6 +478,7 @@ LEVELS = {
     "compare": 5,
     "parts.cpu_targets": 5,
     "parts.long_context_training": 5,
+    "parts.distributed": 5,
     "parts.packing": 5,
     "parts.tuning_sweep": 5,
     "gpu": 5,

@@ -1,4 +1,4 @@
-"""Infinities, masked entries and logits of any size, for the three primitives of every backend for a CPU."""
+"""Infinities, masked entries and logits of any size for the primitives of every backend for a CPU; no rows at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from infopo_kernels import DPO, SFT, InfoPO, SimPO, linear_logps, naive
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Backend, Gradients, Head
-from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.objectives import Objective
+from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from tests import support
 from tests.budget import assert_within, error_budget, operand_rounding
 from tests.primitives import plain
@@ -103,6 +105,18 @@ def test_negative_scale(backend: Backend, dtype: torch.dtype, softcap: float | N
     assert_right(backend, *make(dtype, softcap, scale))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("rows", [[2, 5, 11], range(N)], ids=["some", "all"])
+def test_labels_in_another_part_of_the_vocabulary(
+    backend: Backend, dtype: torch.dtype, softcap: float | None, rows: list[int]
+) -> None:
+    """l = -lse, and no entry of the gradient has the part of a label."""
+    head, labels, c = make(dtype, softcap, 1.3)
+    elsewhere = torch.isin(torch.arange(N), torch.tensor([*rows])) & (labels != IGNORE_INDEX)
+    assert_right(backend, head, torch.where(elsewhere, ELSEWHERE, labels), c)
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("where", ["hidden", "weight", "bias", "every bias"])
@@ -145,6 +159,20 @@ def test_logits_of_any_size(backend: Backend, dtype: torch.dtype, size: float) -
     assert_right(backend, head, labels, c)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_probability_never_exceeds_1(backend: Backend, dtype: torch.dtype) -> None:
+    """lse may come out smaller than the largest logit: another order of sums, another rounding. Here it is, by much."""
+    head, labels, c = make(dtype)
+    head.weight.mul_(1e3)
+    _, lse = backend.logprob(head, labels)
+    to = Gradients(torch.zeros_like(head.hidden), torch.zeros(V, H), torch.zeros(V))
+    backend.backward(head, labels, lse - 20, c, to)
+    sound = labels != IGNORE_INDEX
+    assert to.bias is not None
+    # Every p is at most 1: exp(20) times more without the bound.
+    assert to.bias.abs().max() <= 2 * c[sound].abs().sum()
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_weight_of_zero_known_beforehand_assigns_zeros(backend: Backend, weight_dtype: torch.dtype) -> None:
     """`logprob_and_grad` assigns each scored row of dX, on every way."""
@@ -155,3 +183,61 @@ def test_a_weight_of_zero_known_beforehand_assigns_zeros(backend: Backend, weigh
         backend.logprob_and_grad(head, labels, c, Gradients(dX, weight, None))
         assert dX[4].eq(0).all()
         assert dX.isnan().any(1).nonzero().tolist() == [[3]], "the row that is not scored"
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[*support.CPU_BACKENDS, "triton"])
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "triton":
+        pytest.importorskip("tests.triton_support")
+        return "triton"
+    return support.use_backend(request.param, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of lanes that Triton masks
+@pytest.mark.parametrize("shift", [False, True])
+def test_no_rows_and_no_tokens(shift: bool, name: str) -> None:
+    hidden, weight, labels = torch.randn(4, 7, H), torch.randn(V, H), torch.zeros(4, 7, dtype=torch.int64)
+    for S, T in ((0, 7), (4, 0), (0, 0)):
+        x = hidden[:S, :T].requires_grad_()
+        logps = linear_logps(x, weight, labels[:S, :T], shift=shift, backend=name)
+        assert logps.shape == (S, T)
+        logps.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+    packed = linear_logps(hidden[0, :0], weight, labels[0, :0], shift=shift, backend=name)
+    assert packed.shape == (0,)
+    assert linear_logps(hidden[:0], weight, labels[:0], shift=shift, reduction="mean", backend=name).shape == (0,)
+    with pytest.raises(ValueError, match=r"`labels` must score at least one token.*none in sequence 0"):
+        linear_logps(hidden[:, :0], weight, labels[:, :0], shift=shift, reduction="sum", backend=name)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of lanes that Triton masks
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("hidden",)], ids="+".join)
+@pytest.mark.parametrize(
+    "objective", [InfoPO(), InfoPO(sft_weight=0.5, max_log_weight=1.0), SFT(), DPO(), SimPO()], ids=str
+)
+@pytest.mark.parametrize("half", ["chosen", "rejected"])
+def test_a_label_that_the_bias_removes(half: str, objective: Objective, trained: tuple[str, ...], name: str) -> None:
+    """A chosen response that is impossible costs an infinite loss, a rejected one a finite loss; no gradient is NaN."""
+    case = support.Case("removed", bias=True, objective=objective, trained=trained, reference=False)
+    inputs = support.make(case, torch.float32)
+    bias = inputs.tensors["bias"]
+    assert bias is not None
+    inputs.labels[inputs.labels == 3] = 4
+    inputs.labels[0 if half == "chosen" else 2, 5] = 3
+    bias[3] = -torch.inf
+    got, leaves = support.fused(inputs, backend=name), inputs.fresh(torch.float64)
+    truth = naive.linear_preference_loss(**leaves, labels=inputs.labels, objective=objective)  # type: ignore[arg-type]
+    assert truth.isposinf() == (half == "chosen")
+    torch.testing.assert_close(got.loss.double(), truth.detach(), rtol=1e-5, atol=1e-6)
+    truth.backward()
+    for key in trained:
+        own, right = got.gradients[key], leaves[key]
+        assert own is not None
+        assert right is not None
+        assert right.grad is not None
+        assert right.grad.isfinite().all()
+        torch.testing.assert_close(own.double(), right.grad, rtol=1e-3, atol=1e-6)

@@ -305,6 +305,30 @@ def test_no_reference_is_never_silently_reference_free(tmp_path: Path) -> None:
     assert first_log(trainer(tmp_path, reference_free=True, infopo=InfoPO(average=True)))["rewards/chosen"] < 0
 
 
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+@pytest.mark.parametrize("what", ["train", "evaluate", "evaluate by name", "predict"])
+@pytest.mark.parametrize("table", [True, False])
+def test_rows_of_text_are_refused_by_name(what: str, table: bool, remove_unused_columns: bool, tmp_path: Path) -> None:
+    rows: Any = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    if table:
+        rows = pytest.importorskip("datasets").Dataset.from_list(rows)
+    run = trainer(
+        tmp_path, made=rows if what == "train" else None, reference_free=True, eval_dataset={"held_out": rows},
+        args={"remove_unused_columns": remove_unused_columns},
+    )  # fmt: skip
+    name = "train" if what == "train" else "test" if what == "predict" else "eval"
+    call, given = what.partition(" ")[0], [] if what in ("train", "evaluate by name") else [rows]
+    with pytest.raises(ValueError, match=rf"`{name}_dataset` must hold features.*\(prompt, chosen, rejected\).*make"):
+        getattr(run, call)(*given)
+
+
+def test_without_a_collator_pairs_are_padded(tmp_path: Path) -> None:
+    options = {"reference_free": True, "infopo": InfoPO(average=True)}
+    given = first_log(trainer(tmp_path, **options))
+    run = PreferenceTrainer(tiny_model(), arguments(tmp_path), train_dataset=features(), **options)
+    assert first_log(run)["loss"] == given["loss"]
+
+
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from infopo_kernels.commands import cli  # noqa: E402
 from infopo_kernels.commands.demo.word_problems import word_problems  # noqa: E402
+from infopo_kernels.integrations.randomness import random_parts  # noqa: E402
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer  # noqa: E402
 from tests.test_integrations_checks import plain_loss, unequal  # noqa: E402
 from tests.training_fixtures import byte_tokenizer, save_tiny_model, tiny_model, write_pairs  # noqa: E402
@@ -401,3 +402,15 @@ def test_what_the_model_cannot_take_is_refused_before_a_step(tmp_path: Path) -> 
     given = {"train_dataset": dataset(4), "processing_class": byte_tokenizer()}
     with pytest.raises(ValueError, match=r"pair 0, .* tokens, and the model has learned positions for 64"):
         InfoPOTrainer(str(learned), args=config(tmp_path), **given)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_disable_dropout_switches_off_what_it_says(tmp_path: Path, off: bool) -> None:
+    """Dropout of attention is a number, not a module, so that TRL's own switch passes it by."""
+    trainer = InfoPOTrainer(
+        tiny_model(attention_dropout=0.1),
+        args=config(tmp_path, disable_dropout=off, reference_free=True, model_init_kwargs=None),
+        train_dataset=dataset(4),
+        processing_class=byte_tokenizer(),
+    )
+    assert bool(random_parts(trainer.model)) is not off

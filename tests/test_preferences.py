@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,28 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}\n')
     with pytest.raises(PreferenceError, match="line 2: byte 12 is not UTF-8"):
+        read_preferences(path)
+
+
+ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("pairs.csv", b"prompt,chosen,rejected\na,b,c\n", r"table of separated values.*from_csv"),
+        ("pairs.txt", b'"prompt"\t"chosen"\t"rejected"\na\tb\tc\n', r"table of separated values.*from_csv"),
+        ("pairs.jsonl.gz", gzip.compress(ROW.encode()), r"compressed with gzip; unpack it"),
+        ("pairs.jsonl", gzip.compress(ROW.encode()), r"compressed with gzip; unpack it"),
+        ("pairs.zip", b"PK\x03\x04rest", r"zip archive; unpack it"),
+        ("pairs.parquet", b"PAR1rest", r"Parquet.*from_parquet"),
+        ("pairs.json", f"[\n  {ROW},\n  {ROW}\n]\n".encode(), r"one JSON array; write one JSON object a line"),
+    ],
+)
+def test_other_formats_are_named(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(PreferenceError, match=rf"{re.escape(str(path))}: is .*{reason}"):
         read_preferences(path)
 
 

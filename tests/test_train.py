@@ -318,3 +318,9 @@ def test_the_last_checkpoint_is_one_that_is_whole(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path, 1) == one
     assert last_checkpoint(tmp_path, 2) == two
     assert last_checkpoint(tmp_path, 4) == tmp_path / "checkpoint-11", "none has four random states"
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl.gz", "pairs.parquet"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name: str, model: Path, tmp_path: Path, capsys: Any) -> None:
+    assert train(model, tmp_path / name, tmp_path / "out") == 2
+    assert "no such file" in capsys.readouterr().err

@@ -68,23 +68,31 @@ def test_every_access_is_inside_with_chunks() -> None:
         run_everything(ODD, torch.bfloat16, 20_000)
 
 
+@pytest.mark.usefixtures("described")
+def test_every_access_is_inside_by_descriptors() -> None:
+    """Aligned rows, as descriptors want them, and nothing else aligned."""
+    with ts.checked_addresses() as spaces, ts.FreshMemory():
+        run_everything(Problem("described", n=35, h=48, v=75, bias=True, softcap=5.0), torch.float16, ts.WORKSPACE)
+    assert spaces.loads > 20
+
+
 # --- the check itself: a kernel with one mask dropped must be caught -------------------------------------------------
 
 MUTATIONS: list[tuple[Any, str, str, str]] = [
     (rows, "live_rows_kernel", "inside = offs_n < N", "inside = offs_n >= 0"),
-    (logprob, "logprob_kernel", "row_ok = offs_n < count", "row_ok = offs_n >= 0"),
+    (logprob, "logprob_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (logprob, "merge_kernel", "(offs_s < parts)[:, None] & row_ok", "(offs_s >= 0)[:, None] & row_ok"),
     (softmax_tile, "normalise_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
-    (softmax_tile, "softmax_tile_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
+    (softmax_tile, "softmax_block", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (softmax_tile, "store_softmax_part", "tl.where(part < num_parts, C, 0)", "C"),
     (kept, "kept_rows_kernel", "inside = offs_n < N", "inside = offs_n >= 0"),
-    (kept, "kept_rows_kernel", "mask=live & (label >= 0) & (label < V)", "mask=inside"),
+    (kept, "kept_rows_kernel", "mask=live & known", "mask=inside"),
     (kept, "kept_gradient_kernel", "tl.where(part < parts, here, 0)", "here"),
     (kept, "kept_gradient_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
-    (gradient_tile, "gradient_tile_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
+    (gradient_tile, "gradient_block", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (hidden_product, "hidden_product_kernel", "(offs_v < end - v)[:, None] & ", ""),
     (hidden_product, "store_hidden_kernel", "(offs_h < H)", "(offs_h >= 0)"),
-    (weight_product, "gather_rows_kernel", "(offs_h < H)", "(offs_h >= 0)"),
+    (rows, "gather_rows_kernel", "(offs_h < H)", "(offs_h >= 0)"),
     (weight_product, "weight_product_kernel", "row_ok = offs_n < here - n", "row_ok = offs_n >= 0"),
     (weight_product, "store_weight_part", "(offs_v < columns)", "(offs_v >= 0)"),
 ]
@@ -206,7 +214,7 @@ def test_dw_beyond_two_to_the_31() -> None:
     v, h, n = 4_200_001, 1025, 3
     launch, live = _launch(n, h, 16), _live(n, 0, 1, 2)
     g = torch.ones(n, math.ceil(v / 32) * 32, dtype=torch.float16)
-    x = torch.ones(n, weight_product.gathered_stride(h), dtype=torch.float16)
+    x = torch.ones(n, launch.sizes.gathered_stride, dtype=torch.float16)
     dw = huge(v, h, h, torch.float16)
     dw[-1, -1] = 0.5
     with ts.checked_addresses(), last_program_only():

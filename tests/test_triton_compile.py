@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 
 from benchmarks.gpu import kernel_report, offline
 from infopo_kernels.backends.base import Gradients, Head
-from infopo_kernels.backends.triton.kernels.logprob import slices_of
+from infopo_kernels.backends.triton.kernels.logprob import logprob_chunk, slices_of
 from infopo_kernels.backends.triton.launch import Launch, prepare, target_for
 from infopo_kernels.backends.triton.tiles import TARGETS
 from infopo_kernels.backends.triton.workspace import (
+    Wanted,
     kept_chunk,
     plan_pieces,
     plan_tile,
@@ -127,10 +128,10 @@ def test_rows_that_are_not_aligned_take_tiles_of_their_own(h: int, gap: int, ali
 
 
 def a_launch(target: str, n: int, h: int, v: int, dtype: torch.dtype, workspace: int) -> Launch:
-    row = TARGETS[target]
-    hidden, weight = torch.empty(n, h, dtype=dtype, device="meta"), torch.empty(v, h, dtype=dtype, device="meta")
-    tiles = row.single if dtype == torch.float32 else row.half
-    return Launch(Head(hidden, weight, None, None, 1.0, workspace), tiles, "ieee", row.multiprocessors)
+    """As `prepare` makes it, without a device."""
+    with offline.recorded(TARGETS[target]):
+        hidden, weight = torch.empty(n, h, dtype=dtype, device="meta"), torch.empty(v, h, dtype=dtype, device="meta")
+        return prepare(Head(hidden, weight, None, None, 1.0, workspace))
 
 
 @settings(max_examples=80, deadline=None)
@@ -151,15 +152,18 @@ def test_plans_fit_any_shape(
     launch = a_launch(target, n, h, v, dtype, mib << 20)
     some = torch.empty(1, device="meta")
     gradients = Gradients(some, None if frozen else some, some if bias else None)
-    slices, slice_tiles = slices_of(launch)
+    slices, slice_tiles = slices_of(launch.sizes)
     assert 0 <= slices * slice_tiles * launch.tiles.logits.columns - v < slice_tiles * launch.tiles.logits.columns
-    assert 8 * slices * n <= max(8 * n, mib << 20)
-    plan = plan_tile(launch, gradients)
+    rows = logprob_chunk(launch.sizes)
+    gathered = size_of(launch.sizes.gathered(rows)) if launch.sizes.descriptors else 0
+    assert 1 <= rows <= n
+    assert 8 * slices * rows + gathered <= max(8 * rows, mib << 20)
+    plan = plan_tile(launch.sizes, Wanted.of(gradients))
     if plan is not None:
-        layouts = tile_layouts(launch, plan.rows, plan.slices, gradients)
-        assert sum(map(size_of, layouts[:2])) + max(map(size_of, layouts[2:])) <= mib << 20
+        own, shared = tile_layouts(launch.sizes, plan.rows, plan.slices, Wanted.of(gradients))
+        assert sum(map(size_of, own)) + max(map(size_of, shared)) <= mib << 20
         assert plan.rows * v * dtype.itemsize <= mib << 20
-    pieces = plan_pieces(launch, hidden=True, weight=not frozen, bias=bias)
+    pieces = plan_pieces(launch.sizes, hidden=True, weight=not frozen, bias=bias)
     assert 1 <= pieces.rows <= n
     assert pieces.columns % launch.tiles.logits.columns == 0
     assert pieces.rows * (pieces.columns * dtype.itemsize + 4 * h) <= mib << 20
@@ -168,11 +172,10 @@ def test_plans_fit_any_shape(
 def test_the_peers_shape_takes_few_passes() -> None:
     """8192 x 4096 x 151936 in bfloat16 within 256 MiB on an H100: chunks wide enough that dW's passes stay hidden."""
     launch = a_launch("sm_90", 8192, 4096, 151936, torch.bfloat16, ts.WORKSPACE)
-    some = torch.empty(1, device="meta")
-    plan = plan_tile(launch, Gradients(some, some, None))
+    plan = plan_tile(launch.sizes, Wanted(hidden=True, weight=True, bias=False))
     assert plan is not None
     assert plan.rows >= 640
-    pieces = plan_pieces(launch, hidden=True, weight=True, bias=False)
+    pieces = plan_pieces(launch.sizes, hidden=True, weight=True, bias=False)
     assert pieces.rows == 8192, "a 16-bit dW of these rows is formed in one go"
 
 
@@ -220,13 +223,13 @@ def test_kept_rows_fit_any_shape(
     if most == 0:
         return
     assert most >= min(n, launch.tiles.logits.rows)
-    rows = kept_chunk(launch, capacity(launch, dw))
+    rows = kept_chunk(launch.sizes, capacity(launch, dw))
     assert most <= rows <= n
     assert types[1] == torch.float32 or rows == n
     block, size = launch.tiles.logits, types[0].itemsize
-    assert 4 * -(-v // block.part) * min(most, sums_chunk(launch)) <= mib << 20
+    assert 4 * -(-v // block.part) * min(most, sums_chunk(launch.sizes)) <= mib << 20
     for hidden in (True, False):
-        pieces = plan_pieces(launch, hidden=hidden, weight=True, bias=False, rows=rows)
+        pieces = plan_pieces(launch.sizes, hidden=hidden, weight=True, bias=False, rows=rows)
         assert pieces.columns >= block.columns
         sums = 4 * h * pieces.slices if hidden else 0
         assert rows * (pieces.columns * size + sums + h * size) <= mib << 20

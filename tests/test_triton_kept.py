@@ -17,10 +17,11 @@ from tests.triton_support import KEPT_PROBLEMS, Problem
 # isort: split
 # Triton is imported by the module above.
 
+from benchmarks.gpu import offline
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import gradients, workspace
 from infopo_kernels.backends.triton.kernels import kept
-from infopo_kernels.backends.triton.launch import Launch
+from infopo_kernels.backends.triton.launch import prepare
 from infopo_kernels.backends.triton.tiles import TARGETS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about log(0) in masked lanes
@@ -98,7 +99,7 @@ def test_small_workspace(dtype: torch.dtype) -> None:
 
 
 def test_sums_of_exponentials_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "sums_chunk", lambda launch: 16)
+    monkeypatch.setattr(gradients, "sums_chunk", lambda sizes: 16)
     inputs = ts.make(PART, torch.float16)
     truth, (got, before) = ts.plain(inputs), ts.fresh_buffers(inputs, "xwb")
     with ts.FreshMemory():
@@ -129,17 +130,19 @@ def test_parts_lie_in_front_of_the_rows_that_they_become(h: int, v: int) -> None
     for dtype, weight_dtype in TYPES:
         hidden, weight = (torch.empty(n, h, dtype=dtype, device="meta") for n in (5, v))
         dw = torch.empty(v, h, dtype=weight_dtype, device="meta")
-        launch = Launch(Head(hidden, weight, None, None, 1.0, ts.WORKSPACE), TARGETS["sm_90"].half, "ieee", 132)
+        with offline.recorded(TARGETS["sm_90"]):
+            launch = prepare(Head(hidden, weight, None, None, 1.0, ts.WORKSPACE))
         rows = kept.capacity(launch, dw)
         if rows == 0:
             continue
         store = kept.store_in(launch, dw)
-        e, parts = dtype.itemsize, -(-v // 64)
+        part = launch.tiles.logits.part
+        e, parts = dtype.itemsize, -(-v // part)
         step = store.q.stride(0) * e
-        assert step == store.part_max.stride(0) * 4 == rows * (64 * e + 4)
+        assert step == store.part_max.stride(0) * 4 == rows * (part * e + 4)
         assert all(place % 16 == 0 for place in (step, store.part_max.storage_offset() * 4, store.q.stride(1) * e))
-        assert store.part_max.storage_offset() * 4 == rows * 64 * e
-        assert step <= 64 * h * weight_dtype.itemsize, "part T ends before row 64 (T + 1) of dW"
+        assert store.part_max.storage_offset() * 4 == rows * part * e
+        assert step <= part * h * weight_dtype.itemsize, "part T ends before row part (T + 1) of dW"
         assert store.target.storage_offset() * 4 == parts * step
         assert parts * step + 4 * rows <= v * h * weight_dtype.itemsize
         if v > 4000 and h > 100:

@@ -10,6 +10,15 @@ import torch
 from tests import triton_support as ts
 from tests.triton_support import PROBLEMS, Problem
 
+# isort: split
+# Triton is imported by the module above.
+
+from infopo_kernels.backends.triton.launch import prepare
+
+# isort: split
+# Triton is imported by the module above.
+
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns about log(0) in masked lanes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,6 +43,56 @@ def test_three_primitives(problem: Problem, dtype: torch.dtype) -> None:
     ts.assert_logp(inputs, truth, logp_too, lse_too)
     ts.assert_gradients(inputs, truth, at_once, before, roundings=2, zero_rows=True)
     ts.assert_gradients(inputs, truth, known, before, roundings=1, zero_rows=False)
+
+
+DESCRIBED = [
+    Problem("described", h=48),
+    Problem("described-whole-tiles", n=32, h=32, v=64, ignored=0.0),
+    Problem("described-bias-softcap", h=64, bias=True, softcap=3.0, scale=-0.7, size=3.0),
+    Problem("described-mostly-ignored", n=70, h=32, v=40, ignored=0.9),
+]
+"""Rows that descriptors can load."""
+
+
+@pytest.mark.usefixtures("described")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("problem", DESCRIBED, ids=str)
+def test_three_primitives_by_descriptors(problem: Problem, dtype: torch.dtype) -> None:
+    test_three_primitives(problem, dtype)
+    assert prepare(ts.make(problem, dtype).head).sizes.descriptors
+
+
+@pytest.mark.usefixtures("described")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_workspace_by_descriptors(weight_dtype: torch.dtype) -> None:
+    """Chunks of gathered rows, and of rows whose logits are kept."""
+    problem = Problem("small-described", n=70, h=48, v=130, bias=True, ignored=0.2)
+    inputs = ts.make(problem, torch.bfloat16, SMALL)
+    truth, backend = ts.plain(inputs), ts.backend()
+    before, vectors = ts.buffers(inputs, "xwb", weight_dtype), 8 * 4 * problem.n
+    with ts.FreshMemory() as memory:
+        logp, lse = backend.logprob(inputs.head, inputs.labels)
+        assert memory.peak <= SMALL + vectors
+        known = ts.buffers(inputs, "xwb", weight_dtype)
+        memory.reset()
+        backend.backward(inputs.head, inputs.labels, lse, inputs.c, known)
+        assert memory.peak <= SMALL + vectors
+    ts.assert_logp(inputs, truth, logp, lse)
+    ts.assert_gradients(inputs, truth, known, before, roundings=1, zero_rows=False)
+
+
+@pytest.mark.usefixtures("described")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kept_logits_by_descriptors(weight_dtype: torch.dtype) -> None:
+    inputs = ts.make(Problem("kept-described", h=32, v=75, bias=True), torch.bfloat16)
+    truth, (got, before) = ts.plain(inputs), ts.fresh_buffers(inputs, "xwb", weight_dtype)
+    assert got.weight is not None
+    most = ts.backend().kept_rows(inputs.head, got.weight)
+    assert most > 0
+    with ts.FreshMemory():
+        logp, lse = ts.keep_and_backward(ts.backend(), inputs, got, most)
+    ts.assert_logp(inputs, truth, logp, lse)
+    ts.assert_gradients(inputs, truth, got, before, roundings=2, zero_rows=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from infopo_kernels.backends.base import Backend, Gradients, Head
-from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from tests import primitives
 from tests.budget import HALF_STEP, accumulated, assert_within, error_budget, operand_rounding
 from tests.primitives import Plain
@@ -39,6 +39,8 @@ class Problem:
     strided: bool = False
     """Rows apart in memory, with NaN between them."""
     c_size: float = 1e-2
+    elsewhere: float = 0.0
+    """Labels that lie in another part of the vocabulary."""
 
     def __str__(self) -> str:
         return self.name
@@ -56,6 +58,8 @@ PROBLEMS = [
     Problem("mostly-ignored", n=70, v=40, ignored=0.9),
     Problem("large-logits", size=60.0),
     Problem("tiny-weights", c_size=1e-7),
+    Problem("labels-elsewhere", elsewhere=0.5),
+    Problem("all-labels-elsewhere", bias=True, softcap=3.0, scale=-0.7, size=3.0, elsewhere=1.0),
 ]
 
 
@@ -68,6 +72,7 @@ KEPT_PROBLEMS = [
     Problem("kept-in-part", n=70, h=20, v=48, bias=True, ignored=0.1),
     Problem("kept-large-logits", h=32, size=60.0),
     Problem("kept-tiny-weights", h=32, c_size=1e-7),
+    Problem("kept-labels-elsewhere", h=33, v=75, bias=True, softcap=3.0, scale=-0.7, size=3.0, elsewhere=0.5),
 ]
 """Hidden sizes for which the memory of dW has room for 16 rows (a block of the interpreter's tiles) and for more."""
 
@@ -104,6 +109,8 @@ def make(problem: Problem, dtype: torch.dtype, workspace: int = WORKSPACE) -> In
     bias = torch.randn(problem.v, generator=g).to(dtype) if problem.bias else None
     labels = torch.randint(0, problem.v, (problem.n,), generator=g)
     labels[torch.rand(problem.n, generator=g) < problem.ignored] = IGNORE_INDEX
+    if problem.elsewhere:
+        labels[(torch.rand(problem.n, generator=g) < problem.elsewhere) & (labels != IGNORE_INDEX)] = ELSEWHERE
     hidden[labels == IGNORE_INDEX] = float("nan")
     c = torch.randn(problem.n, generator=g) * problem.c_size
     c[3::7] = 0.0

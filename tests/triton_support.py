@@ -137,10 +137,10 @@ def checked_addresses() -> Iterator[AddressSpaces]:
     load, store, convert = builder.create_masked_load, builder.create_masked_store, interpreter._implicit_cvt
     restore = interpreter.GridExecutor._restore_args_dev
 
-    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         spaces.loads += 1
         real = spaces.real(ptrs.data, mask.data, "load")
-        return load(self, interpreter.TensorHandle(real, ptrs.dtype), mask, *rest)
+        return load(self, interpreter.TensorHandle(real, ptrs.dtype), mask, *rest, **named)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         spaces.stores += 1

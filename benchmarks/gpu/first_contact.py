@@ -30,9 +30,15 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks import report
+from benchmarks.measure.timing import interleave
+from benchmarks.records import Record
+
 ROOT: Final = Path(__file__).parents[2]
 RESULTS: Final = ROOT / "benchmarks" / "results"
 RECORD: Final = "first-contact"
+VARIANTS: Final = "first-contact-variants"
+"""The section `variants` of a run of its own."""
 
 N, H, V = 8192, 4096, 151936
 """The peer's shape (TRL issue 7244): bare products 42 ms on an H100."""
@@ -41,6 +47,9 @@ SMALL: Final = (256, 576, 49152)
 """SmolLM2's head and 256 rows: bound by launches."""
 
 REPETITIONS: Final = 8
+
+WORKERS: Final = 8
+"""Processes that run the cases."""
 
 CORE: Final = (
     "test_three_primitives and (plain or bias-softcap or odd-strided or large) or test_kept_logits and large or "
@@ -82,6 +91,18 @@ def milliseconds(job: Callable[[], object]) -> float:
     return median(times)
 
 
+def in_turns(jobs: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median milliseconds of jobs that take turns, warmed up before.
+
+    A GPU under load lowers its clocks within a tenth of a second, so that figures taken one after the other, or after a
+    pause, are not those of the same device.
+    """
+    gpu = torch.device("cuda")
+    interleave(jobs, 2, float("inf"), gpu)
+    times = interleave(jobs, REPETITIONS, float("inf"), gpu)
+    return {name: 1e3 * median(seconds) for name, seconds in times.items()}
+
+
 def attempt(job: Callable[[], Row]) -> Row:
     """The figures of a row, or why there are none."""
     try:
@@ -107,7 +128,10 @@ def cases() -> Iterator[Row]:
     """The core of the tables of cases, in parallel where pytest-xdist is there."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        subprocess.run([*pytest_command(), f"--junitxml={report}"], cwd=ROOT, check=False)
+        # Each worker with its share of the cores: the truth is formed on them.
+        threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        subprocess.run([*pytest_command(), f"--junitxml={report}"], cwd=ROOT, env=environment, check=False)
         tree = ElementTree.parse(report)
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures = []
@@ -122,7 +146,7 @@ def cases() -> Iterator[Row]:
 
 
 def pytest_command(*, parallel: bool = True) -> list[str]:
-    workers = ["-n", "4"] if parallel and importlib.util.find_spec("xdist") else []
+    workers = ["-n", str(WORKERS)] if parallel and importlib.util.find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-m", "gpu", "-k", CORE, *workers]
 
 
@@ -168,16 +192,19 @@ def kernels() -> Iterator[Row]:
 
     x, w, labels = inputs()
     device = model_of(torch.cuda.get_device_properties(0).name)
-    for work in roofline.WORK[:3]:
+    for work in roofline.WORK:
         head = Head(x, w, None, None, 1.0, work.workspace_mib << 20)
         job = gpu_kernels.job_of(work, head, labels)
-        job()
+        turns = in_turns({"own": job, "bare": gpu_kernels.bare_products(head, work.products)})
+        row: Row = {"kernel": f"{work.name}: all", "ms": turns["own"], "bare products, ms": turns["bare"]}
+        row["ratio"] = turns["own"] / turns["bare"]
         expected: dict[str, list[float]] = {}
         if device is not None:
             expected = roofline.predict(device, roofline.calls(work, device, N, H, V)).by_kernel
-        yield {"kernel": f"{work.name}: all", "ms": milliseconds(job), "model, ms": 1e3 * sum_of(expected)}
+            row["model, ms"] = 1e3 * sum_of(expected)
+        yield row
         seen = gpu_kernels.kernel_times(job)
-        for name, (count, ms) in sorted(seen.items(), key=lambda item: -item[1][1])[:12]:
+        for name, (count, ms) in sorted(seen.items(), key=lambda item: -item[1][1])[:14]:
             if ms > 0:
                 own = expected.get(name.removesuffix("_kernel"))
                 model = {"model, ms": 1e3 * own[5]} if own else {}
@@ -196,13 +223,15 @@ def sum_of(by_kernel: dict[str, list[float]]) -> float:
 
 
 @contextmanager
-def tiles(**changes: Any) -> Iterator[None]:
+def tiles(descriptors: bool | None = None, **changes: Any) -> Iterator[None]:
     """The table's row of this device with another tile for the logits of 16-bit inputs."""
     from infopo_kernels.backends.triton import launch
 
     find = launch.target_of
     row = find(torch.device("cuda"))
     changed = replace(row, half=replace(row.half, logits=replace(row.half.logits, **changes)))
+    if descriptors is not None:
+        changed = replace(changed, descriptors=descriptors)
     launch.target_of = lambda device: changed
     try:
         yield
@@ -219,9 +248,15 @@ def variants() -> Iterator[Row]:
     x, w, labels = inputs()
     head, backend = Head(x, w, None, None, 1.0, 256 << 20), TritonBackend()
     yield {"variant": "logprob as the table says", **attempt(lambda: timed(lambda: backend.logprob(head, labels)))}
-    for change in ({"stages": 2}, {"stages": 4}, {"part": 32}, {"part": 128}, {"group": 8}, {"warps": 4}):
+    changes: tuple[Row, ...] = ({"descriptors": False}, {"stages": 2}, {"stages": 4}, {"part": 128}, {"group": 8})
+    for change in changes:
         with tiles(**change):
             yield {"variant": f"logprob, {change}", **attempt(lambda: timed(lambda: backend.logprob(head, labels)))}
+    for change in ({"descriptors": False}, {"stages": 4}, {"group": 8}):
+        with tiles(**change):
+            for work in roofline.WORK[:3]:
+                job = gpu_kernels.job_of(work, head, labels)
+                yield {"variant": f"{work.name}: {change}", **attempt(lambda job=job: timed(job))}  # type: ignore[misc]
     for which in ("library", "triton"):
         with offline.products(which):
             for work in roofline.WORK[:3]:
@@ -259,45 +294,58 @@ def captured(job: Callable[[], object]) -> Callable[[], None]:
 
 
 def steps() -> Iterator[Row]:
-    """The whole step of every implementation that is there, and its peak of memory beyond inputs and gradients."""
+    """The whole step of every implementation that is there, in turns, and its peak of memory beyond inputs and
+    gradients."""
     from benchmarks.cases import CASES, Shape, make_batch
     from benchmarks.contenders import CONTENDERS
+    from benchmarks.gpu import gpu_kernels
+    from infopo_kernels.backends.base import Head
 
     device = torch.device("cuda")
     for case in ("step", "frozen", "underflowed"):
         batch = make_batch(CASES[case], Shape("peer", H, V), 2, N // 4, torch.bfloat16, device)
+        jobs: dict[str, Callable[[], object]] = {}
+        rows: dict[str, Row] = {}
         for contender in CONTENDERS.values():
 
-            def whole(contender: Any = contender, batch: Any = batch) -> Row:
-                def job() -> None:
-                    batch.clear()
-                    contender.loss(batch).backward()
+            def job(contender: Any = contender, batch: Any = batch) -> None:
+                batch.clear()
+                contender.loss(batch).backward()
 
-                reason = contender.unsupported_reason(batch.case, device, torch.bfloat16)
-                if reason is not None:
-                    return {"failed": reason}
-                ms = milliseconds(job)
+            def memory(job: Callable[[], None] = job, batch: Any = batch) -> Row:
+                job()
                 batch.clear()
                 torch.cuda.synchronize()
                 held = torch.cuda.memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
                 job()
                 torch.cuda.synchronize()
-                beyond = (torch.cuda.max_memory_allocated() - held) / 2**20 - batch.gradients_mib
-                return {"ms": ms, "MiB beyond": beyond}
+                return {"MiB beyond": (torch.cuda.max_memory_allocated() - held) / 2**20 - batch.gradients_mib}
 
-            row = attempt(whole)
-            batch.clear()
-            torch.cuda.empty_cache()
-            yield {"step": f"{case}: {contender.name}", **row}
+            reason = contender.unsupported_reason(batch.case, device, torch.bfloat16)
+            rows[contender.name] = {"failed": reason} if reason is not None else attempt(memory)
+            if "failed" not in rows[contender.name]:
+                jobs[contender.name] = job
+        products = 2 if case == "frozen" else 3
+        head = Head(batch.rows[0].detach(), batch.weight.detach(), None, None, 1.0, 0)
+        bare = f"{products} bare products"
+        rows[bare], jobs[bare] = {}, gpu_kernels.bare_products(head, products)
+        for name, ms in in_turns(jobs).items():
+            rows[name]["ms"] = ms
+        for name, row in rows.items():
+            yield {"step": f"{case}: {name}", **row}
+        batch.clear()
+        torch.cuda.empty_cache()
 
+
+KERNEL_COLUMNS: Final = ("kernel", "launches", "ms", "bare products, ms", "ratio", "model, ms")
 
 SECTIONS: Final = {
     section.name: section
     for section in (
         Section("cases", 240, "right values: the core of the tables of cases", ("case", "result"), cases),
         Section("products", 60, "bare products and copies", ("product", "ms", "TFLOP/s", "TB/s", "failed"), products),
-        Section("kernels", 90, "every kernel beside its model", ("kernel", "launches", "ms", "model, ms"), kernels),
+        Section("kernels", 90, "every kernel beside its model", KERNEL_COLUMNS, kernels),
         Section("variants", 100, "what the table could say instead", ("variant", "ms", "failed"), variants),
         Section("steps", 100, "whole steps", ("step", "ms", "MiB beyond", "failed"), steps),
     )
@@ -345,16 +393,65 @@ def page(record: Row) -> str:
     lines += [f"- {key}: {value}" for key, value in record["machine_info"].items()]
     for name, found in record["sections"].items():
         section = SECTIONS[name]
-        used = [column for column in section.columns if any(column in row for row in found["rows"])]
-        used = used or list(section.columns[:1])
+        rows = [row for row in record["rows"] if row["section"] == name]
+        used = [column for column in section.columns if any(column in row for row in rows)]
         lines += ["", f"## {section.text} ({found['seconds']:.0f} s)", ""]
         if found["ended"]:
             lines += [f"Not finished: {found['ended']}", ""]
-        lines += ["| " + " | ".join(used) + " |", "|" + " --- |" * len(used)]
-        for row in found["rows"]:
-            cells = (row.get(column, "") for column in used)
-            lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+        cells = [[_cell(row.get(column)) for column in used] for row in rows]
+        lines.append(report.markdown(report.Table(RECORD, "", used or list(section.columns[:1]), cells)))
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    """Three digits; nothing for what was not measured."""
+    if value is None or value != value:
+        return ""
+    return str(value) if not isinstance(value, float) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def works_table(record: Record) -> report.Table:
+    """The backend's calls over bare products, which took turns with them."""
+    rows = record.rows[record.rows["kernel"].str.endswith(": all", na=False)]
+    figures = ("ms", "bare products, ms", "ratio", "model, ms")
+    cells = [
+        [r["kernel"].removesuffix(": all"), *(_cell(r[name]) for name in figures)] for r in rows.to_dict("records")
+    ]
+    title = (
+        f"Calls of the backend on an {record.machine['gpu']}, medians of {REPETITIONS}, in turns with bare products:"
+    )
+    return report.Table(RECORD, title, ["work", *figures], cells)
+
+
+def steps_table(record: Record) -> report.Table:
+    """Whole steps of every implementation."""
+    cases: dict[str, dict[str, list[str]]] = {}
+    for row in record.rows[record.rows["section"] == "steps"].to_dict("records"):
+        case, name = row["step"].split(": ")
+        if row["ms"] == row["ms"]:
+            name = "bare products" if name.endswith("bare products") else name
+            cases.setdefault(name, {})[case] = [_cell(row["ms"]), _cell(row["MiB beyond"])]
+    names = list(dict.fromkeys(case for found in cases.values() for case in found))
+    cells = [[name, *(cell for case in names for cell in found.get(case, ["", ""]))] for name, found in cases.items()]
+    columns = ["", *(f"{case}, {unit}" for case in names for unit in ("ms", "MiB beyond"))]
+    title = f"Whole steps through public functions on an {record.machine['gpu']}, medians of {REPETITIONS}, in turns:"
+    return report.Table(RECORD, title, columns, cells)
+
+
+def products_table(record: Record) -> report.Table:
+    """Bare products and copies."""
+    rows = record.rows[record.rows["section"] == "products"].to_dict("records")
+    columns = ["product", "ms", "TFLOP/s", "TB/s"]
+    title = f"Bare products and copies on an {record.machine['gpu']}, medians of {REPETITIONS}:"
+    return report.Table(RECORD, title, columns, [[_cell(row[name]) for name in columns] for row in rows])
+
+
+def variants_table(record: Record) -> report.Table:
+    """What the table of tiles could say instead."""
+    rows = record.rows[record.rows["section"] == "variants"].to_dict("records")
+    title = f"Variants on an {record.machine['gpu']}, medians of {REPETITIONS}, each measured alone:"
+    cells = [[row["variant"], _cell(row["ms"])] for row in rows]
+    return report.Table(VARIANTS, title, ["variant", "ms"], cells)
 
 
 def dry_run(names: Sequence[str]) -> int:
@@ -402,16 +499,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"first-contact needs a GPU: {reason} `--dry-run` lists what it would run.", file=sys.stderr)
         return 2
-    record: Row = {"machine_info": environment("cuda"), "shape": [N, H, V], "sections": {}}
+    record: Row = {"machine_info": environment("cuda"), "shape": [N, H, V], "sections": {}, "rows": []}
     path = arguments.output / str(record["machine_info"]["processor"]) / f"{RECORD}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
-        record["sections"][name] = start_section(SECTIONS[name])
+        found = start_section(SECTIONS[name])
+        record["rows"] += [{"section": name, **row} for row in found.pop("rows")]
+        record["sections"][name] = found
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"{name}: {record['sections'][name]['seconds']:.0f} s", file=sys.stderr, flush=True)
     print(page(record))
     print(f"written to {path}", file=sys.stderr)
-    wrong = record["sections"].get("cases", {"rows": []})["rows"][1:]
+    wrong = [row for row in record["rows"] if row["section"] == "cases"][1:]
     return int(bool(wrong) or any(found["ended"] for found in record["sections"].values()))
 
 

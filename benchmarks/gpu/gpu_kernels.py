@@ -76,11 +76,16 @@ def job_of(work: roofline.Work, head: Head, labels: torch.Tensor) -> Callable[[]
 
 
 def kernel_times(job: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """Launches and milliseconds of every kernel of one run."""
+    """Launches and milliseconds of every kernel of one run, and the time in which none ran ("idle")."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         job()
         torch.cuda.synchronize()
-    return {event.key: (event.count, event.device_time_total / 1e3) for event in profile.key_averages()}
+    found = {event.key: (event.count, event.device_time_total / 1e3) for event in profile.key_averages()}
+    ranges = [e.time_range for e in profile.events() if e.device_type.name == "CUDA"]
+    if ranges:
+        span = max(r.end for r in ranges) - min(r.start for r in ranges)
+        found["idle"] = (0, (span - sum(r.end - r.start for r in ranges)) / 1e3)
+    return found
 
 
 def table(record: records.Record) -> report.Table:

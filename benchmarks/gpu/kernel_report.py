@@ -38,7 +38,7 @@ TENSOR_CORES: Final = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx
 
 SAMPLE_RULE: Final = (
     "one hidden size and vocabulary (4096, 128256), 16384 rows, bfloat16 without logit options and float32 with them; "
-    "targets sm_80, sm_90, sm_100 and gfx942"
+    "float32 with them, aligned to nothing; targets sm_80, sm_90, sm_100 and gfx942"
 )
 SAMPLE_TARGETS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -83,9 +83,11 @@ class Row(Usage):
 
 
 def _in_sample(shape: offline.Shape) -> bool:
-    kinds = ((torch.bfloat16, False), (torch.float32, True))
-    size = (shape.n, shape.h, shape.v)
-    return size == (16384, 4096, 128256) and not shape.tf32 and (shape.dtype, shape.options) in kinds
+    if shape.tf32:
+        return False
+    if (shape.n, shape.h, shape.v) == (16384, 4096, 128256):
+        return (shape.dtype, shape.options) in ((torch.bfloat16, False), (torch.float32, True))
+    return shape.h == 577 and shape.dtype == torch.float32 and shape.options
 
 
 def compile_one(job: tuple[str, bool]) -> list[Row]:

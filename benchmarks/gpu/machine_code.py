@@ -37,7 +37,7 @@ class Usage:
     tensor: str
     """Tensor-core instructions: their name and number."""
     wide: int
-    """16-byte accesses to global memory (copies to shared memory included)."""
+    """16-byte accesses to global memory (copies to shared memory included), and loads of whole tiles by descriptors."""
 
 
 def usage(kernel: Any, target: Target) -> Usage:
@@ -67,7 +67,7 @@ def _nvidia(kernel: Any, target: Target) -> Usage:
         kernel.metadata.shared,
         _nvidia_occupancy(int(target.arch), registers, kernel.metadata.num_warps, kernel.metadata.shared),
         tensor,
-        len(re.findall(r"\b(?:LDG|STG|LDGSTS)\b[.\w]*\.128\b", sass)),
+        len(re.findall(r"\b(?:LDG|STG|LDGSTS)\b[.\w]*\.128\b|\bUTMALDG\b", sass)),
     )
 
 

@@ -1,7 +1,7 @@
 """A MODEL of the GPU backend's time, from the launches that it makes: operations, bytes, epilogues, waves, launches.
 
-Nothing here is measured. The backend runs on tensors without storage; every launch that it asks for is counted from its
-own arguments (rows, columns, tiles, slices), and a device is the figures of `DEVICES`. Per launch
+The backend runs on tensors without storage; every launch that it asks for is counted from its own arguments (rows,
+columns, tiles, slices), and a device is the figures of `DEVICES`, of which `source` says what was measured. Per launch
 
     time = max(operations / (rate * share of the last wave that is filled), bytes / bandwidth)
            + waves * (epilogue of a tile + FILL_SECONDS) + LAUNCH_SECONDS
@@ -11,6 +11,7 @@ own arguments (rows, columns, tiles, slices), and a device is the figures of `DE
   are read from memory as often as their tiles are passed over.
 - An epilogue is the instructions behind the loop over the sum (EPILOGUE), one an issue slot and cycle: one program has
   a multiprocessor to itself, so that nothing hides them. FILL_SECONDS is what a program waits for its first operands.
+  Logits by descriptors have neither: `Device.described` was measured with both.
 - The bare products' time has none of these terms.
 
     python -m benchmarks roofline [--rows 8192 --hidden 4096 --vocabulary 151936] [--details H100]
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Final
 
@@ -74,13 +75,15 @@ class Device:
     triton: float
     """Rate of a plain Triton product over the library's."""
     source: str
-    """Of `triton`."""
+    """Of `triton`, and of `described` where there is one."""
+    described: float = 1.0
+    """Rate of logits by descriptors over the library's product, with all that follows a tile."""
 
 
 DEVICES = [
     Device("A100", "sm_80", 312, 2.039, 1.41, 40, 0.96, "measured elsewhere: triton-lang/triton issue 6523"),
-    Device("H100", "sm_90", 989, 3.35, 1.83, 50, 0.76, "measured elsewhere: triton-lang/triton pull request 5726"),
-    Device("H200", "sm_90", 989, 4.8, 1.83, 50, 0.76, "as H100"),
+    Device("H100", "sm_90", 989, 3.35, 1.83, 50, 0.87, "measured: benchmarks/results, first-contact", 1.02),
+    Device("H200", "sm_90", 989, 4.8, 1.83, 50, 0.87, "as H100", 1.02),
     Device("B200", "sm_100", 2250, 8.0, 1.85, 126, 0.45, "assumed"),
     Device("MI300X", "gfx942", 1307, 5.3, 2.1, 256, 0.8, "assumed"),
 ]
@@ -121,14 +124,14 @@ def _here(a: dict[str, Any], live: Live) -> int:
 def _logits_bytes(a: dict[str, Any], rows: int, columns: int) -> float:
     """X once, and the head once for every group of row blocks that passes over it together."""
     groups = ceil(ceil(rows / a["BLOCK_N"]) / a["GROUP"])
-    return (rows + groups * columns) * a["H"] * _size(a["x_ptr"])
+    x = a["x"].base if a["DESCRIPTORS"] else a["x"]
+    return (rows + groups * columns) * a["H"] * _size(x)
 
 
 def logprob(a: dict[str, Any], live: Live) -> Cost:
-    tiles = ceil(live.rows / a["BLOCK_N"])
-    partial = 8 * live.rows * a["slices"]
-    programs, tile = tiles * a["slices"], a["BLOCK_N"] * a["BLOCK_V"] * a["slice_tiles"]
-    return Cost(2 * live.rows * a["V"] * a["H"], _logits_bytes(a, live.rows, a["V"]) + partial, programs, tile)
+    rows = _here(a, live)
+    programs, tile = ceil(rows / a["BLOCK_N"]) * a["slices"], a["BLOCK_N"] * a["BLOCK_V"] * a["slice_tiles"]
+    return Cost(2 * rows * a["V"] * a["H"], _logits_bytes(a, rows, a["V"]) + 8 * rows * a["slices"], programs, tile)
 
 
 def merge(a: dict[str, Any], live: Live) -> Cost:
@@ -258,10 +261,8 @@ class Assumed:
     """What a prediction takes for granted beside the device."""
 
     epilogue: Mapping[str, float] = field(default_factory=lambda: EPILOGUE)
-    triton: float = 1.0
-    """Times `Device.triton`."""
-    logit_bytes: int = 0
-    """An element of the logits, by a pass of its own, if the library forms them too."""
+    descriptors: bool = True
+    """Where the table has them."""
 
 
 def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: Assumed | None = None) -> Prediction:
@@ -275,19 +276,17 @@ def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: A
             cost = MODELS[name](launched.arguments, live)
             waves = ceil(cost.programs / slots)
             filled = cost.programs / (waves * slots) if cost.programs else 1.0
-            by_library = name.startswith("library") or (assumed.logit_bytes > 0 and name in LOGITS)
-            rate = bare_rate if by_library else bare_rate * device.triton * assumed.triton
+            described = launched.arguments.get("DESCRIPTORS", False)
+            share = 1.0 if name.startswith("library") else device.described if described else device.triton
+            rate = bare_rate * share
             compute = cost.operations / (rate * filled)
             again = cost.again * max(0, cost.passes - 1) if cost.again > device.l2_mib * 2**20 / 2 else 0.0
             memory = (cost.bytes + again) / (device.terabytes * 1e12)
             tail = 0.0
-            if cost.operations and cost.elements:
+            if cost.operations and cost.elements and not described:
                 # 8 warps on 4 schedulers: 2 cycles an instruction.
                 cycles = 2 * assumed.epilogue[name] * cost.elements / (128 * 256)
                 tail = waves * (cycles / (device.gigahertz * 1e9) + FILL_SECONDS)
-            if assumed.logit_bytes and name in LOGITS:
-                logits = cost.operations / (2 * launched.arguments["H"])
-                compute, tail = cost.operations / rate, logits * assumed.logit_bytes / (device.terabytes * 1e12)
             seconds = max(compute, memory) + tail + LAUNCH_SECONDS
             result.seconds += seconds
             result.launches += 1
@@ -396,8 +395,12 @@ def call(
         backend.backward(head, labels(step.rows), lse, c, wanted, labels(step.kept) if step.kept else None)
 
 
-def calls(work: Work, device: Device, n: int, h: int, v: int) -> list[tuple[list[Launched], Live]]:
+def calls(
+    work: Work, device: Device, n: int, h: int, v: int, *, descriptors: bool = True
+) -> list[tuple[list[Launched], Live]]:
     """The launches of `work` on `device`, with the live rows of each call."""
+    target = TARGETS[device.target]
+    target = replace(target, descriptors=target.descriptors and descriptors)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
@@ -408,10 +411,10 @@ def calls(work: Work, device: Device, n: int, h: int, v: int) -> list[tuple[list
     weight = None if work.frozen else empty(v, h, dtype=half if work.sixteen else torch.float32)
     gradients = Gradients(empty(n, h, dtype=half), weight, None)
     result = []
-    with offline.recorded(TARGETS[device.target]):
+    with offline.recorded(target):
         which = steps(work, head, weight)
     for step in which:
-        with offline.recorded(TARGETS[device.target]) as launches:
+        with offline.recorded(target) as launches:
             call(step, head, lambda rows: labels, vector, vector, gradients)
         result.append((launches, step.live))
     return result
@@ -431,24 +434,22 @@ def overview(shape: tuple[int, int, int]) -> report.Table:
             cells.append(f"{p.seconds / floor:.2f} ({p.seconds * 1e3:.1f})")
         rows.append([work.name, str(work.products), *cells])
     title = (
-        f"MODEL, nothing measured: bfloat16, {shape[0]} rows, hidden size {shape[1]}, vocabulary {shape[2]};\n"
+        f"MODEL, not a measurement: bfloat16, {shape[0]} rows, hidden size {shape[1]}, vocabulary {shape[2]};\n"
         f"bare products at {SHARE_OF_PEAK:.3f} of peak. Time over theirs (milliseconds in brackets):"
     )
     return report.Table("roofline", title, ["work", "bare products", *(device.name for device in DEVICES)], rows)
 
 
-LOGITS: Final = ("logprob", "softmax_tile", "gradient_tile")
-"""Kernels that form logits."""
-
 LEVERS: Final = (
-    ("Triton's products, masks and comparisons at every element", "triton", Assumed(EPILOGUE_BEFORE)),
-    ("lean epilogues", "triton", Assumed()),
-    ("dX and dW by the library: as it is", "library", Assumed()),
-    ("not built: logits from descriptors, 13 % faster (pull request 5461 of triton-lang/triton)", "library",
-     Assumed(triton=1.13)),
-    ("not built: logits by the library too, in float32 through a tile of memory (4 bytes out, 4 in, 2 for G or Q)",
-     "library", Assumed(logit_bytes=10)),
-)  # fmt: skip
+    (
+        "Triton's products, masks and comparisons at every element",
+        "triton",
+        Assumed(EPILOGUE_BEFORE, descriptors=False),
+    ),
+    ("lean epilogues", "triton", Assumed(descriptors=False)),
+    ("dX and dW by the library", "library", Assumed(descriptors=False)),
+    ("logits by descriptors, tile after tile: as it is", "library", Assumed()),
+)
 
 
 def levers(device: Device, shape: tuple[int, int, int]) -> report.Table:
@@ -457,7 +458,8 @@ def levers(device: Device, shape: tuple[int, int, int]) -> report.Table:
     for name, products, assumed in LEVERS:
         with offline.products(products):
             each = [
-                predict(device, calls(work, device, *shape), assumed).seconds / bare(device, work, *shape)
+                predict(device, calls(work, device, *shape, descriptors=assumed.descriptors), assumed).seconds
+                / bare(device, work, *shape)
                 for work in WORK
             ]
         rows.append([name, *(f"{ratio:.2f}" for ratio in each)])

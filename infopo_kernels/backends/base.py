@@ -40,8 +40,9 @@ Contract, the same for every backend:
   l = -inf and finite gradients. If all logits of a row are -inf, or one is +inf, its l and lse are NaN.
 - In gradients, exp(z_tv - lse_t) is as exact as lse (a relative error of |lse_t| 2^-24) and never exceeds 1. It could
   exceed 1 otherwise: lse is rounded, and z may be formed again with another order of sums.
-- A label outside [0, V) that is not `IGNORE_INDEX` never reads out of bounds; its l is NaN. (On a CPU the ops check
-  labels before a backend sees them.)
+- A row whose label is `ELSEWHERE` has its label in another rank's part of the vocabulary: l = -lse, and g has no 1.
+- Any other label outside [0, V) that is not `IGNORE_INDEX` never reads out of bounds; its l is NaN. (On a CPU the ops
+  check labels before a backend sees them.)
 - The backend assigns rows of `gradients.hidden`, and adds to `gradients.weight` and `gradients.bias`. Inside a call it
   accumulates each in float32, and rounds once when it writes to a 16-bit buffer. `gradients.weight` has the weight's
   type or float32; `gradients.bias` is float32 (float64 for float64 inputs).

@@ -50,7 +50,7 @@ def _register_fakes() -> None:
 
 
 def isa(dtype: torch.dtype = torch.float32) -> str:
-    """The instruction set for inputs of `dtype`: "avx512_bf16", "avx512", "avx2" or "portable".
+    """The instruction set for inputs of `dtype`: "amx", "avx512_bf16", "avx512", "avx2" or "portable".
 
     Raises:
         ImportError: the extension is missing.

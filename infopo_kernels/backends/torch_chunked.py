@@ -19,7 +19,7 @@ import torch
 
 from infopo_kernels.backends.base import Gradients, Head, TailReport, scale_in_parts
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
-from infopo_kernels.options import IGNORE_INDEX
+from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from infopo_kernels.packing import Rows
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -201,7 +201,7 @@ class TorchBackend:
         for chunk in torch.split(rows, tiles.rows):
             x, y = head.hidden[chunk].to(head.accumulator_dtype), labels[chunk]
             lse = torch.full(chunk.shape, -torch.inf, dtype=x.dtype, device=x.device)
-            target = torch.full_like(lse, torch.nan)  # stays NaN for a label outside the vocabulary
+            target = torch.where(y == ELSEWHERE, 0.0, torch.full_like(lse, torch.nan))  # NaN: outside the vocabulary
             for start, weight, bias in _vocab_tiles(head, tiles.vocab):
                 z = _logits(head, x, weight, bias)
                 local = y - start
@@ -246,7 +246,8 @@ class TorchBackend:
             lse = torch.where(lse.isinf(), torch.nan, lse)
             inside = (y >= 0) & (y < z.shape[1])
             target = z.gather(1, y.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
-            out_logp[chunk], out_lse[chunk] = torch.where(inside, target - lse, torch.nan), lse
+            target = torch.where(inside, target, torch.where(y == ELSEWHERE, 0.0, torch.nan))
+            out_logp[chunk], out_lse[chunk] = target - lse, lse
             dx = torch.zeros_like(x)
             for start, weight, _ in _vocab_tiles(head, tiles.vocab):
                 tile = z[:, start : start + tiles.vocab]

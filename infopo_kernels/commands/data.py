@@ -25,10 +25,13 @@ from infopo_kernels.integrations.preferences import (
 )
 from infopo_kernels.integrations.trl import InfoPOConfig
 
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".bz2", ".zst", ".zip")
+"""Suffixes of files, whether they can be read or are refused with the reason; no dataset of the hub ends so."""
+
 
 def is_file(name: str | None) -> bool:
-    """Whether a dataset's name means a local file of pairs, existing or not."""
-    return name is not None and (Path(name).is_file() or Path(name).suffix in (".jsonl", ".json"))
+    """Whether a dataset's name means a local file, existing or not."""
+    return name is not None and (Path(name).is_file() or Path(name).suffix in _FILES)
 
 
 class Data:

@@ -13,6 +13,7 @@ collators.py          features to batches, padded and packed
 references.py         files of reference log-probabilities, and the identity of the model that they belong to
 adapters.py           PEFT's adapters: whose parameters, whether they change the model, directories that hold one
 step.py               one step: reference, loss, metrics
+split_sequences.py    ... sequences that Accelerate cuts: context parallelism and Ulysses
 preference_training.py  what both trainers share around it: checks, metrics of an evaluation, pairs counted once
 first_step.py         the check that the policy equals the reference at the first step
 randomness.py         switches off dropout and other noise

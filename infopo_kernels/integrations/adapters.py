@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from infopo_kernels.integrations.randomness import evaluating
+from infopo_kernels.integrations.randomness import in_mode
 
 WAYS: Final = ("continue", "merge", "refuse")
 """What to do with an adapter in the model's directory: train it on, merge it into the weights first, or refuse the
@@ -239,7 +239,7 @@ def _runs_differently(model: Any, adapters: Adapters) -> bool:
     ids = torch.arange(_PROBE, device=embedding.weight.device)[None] * (vocabulary - 1) // (_PROBE - 1)
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with evaluating(model):
+        with in_mode(model, "evaluation"):
             with_adapter = model(input_ids=ids, use_cache=False).logits.float()
             with _switched_off(model, adapters):
                 without = model(input_ids=ids, use_cache=False).logits.float()

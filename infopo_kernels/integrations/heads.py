@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from infopo_kernels.distributed.parallel import VocabShard, Way
+from infopo_kernels.distributed.sharded import is_sharded
 from infopo_kernels.integrations.logit_transform import known_logits
 from infopo_kernels.integrations.sealed import Sealed, least_cast
 
@@ -24,17 +26,23 @@ from infopo_kernels.integrations.sealed import Sealed, least_cast
 class Request:
     """The request of the second call of the head."""
 
-    run: Callable[[Tensor, Tensor, Tensor | None], tuple[Any, ...]]
-    """Of hidden states, weight and bias."""
+    run: Callable[[Tensor, Tensor, Tensor | None, VocabShard | None], tuple[Any, ...]]
+    """Of hidden states, weight, bias, and which part of a head the weight is."""
 
-    def answer(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    def answer(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: VocabShard | None = None
+    ) -> tuple[Any, ...]:
         """A plain tuple, which the hooks of every wrapper understand; its last entry is the same tuple, sealed."""
-        values = self.run(hidden.to(weight.device), weight, bias)
+        values = self.run(hidden.to(weight.device), weight, bias, vocab)
         return (*values, Sealed(values))
 
 
-def ask(head: HandsOver, hidden: Tensor, run: Callable[[Tensor, Tensor, Tensor | None], tuple[Any, ...]]) -> Any:
-    """Call `run` on hidden states and the head's weight inside the head's forward, where the weight is whole."""
+def ask(
+    head: HandsOver,
+    hidden: Tensor,
+    run: Callable[[Tensor, Tensor, Tensor | None, VocabShard | None], tuple[Any, ...]],
+) -> Any:
+    """Call `run` on hidden states and the head's weight inside the head's forward, where FSDP's weight is whole."""
     *seen, original = head(hidden, request=Request(run))
     return least_cast(tuple(seen), original.value)
 
@@ -55,14 +63,35 @@ class HandsOver(nn.Module):
 class LogProbHead(HandsOver, nn.Linear):
     """A linear head that also answers requests."""
 
+    _own_rows: Way | None = None
+    """Set by `shard_head`: the way of a head whose ranks have rows of their own. A head that is split otherwise is one
+    of tensor parallelism, with the same rows on every rank."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A head that stays split (tensor parallelism, `shard_head`) answers without its hooks.
+
+        Those of tensor parallelism would sum the gradient of the hidden states a second time, and expect logits. In a
+        unit of its own the head has a class of FSDP2, whose hooks gather it.
+        """
+        if kwargs.get("request") is not None and type(self) is LogProbHead and is_sharded(self.weight):
+            return self.forward(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def forward(self, input: Tensor, request: Request | None = None) -> Any:
         """Logits, or the answer to `request`."""
-        if request is None:
+        if request is None and self._own_rows is None:
             return super().forward(input)
-        for name, tensor in (("hidden states", input), ("weight", self.weight)):
-            if is_dtensor(tensor):
-                raise TypeError(f"The head got a DTensor as {name}: it {_TENSOR_PARALLEL}")
-        return request.answer(input, self.weight, self.bias)
+        if request is None:  # logits need the whole vocabulary
+            parts: Any = (self.weight, self.bias)
+            whole: Any = [x if x is None else x.full_tensor().to(input.dtype) for x in parts]
+            return nn.functional.linear(input, *whole)
+        if not is_sharded(self.weight):
+            return request.answer(input, self.weight, self.bias)
+        if self._own_rows is None:
+            return request.answer(input, self.weight, self.bias, VocabShard.of(self.weight))
+        # FSDP's mixed precision leaves this weight as it is, and hidden states come in its type of computation.
+        weight, bias = (x if x is None else x.to(input.dtype) for x in (self.weight, self.bias))
+        return request.answer(input, weight, bias, VocabShard.of(weight, way=self._own_rows, average=True))
 
 
 class _WrappedHead(HandsOver):
@@ -92,16 +121,6 @@ def _rebuilt(kind: Any) -> Any:
 
 
 _SHARDED = "is sharded already. Attach before the model is sharded or handed to `accelerator.prepare`."
-_TENSOR_PARALLEL = (
-    "is split over devices along its vocabulary (transformers' `tp_plan`, `parallelize_module`), and its "
-    "log-probabilities need the whole vocabulary. Leave the head out of the plan (a `tp_plan` without 'lm_head'), so "
-    "that each device holds it whole; the other layers may stay split."
-)
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a shard; by name, so that nothing of torch.distributed is imported."""
-    return type(tensor).__name__ == "DTensor"
 
 
 def _is_quantised(head: Any) -> bool:
@@ -113,7 +132,7 @@ def _is_quantised(head: Any) -> bool:
     return not (plain and weight.is_floating_point())
 
 
-def linear_layers(causal: Any) -> list[nn.Linear]:
+def linear_layers(causal: Any) -> list[Any]:
     """The linear layers that a model's head may run: one, or with PEFT's `modules_to_save` the original and its copies.
 
     Raises:
@@ -145,8 +164,8 @@ def _layers(head: Any, causal: Any) -> list[nn.Linear]:
     quantised = _is_quantised(head)
     taught = isinstance(head, LogProbHead)
     if (taught or type(head) is nn.Linear) and not quantised:
-        if is_dtensor(head.weight) and not taught:
-            raise _refusal(head, causal, _SHARDED if type(causal).__name__.startswith("FSDP") else _TENSOR_PARALLEL)
+        if is_sharded(head.weight) and not taught and type(causal).__name__.startswith("FSDP"):
+            raise _refusal(head, causal, _SHARDED)
         _check_own_forward(head, causal)
         return [head]
     if hasattr(head, "base_layer"):
@@ -181,6 +200,8 @@ def _check_own_forward(layer: nn.Linear, causal: Any) -> None:
     present = layer.__dict__.get(forward_attribute(layer))
     if present is None or getattr(present, "__func__", None) in (nn.Linear.forward, LogProbHead.forward):
         return
+    if is_sharded(layer.weight) and "TensorParallelLayer.install_forward" in getattr(present, "__qualname__", ""):
+        return  # transformers' `tp_plan`, which requests pass by (`ask`)
     patch = getattr(present, "__qualname__", repr(present))
     raise _refusal(
         layer,

@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from infopo_kernels.integrations.randomness import evaluating
+from infopo_kernels.integrations.randomness import in_mode
 
 LENGTH: Final = 16
 """Tokens of a sequence in the probe, at most: longer than the convolutions in use (4), short enough to cost nothing."""
@@ -90,7 +90,7 @@ def allowed(dtype: torch.dtype) -> tuple[float, float]:
 def verdict(model: Any, forward: Callable[..., Tensor], ids: Tensor, kwargs: dict[str, Any]) -> str | None:
     """Why the model cannot take packed rows; None if it can. `forward` gives what enters the head."""
     A = _parts(ids, kwargs)[0]
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), in_mode(model, "evaluation"):
         try:
             row = forward(**probe_inputs(ids, kwargs))[0]
             alone = forward(input_ids=A[None])[0]

@@ -20,6 +20,7 @@ Other fields are left alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
@@ -32,6 +33,15 @@ Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = "str | list[Message]"
 
 _VISION: Final = ("image", "images")
+_BINARY: Final = (
+    (b"\x1f\x8b", "is compressed with gzip; unpack it with gunzip."),
+    (b"BZh", "is compressed with bzip2; unpack it with bunzip2."),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd; unpack it with unzstd."),
+    (b"PK\x03\x04", "is a zip archive; unpack it."),
+    (b"PAR1", "is a Parquet file; write it as JSONL with datasets.Dataset.from_parquet(FILE).to_json(OTHER)."),
+)
+"""First bytes of files that are not text, and what to do."""
+
 _SHOWN: Final = 5
 """Bad rows that a report shows with their reasons."""
 
@@ -108,6 +118,9 @@ def read_preferences(path: str | Path, skip_bad_rows: bool = False) -> list[Pref
         raise PreferenceError("is a directory; pass the JSONL file inside it.", where=str(path)) from None
     except OSError as error:
         raise PreferenceError(f"cannot be read: {error.strerror}.", where=str(path)) from None
+    other = _other_format(content, path)
+    if other is not None:
+        raise PreferenceError(other, where=str(path))
     pairs: list[Preference] = []
     problems: list[PreferenceError] = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
@@ -124,6 +137,25 @@ def read_preferences(path: str | Path, skip_bad_rows: bool = False) -> list[Pref
             "holds no pair; write one JSON object with `prompt`, `chosen`, `rejected` a line.", where=str(path)
         )
     return pairs
+
+
+def _other_format(content: bytes, path: Path) -> str | None:
+    """What a file is that is not JSONL, and what to do; None if it may be JSONL."""
+    for start, reason in _BINARY:
+        if content.startswith(start):
+            return reason
+    begin = content.removeprefix(b"\xef\xbb\xbf").lstrip()
+    header = begin.split(b"\n", 1)[0].strip().replace(b'"', b"").replace(b"\t", b",").split(b",")
+    if path.suffix in (".csv", ".tsv") or {b"chosen", b"rejected"} <= set(header):
+        return "is a table of separated values; write it as JSONL with datasets.Dataset.from_csv(FILE).to_json(OTHER)."
+    if begin.startswith(b"[") and begin.rstrip().endswith(b"]"):
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(json.loads(begin), list):
+                return (
+                    "is one JSON array; write one JSON object a line, with "
+                    "datasets.Dataset.from_json(FILE).to_json(OTHER)."
+                )
+    return None
 
 
 def report_bad_rows(problems: Sequence[PreferenceError], rows: int, *, skip: bool) -> None:

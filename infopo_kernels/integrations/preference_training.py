@@ -6,6 +6,7 @@ of the evaluation that they belong to, and refuses steps that are not finite bef
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any, Final
 
@@ -20,8 +21,10 @@ from infopo_kernels.integrations.adapters import check_start, has_virtual_tokens
 from infopo_kernels.integrations.model_limits import check_features
 from infopo_kernels.integrations.randomness import check_no_neftune, disable_dropout
 from infopo_kernels.integrations.references import same_start
+from infopo_kernels.integrations.split_sequences import SplitSequences, UlyssesCollator, opened
 from infopo_kernels.integrations.step import (
     EXACT_KEYS,
+    SCORED_TOKENS,
     Inputs,
     check_finite,
     counted_once,
@@ -78,6 +81,7 @@ class PreferenceTraining:
     model_wrapped: Any
     train_dataset: Any
     eval_dataset: Any
+    data_collator: Any
 
     objective: Objective
     strict_checks: bool = False
@@ -87,6 +91,7 @@ class PreferenceTraining:
     _latest: PreferenceOutput | None = None
     _first_step_proven: bool = False
     _is_start: bool = True
+    _split: SplitSequences | None = None
     _signature_columns: list[str] | None
 
     # --- the trainer's reference ---------------------------------------------------------------------
@@ -117,7 +122,13 @@ class PreferenceTraining:
                 f"one process; start it with torchrun or `accelerate launch`, or make one GPU visible."
             )
         check_start(self.model)
-        _refuse_split_sequences(self.accelerator, type(self).__name__)
+        self._split = SplitSequences.of(self.accelerator)
+        if self._split is not None:
+            self._split.check(type(self).__name__, self.data_collator, self.args, dropout=dropout)
+            if self._split.way == "sp":
+                self.data_collator = UlyssesCollator(self.data_collator)
+            elif reference is not None:
+                self.accelerator._prepare_cp(reference)  # what `accelerator.prepare` does for the policy
         if not dropout:
             check_no_neftune(self.model, getattr(self.args, "neftune_noise_alpha", None))
             for name, each in (("policy", self.model), ("reference", reference)):
@@ -149,6 +160,9 @@ class PreferenceTraining:
         evaluating = self._eval_sums is not None
         if evaluating:
             inputs = self._counted_once(inputs, training=False)
+        in_parts = self._split is not None and "shift_labels" in inputs
+        if self._split is not None and in_parts:
+            inputs = {**inputs, **self._split.groups(self.accelerator, model)}
         model_inputs, known = split_inputs(inputs)
         if not self._has_reference(known):
             known.pop("ref_logps", None)
@@ -158,6 +172,7 @@ class PreferenceTraining:
             model, {**model_inputs, **extra}, known, self.objective, skip_chosen_reference=self.skip_chosen_reference
         )
         sums = metric_sums(result, self.objective, model_inputs, known)
+        sums[SCORED_TOKENS] /= self._ranks_with_these_pairs(in_parts)
         (self._train_sums if self._eval_sums is None else self._eval_sums).append(sums)
         if not evaluating:
             self._latest = result._replace(loss=result.loss.detach())
@@ -174,12 +189,34 @@ class PreferenceTraining:
         assert asked is not None
         return reference_logps(
             asked[0],
-            {**model_inputs, "use_cache": False},
+            {key: value for key, value in model_inputs.items() if key != "data_group"} | {"use_cache": False},
             average=self.objective.average,
             skip_chosen=self.skip_chosen_reference,
             num_chosen=number_of_chosen(model_inputs, known),
             adapter=asked[1],
+            # Ulysses joins parts in training mode only; all that is random was switched off.
+            mode="training" if "sequence_group" in model_inputs and self._joins_in_training() else "evaluation",
         )
+
+    # --- sequences that lie on several ranks ----------------------------------------------------------------------
+
+    def _ranks_with_these_pairs(self, in_parts: bool) -> int:
+        """How many ranks work on this rank's pairs: tensor and context parallelism, Ulysses while it trains."""
+        config = getattr(self.accelerator, "parallelism_config", None)
+        if config is None:
+            return 1
+        whole: int = config.tp_size * config.cp_size
+        return whole * (config.sp_size if in_parts else 1)
+
+    def _joins_in_training(self) -> bool:
+        return self._split is not None and self._split.way == "sp"
+
+    def _in_parts(self, model: Any, inputs: Any) -> tuple[Any, Any]:
+        """Of an evaluation: the context in which context parallelism cuts a batch, and the batch."""
+        if self._split is None or self._split.way != "cp":
+            return contextlib.nullcontext(), inputs
+        context, inputs = self._prepare_context_parallel_inputs(model, inputs)  # type: ignore[attr-defined]
+        return context(), inputs
 
     def _set_signature_columns_if_needed(self) -> None:
         """Trainer's, so that it leaves the columns of a feature in the batch."""
@@ -189,6 +226,7 @@ class PreferenceTraining:
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """float64 stays: under DeepSpeed, Trainer casts every floating tensor of a batch to the model's type."""
+        inputs = opened(inputs)
         exact = {key: inputs[key] for key in EXACT_KEYS if key in inputs}
         rest = {key: value for key, value in inputs.items() if key not in exact}
         prepared: dict[str, Any] = super()._prepare_inputs(rest)  # type: ignore[misc]
@@ -197,12 +235,12 @@ class PreferenceTraining:
     # --- duplicates of an incomplete last batch -------------------------------------------------------------------
 
     def _counted_once(self, inputs: Inputs, *, training: bool) -> Inputs:
-        gradient_state = self.accelerator.gradient_state
-        R, remainder = self.accelerator.num_processes, gradient_state.remainder
+        gradient_state, same = self.accelerator.gradient_state, self._ranks_with_these_pairs(in_parts=False)
+        R, remainder = self.accelerator.num_processes // same, gradient_state.remainder
         if R == 1 or not gradient_state.end_of_dataloader or remainder <= 0:
             return inputs
         prompts = number_of_chosen(*split_inputs(inputs))
-        unique = min(max(remainder - self.accelerator.process_index * prompts, 0), prompts)
+        unique = min(max(remainder - self.accelerator.process_index // same * prompts, 0), prompts)
         # The wrapper averages gradients over ranks; an evaluation adds the ranks' sums.
         return counted_once(inputs, unique, remainder / R if training else max(unique, 1e-9))
 
@@ -334,17 +372,3 @@ def _refuse_shared_weights(model: Any, reference: Any) -> None:
             f"that it would be trained along and every log-ratio be 0. Pass a model of its own "
             f"(copy.deepcopy(model), or load it again); a policy with an adapter needs none: leave `ref_model` out."
         )
-
-
-def _refuse_split_sequences(accelerator: Any, name: str) -> None:
-    """Under context parallelism and Ulysses a rank holds a part of each sequence, and its sums are of that part."""
-    split = getattr(accelerator, "parallelism_config", None)
-    ways = {"cp_size": "context parallelism", "sp_size": "sequence parallelism (Ulysses)"}
-    for size, way in ways.items():
-        if split is not None and getattr(split, size, 1) > 1:
-            raise ValueError(
-                f"{name} does not run under {way} ({size}={getattr(split, size)}): each rank holds a part of every "
-                f"sequence, and the loss needs the log-probability of the whole, not of the part (-99 where -204 nats "
-                f"are right). Use data parallelism, FSDP or ZeRO for the weights, and gradient checkpointing for long "
-                f"sequences."
-            )

@@ -12,24 +12,28 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from torch import nn
 
 _RANDOM: Final = re.compile(r"(^|_|layer|path|p)drop|jitter", re.IGNORECASE)
 
 
+Mode = Literal["evaluation", "training"]
+
+
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module into evaluation mode, and afterwards each one back into its own mode."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+def in_mode(model: nn.Module, mode: Mode = "evaluation") -> Iterator[None]:
+    """Puts every module into a mode, and afterwards each one back into its own."""
+    training = mode == "training"
+    others = [module for module in model.modules() if module.training != training]
+    for module in others:
+        module.training = training
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module in others:
+            module.training = not training
 
 
 def random_parts(model: nn.Module) -> dict[tuple[nn.Module, str], float]:

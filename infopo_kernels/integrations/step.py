@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from infopo_kernels.integrations.randomness import evaluating
+from infopo_kernels.integrations.randomness import Mode, in_mode
 from infopo_kernels.integrations.sealed import Sealed
 from infopo_kernels.integrations.transformers import LinearLogpsOutput, check_attached, own_output
 from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.output import PreferenceOutput
 
-LAYOUT_KEYS: Final = ("labels", "cu_seqlens", "rows")
+LAYOUT_KEYS: Final = ("labels", "shift_labels", "cu_seqlens", "rows", "sequence_group", "data_group")
 """The keys of a batch that describe the layout; policy and reference both take them."""
 EXACT_KEYS: Final = ("ref_logps", "ref_chosen_logps", "ref_rejected_logps", "sequence_weights")
 """The keys that must stay float64 between collator and loss."""
 _LOSS_KEYS: Final = ("is_chosen", "ref_logps", "sequence_weights", "num_pairs", "rejected_prompt")
 _TRL_KEYS: Final = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-_TOKEN_KEYS: Final = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids")
+_TOKEN_KEYS: Final = (
+    "input_ids", "attention_mask", "labels", "shift_labels", "position_ids", "token_type_ids", "mm_token_type_ids",
+)  # fmt: skip
 """Keys that hold one row for each sequence, so that we know how to cut them."""
+SCORED_TOKENS: Final = 12
+"""Where `metric_sums` holds the number of scored tokens."""
 _PACK_KEYS: Final = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 Inputs = dict[str, Any]
@@ -37,7 +42,7 @@ def split_inputs(inputs: Inputs) -> tuple[Inputs, Inputs]:
     """
     known: Inputs = {key: inputs[key] for key in _LOSS_KEYS if key in inputs}
     model = {key: value for key, value in inputs.items() if key not in (*_LOSS_KEYS, *_TRL_KEYS)}
-    if "labels" not in model:
+    if "labels" not in model and "shift_labels" not in model:
         if "completion_mask" not in inputs:
             raise ValueError(
                 f"The batch holds neither `labels` nor `completion_mask` (found: {', '.join(inputs)}); use a collator "
@@ -55,7 +60,7 @@ def split_inputs(inputs: Inputs) -> tuple[Inputs, Inputs]:
 def number_of_sequences(model_inputs: Inputs) -> int:
     """S."""
     cu_seqlens = model_inputs.get("cu_seqlens")
-    return len(model_inputs["labels"]) if cu_seqlens is None else len(cu_seqlens) - 1
+    return len(model_inputs["input_ids"]) if cu_seqlens is None else len(cu_seqlens) - 1
 
 
 def rejected_prompts(model_inputs: Inputs, known: Inputs) -> Tensor:
@@ -122,10 +127,11 @@ def reference_logps(
     skip_chosen: bool = False,
     num_chosen: int | None = None,
     adapter: Any = None,
+    mode: Mode = "evaluation",
 ) -> Tensor:
     """[S] float64 log-probabilities without gradient, nats; NaN for the chosen sequences with `skip_chosen`.
 
-    The model runs in evaluation mode; afterwards each module is back in its own mode.
+    The model runs in the mode `mode`; afterwards each module is back in its own mode.
 
     Args:
         model: with `attach_linear_logps`, wrapped or not.
@@ -134,6 +140,7 @@ def reference_logps(
         skip_chosen: form those of the rejected sequences only.
         num_chosen: chosen sequences, which come first; None for half of all.
         adapter: a context in which `model` is its own reference (the adapter switched off).
+        mode: "evaluation", or "training" for a model in which nothing is random and that works in training mode only.
 
     Raises:
         RuntimeError: the model is not attached any more.
@@ -144,13 +151,29 @@ def reference_logps(
     inputs = rejected_half(model_inputs, num_chosen) if cut else model_inputs
     inputs = {key: value for key, value in inputs.items() if key != "output_router_logits"}
     check_attached(model)
-    with torch.no_grad(), evaluating(model), adapter or contextlib.nullcontext():
+    with torch.no_grad(), in_mode(model, mode), _without_freezing(model, adapter):
         logps = own_output(model, model(**inputs, linear_logps="mean" if average else "sum")).logps
     assert logps is not None
     if not skip_chosen:
         return logps
     rejected = logps if cut else logps[num_chosen:]
     return torch.cat([rejected.new_full((num_chosen,), torch.nan), rejected])
+
+
+@contextlib.contextmanager
+def _without_freezing(model: Any, adapter: Any) -> Iterator[None]:
+    """Enter `adapter`, and undo what it does to `requires_grad`: PEFT freezes an adapter that it switches off.
+
+    FSDP2 reads the flags in its first forward, and fails later in mixed precision if nothing was trained then. And
+    while a unit is gathered, PEFT would unfreeze the gathered weights in place of the parts, which stay frozen for
+    ever.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if adapter else []
+    with adapter or contextlib.nullcontext():
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        yield
 
 
 def preference_output(
@@ -295,7 +318,7 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "rejected_weight/max": float(sums[:, -1].max()),
         "rejected_weight/underflowed": total[10] / rejected,
         "rejected_weight/capped": total[11] / rejected,
-        "scored_tokens": total[12],
+        "scored_tokens": total[SCORED_TOKENS],
     }
     if total[2] != total[2]:
         del values["rewards/accuracies"]  # a comparison with NaN is not NaN

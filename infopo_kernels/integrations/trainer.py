@@ -119,6 +119,24 @@ def _check_reference(present: bool, reference_free: bool) -> None:
         )
 
 
+def _refuse_text(name: str, dataset: Any, collator: Any) -> None:
+    """Raise if rows hold text for one of this package's collators, which take token ids.
+
+    Without this check, Trainer removes the columns that the model does not know, and says that nothing is left.
+    """
+    held = isinstance(dataset, (list, tuple)) or hasattr(dataset, "with_format")
+    own = isinstance(collator, PreferenceCollator | PackedPreferenceCollator)
+    if not (own and held and hasattr(dataset, "__len__") and len(dataset)):
+        return
+    row = dataset[0]
+    if isinstance(row, dict) and "chosen" in row and row.get("chosen_ids") is None:
+        raise ValueError(
+            f"`{name}` must hold features (`prompt_ids`, `chosen_ids`, `rejected_ids`), got rows of text "
+            f"({', '.join(row)}); make features with preference_features(tokenizer, rows), or with feature_dataset for "
+            f"a table."
+        )
+
+
 class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
     """transformers' `Trainer` on preference pairs with the InfoPO loss, or another objective, without logits.
 
@@ -141,13 +159,15 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
             changed. TRL's `DPOConfig` has the same option.
         strict_checks: errors instead of warnings from the checks of the first step (docs/checks.md).
 
-    Other arguments are those of `Trainer`; the dataset holds `prompt_ids`, `chosen_ids`, `rejected_ids` (see
-    `preference_features`). The metrics of `step.metrics` are logged, of an evaluation under its own prefix.
+    Other arguments are those of `Trainer`; `data_collator` is a `PreferenceCollator` if none is given. Datasets hold
+    `prompt_ids`, `chosen_ids`, `rejected_ids` (see `preference_features`). The metrics of `step.metrics` are logged, of
+    an evaluation under its own prefix.
 
     Raises:
-        ValueError: several GPUs in one process (`nn.DataParallel`), split sequences (context parallelism), NEFTune
-            together with `disable_dropout`, no reference and no `reference_free`, or (with a collator of this package)
-            token ids or lengths that the model cannot take.
+        ValueError: several GPUs in one process (`nn.DataParallel`), split sequences that cannot be served (see
+            `SplitSequences.check`), NEFTune together with `disable_dropout`, no reference and no `reference_free`, or
+            (with a collator of this package) rows of text instead of features, token ids or lengths that the model
+            cannot take.
         FloatingPointError: while training, a loss or a gradient that is not finite; no weight is changed by that step.
         RuntimeError: the model's attached forward was lost; with `strict_checks`, a first step that is not the
             reference's.
@@ -170,6 +190,8 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
             raise ValueError("`infopo` and `objective` were both given; pass one of them.")
         if reference_free and ref_model is not None:
             _check_reference(True, reference_free)
+        if len(args) < 3 and kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = PreferenceCollator()
         super().__init__(*args, **kwargs)
         self.objective = objective or infopo or InfoPO()
         self.skip_chosen_reference = skip_chosen_reference
@@ -201,6 +223,24 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
         adapter = _without_adapter(model)
         return None if adapter is None else (model, adapter)
 
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, of features."""
+        _refuse_text("train_dataset", self.train_dataset, self.data_collator)
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Trainer's, of features."""
+        asked = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            asked = self.eval_dataset[eval_dataset]
+        _refuse_text("eval_dataset", asked, self.data_collator)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's, of features."""
+        _refuse_text("test_dataset", test_dataset, self.data_collator)
+        return super().get_test_dataloader(test_dataset)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -215,6 +255,7 @@ class PreferenceTrainer(PreferenceTraining, Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """The loss; there are no logits to return."""
-        with torch.no_grad(), self.compute_loss_context_manager():
+        context, inputs = self._in_parts(model, inputs)
+        with torch.no_grad(), self.compute_loss_context_manager(), context:
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infopo_kernels.distributed.parallel import VocabShard
+from infopo_kernels.distributed.sharded import is_sharded
 from infopo_kernels.functional import Reduction, linear_preference_loss
 from infopo_kernels.functional import linear_logps as _linear_logps  # an argument of the forward has its name
 from infopo_kernels.integrations import packing_probe
@@ -33,7 +35,6 @@ from infopo_kernels.integrations.heads import (
     ask,
     forward_attribute,
     handed_over,
-    is_dtensor,
     prepare,
     restore,
     vocabulary_size,
@@ -139,7 +140,7 @@ def causal_model(model: Any) -> Any:
             inner = model.get_base_model()
         if inner is None and not hasattr(type(model), "get_output_embeddings"):
             children = vars(model).get("_modules", {})
-            inner = children.get("module") or vars(model).get("_fsdp_wrapped_module")
+            inner = children.get("module") or children.get("_fsdp_wrapped_module")
             if type(model).__name__ == "PeftMixedModel":  # which has no `get_base_model`
                 inner = children["base_model"].model
         if inner is None:
@@ -160,7 +161,13 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
     - with either, ``labels`` in the shape of `input_ids`, not shifted, -100 where a token is not scored; and
       ``cu_seqlens`` for a packed row (`input_ids` [1, N] with `position_ids` that start anew with each sequence);
     - ``rows`` [M], for packs in which sequences share a prompt: the row of the hidden states that each of the M
-      `labels` is scored on; then labels [M] and `cu_seqlens` count these, and nothing is shifted.
+      `labels` is scored on; then labels [M] and `cu_seqlens` count these, and nothing is shifted;
+    - ``shift_labels`` in place of `labels`: entry t is the label of token t + 1, -100 at the end of each sequence and
+      where a token is not scored. This is transformers' name for labels that were shifted before a cut;
+    - ``sequence_group``, for ranks that hold parts of the same sequences (context parallelism): their process group,
+      see `linear_logps`; with `shift_labels`, since a shift inside a part would lose the label of its last token. The
+      model's attention has to see the other parts by itself;
+    - ``data_group``, the ranks over which a wrapper averages gradients, see `linear_preference_loss`.
 
     Without any of these it is the model's own forward: generation, evaluation and other losses work as before.
 
@@ -311,6 +318,7 @@ def _forward(
     attachment: _Attachment,
     *args: Any,
     labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
     linear_logps: Reduction | None = None,
     infopo: InfoPO | None = None,
     objective: Objective | None = None,
@@ -321,6 +329,8 @@ def _forward(
     num_pairs: float | None = None,
     sequence_weights: Tensor | Sealed | None = None,
     skip_chosen_reference: bool = False,
+    sequence_group: Any = None,
+    data_group: Any = None,
     **kwargs: Any,
 ) -> Any:
     """The forward of an attached model; see `attach_linear_logps`."""
@@ -333,37 +343,41 @@ def _forward(
             "sequence_weights": sequence_weights,
             "cu_seqlens": cu_seqlens,
             "rows": rows,
+            "sequence_group": sequence_group,
+            "data_group": data_group,
         }
         if stray := [name for name, value in given.items() if value is not None]:
             raise TypeError(
                 f"`{stray[0]}` was given without `infopo`, `objective` or `linear_logps`; pass one of them too."
             )
-        if labels is not None:
-            kwargs["labels"] = labels
-        return attachment.forward(*args, **kwargs)
-    if labels is None:
-        raise TypeError("`labels` is missing: log-probabilities need the input ids, with -100 where not scored.")
+        own_labels = {"labels": labels, "shift_labels": shift_labels}
+        return attachment.forward(*args, **kwargs, **{k: v for k, v in own_labels.items() if v is not None})
+    targets = _targets(labels, shift_labels, rows, sequence_group)
     if rows is not None:
         _check_shared_prompts(self.config)
     head = prepare(self)
-    _check_packing(self, head, attachment, cu_seqlens is not None, args, kwargs)
+    if sequence_group is None:
+        _check_packing(self, head, attachment, cu_seqlens is not None, args, kwargs)
     hidden, own = _hidden_states(self, head, attachment, args, kwargs)
     if rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
     kernel = asdict(attachment.kernel)
     report_tail = kernel.pop("report_tail")
-    shared = {"shift": rows is None, "cu_seqlens": cu_seqlens, **asdict(attachment.logit), **kernel}
+    shared = {
+        "shift": rows is None and shift_labels is None, "cu_seqlens": cu_seqlens, "sequence_group": sequence_group,
+        **asdict(attachment.logit), **kernel,
+    }  # fmt: skip
 
-    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        y = labels.to(hidden.device)
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: VocabShard | None) -> tuple[Any, ...]:
+        y = targets.to(hidden.device)
         if linear_logps is not None:
-            return (_linear_logps(hidden, weight, y, bias=bias, reduction=linear_logps, **shared),)
+            return (_linear_logps(hidden, weight, y, bias=bias, reduction=linear_logps, **shared, vocab=vocab),)
         assert objective is not None
         loss = linear_preference_loss(
             hidden, weight, y, bias=bias, objective=objective, is_chosen=is_chosen, num_pairs=num_pairs,
             sequence_weights=unsealed("sequence_weights", sequence_weights, hidden.device),
             ref_logps=unsealed("ref_logps", ref_logps, hidden.device), skip_chosen_reference=skip_chosen_reference,
-            report_tail=report_tail, **shared,
+            data_group=data_group, report_tail=report_tail, **shared, vocab=vocab,
         )  # fmt: skip
         return (*loss[:_TENSORS], *(loss.tail or ()))
 
@@ -378,6 +392,23 @@ def _forward(
         loss = loss + router_coefficient(self.config) * aux_loss.to(loss.device)
     exact = Sealed((loss, output.logps, output))
     return LinearLogpsOutput(loss=loss, logps=output.logps, infopo=output, aux_loss=aux_loss, exact=exact)
+
+
+def _targets(labels: Tensor | None, shift_labels: Tensor | None, rows: Tensor | None, sequence_group: Any) -> Tensor:
+    """The labels that are scored: `shift_labels` where they are given, as in transformers' own losses."""
+    if shift_labels is not None:
+        if rows is not None:
+            raise TypeError("`shift_labels` and `rows` were both given; with `rows` pass `labels`, which do not move.")
+        return shift_labels
+    if labels is None:
+        raise TypeError("`labels` is missing: log-probabilities need the input ids, with -100 where not scored.")
+    if sequence_group is not None and rows is None:
+        raise TypeError(
+            "`shift_labels` is missing: with `sequence_group` this rank holds a part of each sequence, and the label "
+            "of its last token lies on another rank. Shift before the cut: "
+            "shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)."
+        )
+    return labels
 
 
 def _asked_for(reduction: Any, infopo: Any, objective: Any) -> Objective | None:
@@ -450,7 +481,7 @@ def _check_packing(
 def _gathers(model: Any) -> bool:
     """Whether a forward gathers weights from other ranks (FSDP, ZeRO-3)."""
     return any(
-        is_dtensor(weight) or hasattr(weight, "ds_id") or type(weight).__name__ == "FlatParameter"
+        is_sharded(weight) or hasattr(weight, "ds_id") or type(weight).__name__ == "FlatParameter"
         for weight in model.parameters()
     )
 

@@ -179,7 +179,8 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
 
     Raises:
         TypeError: `args` is not an `InfoPOConfig`, or the head cannot be served (see `attach_linear_logps`).
-        ValueError: options that contradict the model or the data; split sequences (context parallelism).
+        ValueError: options that contradict the model or the data; split sequences that cannot be served (see
+            `SplitSequences.check`).
         FloatingPointError: while training, a loss or a gradient that is not finite; no weight is changed by that step.
         RuntimeError: the model's attached forward was lost; with `strict_checks`, a first step that is not the
             reference's.
@@ -233,7 +234,7 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
                 dtype=computing_type(self.model, self._autocast_type()),
             )
         self._check_data(args.max_length)
-        self._prepare_preferences(self.ref_model, given, dropout=args.disable_dropout)
+        self._prepare_preferences(self.ref_model, given, dropout=not args.disable_dropout)
 
     def _needs_no_reference(self, kwargs: dict[str, Any], args: Any) -> bool:
         if args.reference_free or self.objective.reference == "none" or self._table is not None:
@@ -374,6 +375,14 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         model_inputs = split_inputs(inputs)[0]
         with torch.no_grad():
             return loss, model(**{key: value for key, value in model_inputs.items() if key not in LAYOUT_KEYS})
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """DPOTrainer's, in parts under context parallelism."""
+        context, inputs = self._in_parts(model, inputs)
+        with context:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _count_tokens(self, mode: str, inputs: Any) -> None:
         if mode == "train":

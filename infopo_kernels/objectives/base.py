@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
@@ -163,10 +164,21 @@ def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
     return values if weights is None else values * weights
 
 
-def evaluate(objective: Objective, logp: Tensor, rows: Rows, sequences: Sequences) -> Evaluation:
-    """Equations (1) to (4) from token log-probabilities [N], in plain PyTorch."""
+def evaluate(
+    objective: Objective,
+    logp: Tensor,
+    rows: Rows,
+    sequences: Sequences,
+    whole: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
+    """Equations (1) to (4) from token log-probabilities [N], in plain PyTorch.
+
+    Where the rows are parts of the sequences, `whole` makes the sums [S] of the sequences from those of the parts.
+    """
     assert rows.segments is not None
     sums = sequence_sums(logp, rows.segments, len(sequences.is_chosen))
+    if whole is not None:
+        sums = whole(sums)
     # A sequence without a scored token has no log-probability. NaN says so; 0 would look like a real value.
     sums = torch.where(sequences.counts > 0, sums, torch.nan)
     each, u, P = objective.terms(sums, sequences), sequences.weights, sequences.num_pairs

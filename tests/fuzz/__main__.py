@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Backend
 from tests import support
-from tests.fuzz.cases import check, draw
+from tests.fuzz import cases, functions
 
 MOST_FAILURES = 10
 
@@ -33,6 +33,26 @@ def backend_of(name: str) -> Backend:
 
         return TritonBackend()
     return dispatch.resolve(name.partition("-")[0], torch.device("cpu"), torch.float32)
+
+
+def run(seed: int, backends: list[str]) -> str | None:
+    """Two cases of three call the primitives, one a public function. The description of the case if it failed."""
+    primitives = seed % 3 != 0
+    case = cases.draw(seed, backends) if primitives else functions.draw(seed, backends)
+    name = case.backend
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if name != "triton":
+                support.use_backend(name, patch)
+            if isinstance(case, cases.Case):
+                cases.check(case, backend_of(name))
+            else:
+                functions.check(case, name.partition("-")[0])
+    except Exception as error:  # any kind is a finding
+        if not isinstance(error, AssertionError):
+            traceback.print_exc(limit=-4)
+        return f"{case}\n  {type(error).__name__}: {error}"
+    return None
 
 
 def main() -> int:
@@ -48,18 +68,11 @@ def main() -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of log(0) in lanes that Triton masks
     start, done, failed = time.monotonic(), 0, 0
     while done < args.cases and time.monotonic() - start < 60 * args.minutes and failed < MOST_FAILURES:
-        case = draw(seed + done, args.backends)
+        failure = run(seed + done, args.backends)
         done += 1
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                if case.backend != "triton":
-                    support.use_backend(case.backend, patch)
-                check(case, backend_of(case.backend))
-        except Exception as error:  # any kind is a finding
+        if failure is not None:
             failed += 1
-            print(f"\nFAILED {case}\n  {type(error).__name__}: {error}", flush=True)
-            if not isinstance(error, AssertionError):
-                traceback.print_exc(limit=-4)
+            print(f"\nFAILED {failure}", flush=True)
     print(f"fuzz: {done} cases, {failed} failed, {time.monotonic() - start:.0f} s")
     return int(failed > 0)
 

@@ -80,14 +80,14 @@ class TritonBackend:
         from infopo_kernels.backends.triton.gradients import gradients_from_tiles
         from infopo_kernels.backends.triton.kernels.rows import find_live_rows
         from infopo_kernels.backends.triton.launch import on_device, prepare
-        from infopo_kernels.backends.triton.workspace import plan_tile
+        from infopo_kernels.backends.triton.workspace import Wanted, plan_tile
 
         if labels.numel() == 0 or not _any(gradients):
             return self.logprob(head, labels)
         with on_device(labels.device):
             launch = prepare(head)
             in_float32 = gradients.weight is None or gradients.weight.dtype == torch.float32
-            plan = plan_tile(launch, gradients)
+            plan = plan_tile(launch.sizes, Wanted.of(gradients))
             if plan is None or not (in_float32 or plan.rows >= launch.rows):
                 logp, lse = self.logprob(head, labels)
                 _backward(head, labels, lse, row_weight, gradients, skip_zero=False)

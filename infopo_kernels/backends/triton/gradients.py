@@ -17,14 +17,14 @@ from infopo_kernels.backends.triton.kernels.kept import (
     store_in,
 )
 from infopo_kernels.backends.triton.kernels.logprob import launch_merge
-from infopo_kernels.backends.triton.kernels.rows import LiveRows
+from infopo_kernels.backends.triton.kernels.rows import LiveRows, launch_gather_rows
 from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS, launch_normalise, launch_softmax_tile
-from infopo_kernels.backends.triton.kernels.weight_product import gathered_stride, launch_gather_rows
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
 from infopo_kernels.backends.triton.products import products_of
 from infopo_kernels.backends.triton.workspace import (
     PiecePlan,
     TilePlan,
+    Wanted,
     carve,
     kept_chunk,
     plan_pieces,
@@ -48,23 +48,25 @@ def gradients_from_tiles(
     Products: 1 (logits), + 1 (dX), + 1 (dW).
     """
     v = launch.vocabulary
-    layouts = tile_layouts(launch, plan.rows, plan.slices, gradients)
-    g, bias_part, stats, part, gathered = carve(
-        launch.head.workspace_bytes, labels.device, layouts[:2], shared=layouts[2:]
-    )
+    own, shared = tile_layouts(launch.sizes, plan.rows, plan.slices, Wanted.of(gradients))
+    g, bias_part, early, stats, part, late = carve(launch.head.workspace_bytes, labels.device, own, shared)
+    gathered = early if launch.sizes.descriptors else late
     q = g.view(plan.rows, -1, launch.tiles.logits.part).transpose(0, 1)
     products = products_of(launch, live)
     for row0 in range(0, launch.rows, plan.rows):
         if products.done(row0):
             break
-        launch_softmax_tile(launch, live, q, stats[0], stats[1], row0)
+        if launch.sizes.descriptors:
+            launch_gather_rows(launch, live, gathered, row0)
+        launch_softmax_tile(launch, live, q, stats[0], stats[1], row0, gathered)
         launch_merge(launch, labels, live, stats[0], stats[1], logp, lse, row0)
         launch_normalise(launch, labels, live, g, stats[0], logp, lse, row_weight, bias_part, row0)
         if gradients.hidden is not None:
             products.hidden(g, part, row0, 0, v, add=False)
             launch_store_hidden(launch, live, part, gradients.hidden, row0)
         if gradients.weight is not None:
-            launch_gather_rows(launch, live, gathered, row0)
+            if not launch.sizes.descriptors:
+                launch_gather_rows(launch, live, gathered, row0)
             products.weight(g, gathered, gradients.weight, row0, add=True)
         if gradients.bias is not None:
             launch_bias_gradient(launch, live, bias_part, gradients.bias, row0, plan.rows, NORMALISE_ROWS)
@@ -77,9 +79,9 @@ def kept_rows(launch: Launch, weight_grad: torch.Tensor) -> int:
     rounded twice: the kept rows make its first chunk, so that all rows of the call have to be in it.
     """
     most = capacity(launch, weight_grad)
-    chunk = kept_chunk(launch, most)
+    chunk = kept_chunk(launch.sizes, most)
     most = min(most, chunk)
-    pays = most >= min(launch.rows, launch.tiles.logits.rows) and sums_chunk(launch) > 0
+    pays = most >= min(launch.rows, launch.tiles.logits.rows) and sums_chunk(launch.sizes) > 0
     once = weight_grad.dtype == torch.float32 or chunk >= launch.rows
     return most if pays and once else 0
 
@@ -90,13 +92,18 @@ def logprob_keeping(
     """l and lse of the live rows, whose logits stay in the memory of `keep` [V, H]. One product."""
     store = store_in(launch, keep)
     parts, rows = len(store.q), min(kept_rows(launch, keep), launch.rows)
-    c = min(rows, sums_chunk(launch))
+    c = min(rows, sums_chunk(launch.sizes))
     sums = torch.empty(parts * c, dtype=torch.float32, device=labels.device)
+    memory = launch.head.hidden.new_empty(launch.sizes.gathered(c)[0]) if launch.sizes.descriptors else None
     for row0 in range(0, rows, c):
         chunk = slice(row0, min(row0 + c, rows))
         part_sum = sums[: parts * (chunk.stop - row0)].view(parts, -1)
         q, part_max, target = store.q[:, chunk], store.part_max[:, chunk], store.target[chunk]
-        launch_softmax_tile(launch, live, q, part_max, part_sum, row0)
+        gathered = None
+        if memory is not None:
+            gathered = memory[: chunk.stop - row0]
+            launch_gather_rows(launch, live, gathered, row0)
+        launch_softmax_tile(launch, live, q, part_max, part_sum, row0, gathered)
         launch_merge(launch, labels, live, part_max, part_sum, logp, lse, row0, target)
 
 
@@ -114,8 +121,8 @@ def gradients_from_kept(
     """
     hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
     assert weight is not None
-    rows = kept_chunk(launch, capacity(launch, weight))
-    plan = plan_pieces(launch, hidden=hidden is not None, weight=True, bias=bias is not None, rows=rows)
+    rows = kept_chunk(launch.sizes, capacity(launch, weight))
+    plan = plan_pieces(launch.sizes, hidden=hidden is not None, weight=True, bias=bias is not None, rows=rows)
     live, kept = find_kept_rows(launch, store_in(launch, weight), labels, kept_labels, lse, row_weight)
     _by_rows(launch, plan, labels, lse, row_weight, live, gradients, kept)
 
@@ -134,14 +141,14 @@ def gradients_from_lse(
     the workspace, dX and dW are formed one after the other, each rounded once, and the logits twice (4 products).
     """
     hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
-    plan = plan_pieces(launch, hidden=hidden is not None, weight=weight is not None, bias=bias is not None)
+    plan = plan_pieces(launch.sizes, hidden=hidden is not None, weight=weight is not None, bias=bias is not None)
     if weight is None or weight.dtype == torch.float32 or plan.rows >= launch.rows:
         _by_rows(launch, plan, labels, lse, row_weight, live, gradients)
         return
     if hidden is not None:
-        plan = plan_pieces(launch, hidden=True, weight=False, bias=False)
+        plan = plan_pieces(launch.sizes, hidden=True, weight=False, bias=False)
         _by_rows(launch, plan, labels, lse, row_weight, live, Gradients(hidden, None, None))
-    plan = plan_pieces(launch, hidden=False, weight=True, bias=bias is not None, weight_sums=True)
+    plan = plan_pieces(launch.sizes, hidden=False, weight=True, bias=bias is not None, weight_sums=True)
     _by_vocabulary(launch, plan, labels, lse, row_weight, live, weight, bias)
 
 
@@ -162,13 +169,14 @@ def _by_rows(
     """
     hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
     v, h, dtype, block = launch.vocabulary, launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits.rows
+    gathers = weight is not None or launch.sizes.descriptors
     g, part, gathered, bias_part = carve(
         launch.head.workspace_bytes,
         labels.device,
         (
             ((plan.rows, plan.columns), dtype),
             ((plan.slices, plan.rows, h), torch.float32) if hidden is not None else None,
-            ((plan.rows, gathered_stride(h)), dtype) if weight is not None else None,
+            launch.sizes.gathered(plan.rows) if gathers else None,
             ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
         ),
     )
@@ -176,7 +184,7 @@ def _by_rows(
     for row0 in range(0, launch.rows, plan.rows):
         if products.done(row0):
             break
-        if weight is not None:
+        if gathers:
             launch_gather_rows(launch, live, gathered, row0)
         from_kept = kept if row0 == 0 else None
         for v0 in reversed(range(0, v, plan.columns)):
@@ -187,7 +195,7 @@ def _by_rows(
                     launch_bias_gradient(
                         launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block, kept=True
                     )
-            launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns)
+            launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns, gathered)
             if hidden is not None:
                 products.hidden(g, part, row0, v0, columns, add=v0 + columns < v)
             if weight is not None:
@@ -216,7 +224,7 @@ def _by_vocabulary(
         labels.device,
         (
             ((plan.rows, plan.columns), dtype),
-            ((plan.rows, gathered_stride(h)), dtype),
+            launch.sizes.gathered(plan.rows),
             ((plan.columns, h), torch.float32),
             ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
         ),
@@ -228,7 +236,7 @@ def _by_vocabulary(
             if products.done(row0):
                 break
             launch_gather_rows(launch, live, gathered, row0)
-            launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns)
+            launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns, gathered)
             products.weight(g, gathered, sums[:columns], row0, add=row0 > 0)
             if bias is not None:
                 launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block)

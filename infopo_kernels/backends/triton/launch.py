@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from infopo_kernels.backends.base import Head
 from infopo_kernels.backends.triton.tiles import INTERPRETER, TARGETS, Products, Target, Tile
 
 FUSED = {"enable_fp_fusion": True}
 """a * b + c in one rounding, whatever Triton's default: it halves the work of every epilogue."""
+
+MIN_GATHERED = 1024
+"""Rows that half of the workspace must hold for logits to be formed from gathered ones: eight blocks of the widest tile
+at least pass over the head together."""
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 at import: kernels run as numpy on CPU tensors."""
@@ -28,28 +33,81 @@ if INTERPRETED:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What the division of a call's work follows from: no tensor, so that a division can be cached."""
+
+    rows: int
+    hidden_size: int
+    vocabulary: int
+    dtype: torch.dtype
+    bias: bool
+    workspace_bytes: int
+    tiles: Products
+    multiprocessors: int
+    library: bool
+    """Whether dX and dW are the library's products (`products.py`)."""
+    descriptors: bool
+    """Whether logits are formed from gathered rows by tensor descriptors (`kernels/logits.py`)."""
+
+    def filled(self, programs: int) -> float:
+        """Share of the device that works on `programs` equal programs, one a multiprocessor, until the last is done."""
+        return programs / (ceil_div(programs, self.multiprocessors) * self.multiprocessors)
+
+    @property
+    def gathered_stride(self) -> int:
+        """Elements between gathered rows: a multiple of 16, so that every row starts on 16 bytes."""
+        return ceil_div(self.hidden_size, 16) * 16
+
+    def gathered(self, rows: int) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and type of gathered rows."""
+        return (rows, self.gathered_stride), self.dtype
+
+
+@dataclass(frozen=True)
 class Launch:
     """The head with everything that its kernels' launches have in common."""
 
     head: Head
-    tiles: Products
+    sizes: Sizes
     precision: str
     """`input_precision` of float32 products: "ieee", or "tf32" where torch allows it."""
-    multiprocessors: int
-    library: bool = False
-    """Whether dX and dW are the library's products (`products.py`)."""
+
+    @property
+    def tiles(self) -> Products:
+        return self.sizes.tiles
 
     @property
     def rows(self) -> int:
-        return self.head.hidden.shape[0]
+        return self.sizes.rows
 
     @property
     def hidden_size(self) -> int:
-        return self.head.hidden.shape[1]
+        return self.sizes.hidden_size
 
     @property
     def vocabulary(self) -> int:
-        return self.head.weight.shape[0]
+        return self.sizes.vocabulary
+
+    @property
+    def library(self) -> bool:
+        return self.sizes.library
+
+    def programs(self, tiles: int) -> int:
+        """Programs of a kernel of logits: one a tile, or one a multiprocessor that takes tile after tile."""
+        return min(tiles, self.sizes.multiprocessors) if self.sizes.descriptors else tiles
+
+    def operands(self, gathered: torch.Tensor | None) -> tuple[Any, Any]:
+        """X and W as kernels of logits take them: the tensors, or descriptors of the gathered rows and of W."""
+        if not self.sizes.descriptors:
+            return self.head.hidden, self.head.weight
+        assert gathered is not None
+        tile, h = self.tiles.logits, self.hidden_size
+        return (
+            TensorDescriptor(gathered, [len(gathered), h], [gathered.stride(0), 1], [tile.rows, tile.depth]),
+            TensorDescriptor(
+                self.head.weight, [self.vocabulary, h], [self.head.weight.stride(0), 1], [tile.columns, tile.depth]
+            ),
+        )
 
     @property
     def logit_arguments(self) -> dict[str, Any]:
@@ -71,12 +129,9 @@ class Launch:
             "PART": tile.part,
             "EVEN_H": self.hidden_size % tile.depth == 0,
             "GROUP": tile.group,
+            "DESCRIPTORS": self.sizes.descriptors,
             **self.product_arguments(tile),
         }
-
-    def filled(self, programs: int) -> float:
-        """Share of the device that works on `programs` equal programs, one a multiprocessor, until the last is done."""
-        return programs / (ceil_div(programs, self.multiprocessors) * self.multiprocessors)
 
     def product_arguments(self, tile: Tile) -> dict[str, Any]:
         """Arguments of every kernel with a product."""
@@ -145,8 +200,22 @@ def prepare(head: Head) -> Launch:
     library = whole and head.weight.stride(0) >= head.weight.shape[1] and _library_wanted(target, single=single)
     if library and device.type == "cuda":
         library = not torch.cuda.is_current_stream_capturing()
-    tiles = target.products(single=single, aligned=whole)
-    return Launch(head, tiles, precision, _multiprocessors(device, target), library)
+    (rows, h), tiles = head.hidden.shape, target.products(single=single, aligned=whole)
+    described = target.descriptors and whole and not single
+    described = described and MIN_GATHERED * 2 * h <= head.workspace_bytes // 2
+    sizes = Sizes(
+        rows,
+        h,
+        head.weight.shape[0],
+        head.hidden.dtype,
+        head.bias is not None,
+        head.workspace_bytes,
+        tiles,
+        _multiprocessors(device, target),
+        library,
+        described,
+    )
+    return Launch(head, sizes, precision)
 
 
 def _library_wanted(target: Target, *, single: bool) -> bool:

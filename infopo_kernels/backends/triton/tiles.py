@@ -1,8 +1,9 @@
 """Launch parameters: one table per target, each row with its reason. Imports neither Triton nor a GPU.
 
-None of these figures was found on a device: they follow from the sizes of register file and shared memory, from what
-Triton's compiler reports for each target (`make kernels`), and from counting (docs/gpu.md).
-Correct them by measurement with INFOPO_KERNELS_AUTOTUNE=1 and `make bench-gpu`.
+Those of sm_90 for aligned 16-bit rows were compared with others on an H100 (record first-contact-variants). The rest
+follows from the sizes of register file and shared memory, from what Triton's compiler reports for each target
+(`make kernels`), and from counting (docs/gpu.md). Correct it by measurement with INFOPO_KERNELS_AUTOTUNE=1 and
+`make first-contact`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Target:
     """Whether dX and dW of 16-bit inputs are the library's products (`products.py`), for aligned rows."""
     library_single: bool = False
     """float32 likewise."""
+    descriptors: bool = False
+    """Whether aligned 16-bit rows reach the product of logits by tensor descriptors (TMA), gathered before."""
 
     def products(self, *, single: bool, aligned: bool) -> Products:
         own, unaligned = (self.single, self.single_unaligned) if single else (self.half, self.half_unaligned)
@@ -88,8 +91,9 @@ _UNALIGNED = replace(
     _same(Tile(128, 128, 32, warps=8, stages=3)), logits=Tile(128, 128, 16, warps=8, stages=3, part=32)
 )
 
-# The same of float32: an online softmax beside a depth of 16 spilled.
-_SINGLE_UNALIGNED = replace(_SINGLE, logits=replace(_SINGLE.logits, depth=8))
+# The same of float32: an online softmax of 128 columns beside a depth of 16 spilled, and Triton before 3.8 has no
+# product of less depth.
+_SINGLE_UNALIGNED = replace(_SINGLE, logits=Tile(64, 64, 16, warps=8, stages=2, part=16))
 
 # sm_100 and sm_120: the assembler fits dX of float32 into 128 registers (64 with TF32), so that two programs share a
 # multiprocessor, and spills a few on the way; parts of 32 columns leave room.
@@ -105,20 +109,20 @@ _SINGLE_UNALIGNED_120 = replace(_SINGLE_UNALIGNED_100, weight=replace(_SINGLE.we
 _SINGLE_950 = replace(_SINGLE, logits=replace(_SINGLE.logits, stages=1))
 
 # 128 x 256 sums in two warp groups: wgmma's widest instruction (n = 256), 85 operations a byte of L2 traffic against 64
-# of 128 x 128, which at 700 TFLOP/s is 8 TB/s against 11. 3 stages of 48 KiB; a fourth (192 of 227 KiB) is left to the
-# autotuner. One program a multiprocessor, so that what follows a product is not hidden: 5 to 8 % of it at H = 4096.
+# of 128 x 128, which at 700 TFLOP/s is 8 TB/s against 11. 3 stages of 48 KiB: on an H100 a fourth changed nothing, and
+# two took 1.3 times as long. One program a multiprocessor, so that what follows a product is not hidden: 5 to 8 % of it
+# at H = 4096.
 _WIDE = Tile(128, 256, 64, warps=8, stages=3)
 
 # Logits: 16 row blocks share each tile of the head, so that it leaves memory once for 2048 rows; their hidden states
-# (16 MiB at H = 4096 in bfloat16) stay in L2 beside it.
+# (16 MiB at H = 4096 in bfloat16) stay in L2 beside it. On an H100 14.1 ms, and 14.9 with 8.
 _WIDE_LOGITS = replace(_WIDE, group=16)
 
-# Whose products form dX and dW: a model until a device has been measured (`python -m benchmarks first-contact`).
-# Hopper and Blackwell: a Triton product that is neither persistent nor specialised reaches 0.76 of cuBLAS on H100
-# (float16, 8192 x 8192 x 512: 217.5 and 285.4 TFLOP/s, pull request 5726 of triton-lang/triton) and, it is assumed,
-# less than half on B200. A100: 0.96 (float16, 2944 cubed: 170.1 and 176.1, issue 6523 there), so that products on plain
-# memory stay. float32 on plain FMA units: cuBLAS', it is assumed. AMD: Triton's until somebody has seen `addmm` with a
-# float32 result there.
+# Whose products form dX and dW. H100, 16 bits: the library's, measured (56.9 ms a step, 60.7 with Triton's). The rest
+# is a model. Blackwell: less than half of cuBLAS' rate for a Triton product that is neither persistent nor specialised,
+# it is assumed. A100: 0.96 (float16, 2944 cubed: 170.1 and 176.1 TFLOP/s, issue 6523 of triton-lang/triton), so that
+# products on plain memory stay. float32 on plain FMA units: cuBLAS', it is assumed. AMD: Triton's until somebody has
+# seen `addmm` with a float32 result there.
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -183,6 +187,7 @@ TARGETS: dict[str, Target] = {
             _SINGLE_UNALIGNED,
             library_half=True,
             library_single=True,
+            descriptors=True,
         ),
         # B200: tcgen05 keeps the sums in tensor memory, of which 128 x 256 float32 are half; else as H100.
         Target(

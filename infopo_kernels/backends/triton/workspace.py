@@ -16,14 +16,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from infopo_kernels.backends.base import Gradients
 from infopo_kernels.backends.triton.kernels.hidden_product import slices_of
 from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS
-from infopo_kernels.backends.triton.kernels.weight_product import gathered_stride
-from infopo_kernels.backends.triton.launch import Launch, ceil_div
+from infopo_kernels.backends.triton.launch import Sizes, ceil_div
 
 ALIGNMENT = 256
 """Bytes: every temporary starts on a boundary that all vector accesses accept."""
@@ -94,56 +95,80 @@ def _largest(n: int, most: int, fits: Callable[[int], bool]) -> int | None:
     return next((rows for rows in _chunk_sizes(min(n, most)) if fits(rows)), None)
 
 
-def tile_layouts(launch: Launch, rows: int, slices: int, gradients: Gradients) -> tuple[Layout | None, ...]:
-    """What one chunk of rows takes: G, column sums, and three that are never needed at a time."""
-    h, dtype, tile = launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits
-    ld = ceil_div(launch.vocabulary, tile.columns) * tile.columns
-    return (
-        ((rows, ld), dtype),
-        ((ceil_div(rows, NORMALISE_ROWS), ld), torch.float32) if gradients.bias is not None else None,
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, gradients: Gradients) -> Wanted:
+        return cls(*(x is not None for x in (gradients.hidden, gradients.weight, gradients.bias)))
+
+
+def tile_layouts(
+    sizes: Sizes, rows: int, slices: int, wanted: Wanted
+) -> tuple[list[Layout | None], list[Layout | None]]:
+    """What one chunk of rows takes: G, column sums, gathered rows; and three that are never needed at a time.
+
+    The gathered rows are the last of either: descriptors need them before the product of logits, dW after it.
+    """
+    tile, gathered = sizes.tiles.logits, None
+    ld = ceil_div(sizes.vocabulary, tile.columns) * tile.columns
+    if wanted.weight or sizes.descriptors:
+        gathered = sizes.gathered(rows)
+    own: list[Layout | None] = [
+        ((rows, ld), sizes.dtype),
+        ((ceil_div(rows, NORMALISE_ROWS), ld), torch.float32) if wanted.bias else None,
+        gathered if sizes.descriptors else None,
+    ]
+    shared: list[Layout | None] = [
         ((2, ld // tile.part, rows), torch.float32),
-        ((slices, rows, h), torch.float32) if gradients.hidden is not None else None,
-        ((rows, gathered_stride(h)), dtype) if gradients.weight is not None else None,
-    )
+        ((slices, rows, sizes.hidden_size), torch.float32) if wanted.hidden else None,
+        None if sizes.descriptors else gathered,
+    ]
+    return own, shared
 
 
-def plan_tile(launch: Launch, gradients: Gradients) -> TilePlan | None:
+@lru_cache(maxsize=256)
+def plan_tile(sizes: Sizes, wanted: Wanted) -> TilePlan | None:
     """Chunks of rows whose whole width of logits fits, or None where too few rows do.
 
     Of all chunks and slices that fit, those with the least modelled time (`_chunk_time`).
     """
-    budget = launch.head.workspace_bytes - SPARE
-    steps = ceil_div(launch.vocabulary, launch.tiles.hidden.depth)
-    divided = gradients.hidden is not None and not launch.library
+    budget = sizes.workspace_bytes - SPARE
+    steps = ceil_div(sizes.vocabulary, sizes.tiles.hidden.depth)
+    divided = wanted.hidden and not sizes.library
     most_slices = max(1, min(MAX_SLICES, steps // 16)) if divided else 1
-    row_bytes = launch.vocabulary * launch.head.hidden.element_size()
-    n, best = launch.rows, None
+    row_bytes = sizes.vocabulary * sizes.dtype.itemsize
+    n, best = sizes.rows, None
     for rows in _chunk_sizes(min(n, max(1, budget // row_bytes))):
         for slices in range(1, most_slices + 1):
-            *own, stats, part, gathered = tile_layouts(launch, rows, slices, gradients)
-            if sum(map(size_of, own)) + max(map(size_of, (stats, part, gathered))) > budget:
+            own, shared = tile_layouts(sizes, rows, slices, wanted)
+            if sum(map(size_of, own)) + max(map(size_of, shared)) > budget:
                 break
-            time = n // rows * _chunk_time(launch, rows, slices, gradients)
-            time += _chunk_time(launch, n % rows, slices, gradients) if n % rows else 0.0
+            time = n // rows * _chunk_time(sizes, rows, slices, wanted)
+            time += _chunk_time(sizes, n % rows, slices, wanted) if n % rows else 0.0
             if best is None or time < best[0]:
                 best = time, TilePlan(rows, slices)
-    least = MIN_ROWS_WITHOUT_WEIGHT if gradients.weight is None else MIN_ROWS_WITH_WEIGHT
+    least = MIN_ROWS_WITH_WEIGHT if wanted.weight else MIN_ROWS_WITHOUT_WEIGHT
     return best[1] if best is not None and best[1].rows >= min(n, least) else None
 
 
-def _chunk_time(launch: Launch, rows: int, slices: int, gradients: Gradients) -> float:
+def _chunk_time(sizes: Sizes, rows: int, slices: int, wanted: Wanted) -> float:
     """Modelled time of a chunk, in units of one product of one row.
 
     Logits cost their whole blocks of rows, dX its blocks over the share of the device that its programs fill, dW its
     rows or its pass over memory, whichever is longer.
     """
-    tiles = launch.tiles
+    tiles = sizes.tiles
     time = float(ceil_div(rows, tiles.logits.rows) * tiles.logits.rows)
-    if gradients.hidden is not None:
+    if wanted.hidden:
         blocks = ceil_div(rows, tiles.hidden.rows)
-        programs = blocks * ceil_div(launch.hidden_size, tiles.hidden.columns) * slices
-        time += blocks * tiles.hidden.rows / launch.filled(programs) * (1 + 0.01 * slices)
-    if gradients.weight is not None:
+        programs = blocks * ceil_div(sizes.hidden_size, tiles.hidden.columns) * slices
+        time += blocks * tiles.hidden.rows / sizes.filled(programs) * (1 + 0.01 * slices)
+    if wanted.weight:
         time += max(rows, PASS_ROWS)
     return time
 
@@ -152,7 +177,7 @@ def _chunk_time(launch: Launch, rows: int, slices: int, gradients: Gradients) ->
 class _Pieces:
     """What gradients by pieces of the vocabulary take of the workspace."""
 
-    launch: Launch
+    sizes: Sizes
     hidden: bool
     weight: bool
     bias: bool
@@ -160,30 +185,30 @@ class _Pieces:
 
     @property
     def budget(self) -> int:
-        return self.launch.head.workspace_bytes - SPARE
+        return self.sizes.workspace_bytes - SPARE
 
     @property
     def tiles(self) -> int:
-        return ceil_div(self.launch.vocabulary, self.launch.tiles.logits.columns)
+        return ceil_div(self.sizes.vocabulary, self.sizes.tiles.logits.columns)
 
     @property
     def wide(self) -> int:
         """Tiles a piece behind which a pass over the sums of dX (8 R H bytes) hides, as one over dW does behind a chunk
         of as many rows."""
-        return min(self.tiles, ceil_div(PASS_ROWS, self.launch.tiles.logits.columns))
+        return min(self.tiles, ceil_div(PASS_ROWS, self.sizes.tiles.logits.columns))
 
     def slices(self, rows: int) -> int:
-        return slices_of(self.launch, rows, self.launch.vocabulary)
+        return slices_of(self.sizes, rows, self.sizes.vocabulary)
 
     def of_rows(self, rows: int) -> int:
-        h, size = self.launch.hidden_size, self.launch.head.hidden.element_size()
-        sums = 4 * h * self.slices(rows) if self.hidden else 0
-        return rows * (sums + (size * gathered_stride(h) if self.weight else 0))
+        sums = 4 * self.sizes.hidden_size * self.slices(rows) if self.hidden else 0
+        gathered = self.weight or self.sizes.descriptors
+        return rows * (sums + (self.sizes.dtype.itemsize * self.sizes.gathered_stride if gathered else 0))
 
     def of_tile(self, rows: int) -> int:
-        block, size = self.launch.tiles.logits, self.launch.head.hidden.element_size()
+        block, size = self.sizes.tiles.logits, self.sizes.dtype.itemsize
         bias_part = 4 * ceil_div(rows, block.rows) if self.bias else 0
-        return block.columns * (rows * size + bias_part + (4 * self.launch.hidden_size if self.weight_sums else 0))
+        return block.columns * (rows * size + bias_part + (4 * self.sizes.hidden_size if self.weight_sums else 0))
 
     def fits(self, rows: int, tiles_a_piece: int) -> bool:
         return self.of_rows(rows) + self.of_tile(rows) * tiles_a_piece <= self.budget
@@ -208,17 +233,18 @@ class _Pieces:
         Logits and dW cost their columns over the share of the device that their programs fill. A piece reads and
         writes the sums of dX (PASS_ROWS columns' time), and X for logits and for dW (a quarter each); half is hidden.
         """
-        logits, dw = self.launch.tiles.logits, self.launch.tiles.weight
+        logits, dw = self.sizes.tiles.logits, self.sizes.tiles.weight
         columns = tiles * logits.columns
         programs = [ceil_div(rows, logits.rows) * tiles]
         if self.weight:
-            programs.append(ceil_div(columns, dw.rows) * ceil_div(self.launch.hidden_size, dw.columns))
+            programs.append(ceil_div(columns, dw.rows) * ceil_div(self.sizes.hidden_size, dw.columns))
         passes = self.hidden + len(programs) / 4
-        return columns * sum(1 / self.launch.filled(p) for p in programs) + passes * PASS_ROWS / 2
+        return columns * sum(1 / self.sizes.filled(p) for p in programs) + passes * PASS_ROWS / 2
 
 
+@lru_cache(maxsize=256)
 def plan_pieces(
-    launch: Launch, *, hidden: bool, weight: bool, bias: bool, weight_sums: bool = False, rows: int | None = None
+    sizes: Sizes, *, hidden: bool, weight: bool, bias: bool, weight_sums: bool = False, rows: int | None = None
 ) -> PiecePlan:
     """Rows and columns of a piece of G; with `weight_sums` float32 sums of dW for the columns of a piece as well.
 
@@ -228,39 +254,42 @@ def plan_pieces(
     Raises:
         ValueError: not even one row and one tile of the vocabulary fit.
     """
-    sizes, block = _Pieces(launch, hidden, weight, bias, weight_sums), launch.tiles.logits
-    of_rows, of_tile, fits, wide = sizes.of_rows, sizes.of_tile, sizes.fits, sizes.wide
+    pieces, block = _Pieces(sizes, hidden, weight, bias, weight_sums), sizes.tiles.logits
+    of_rows, of_tile, fits, wide = pieces.of_rows, pieces.of_tile, pieces.fits, pieces.wide
     if rows is None:
-        most = max(1, sizes.budget // (block.columns * launch.head.hidden.element_size()))
-        all_rows = launch.rows if fits(launch.rows, wide) else None
-        halved = _largest(launch.rows, most, lambda r: of_rows(r) <= sizes.budget // 2 and fits(r, wide))
-        rows = all_rows or halved or _largest(launch.rows, most, lambda r: fits(r, 1))
+        most = max(1, pieces.budget // (block.columns * sizes.dtype.itemsize))
+        all_rows = sizes.rows if fits(sizes.rows, wide) else None
+        halved = _largest(sizes.rows, most, lambda r: of_rows(r) <= pieces.budget // 2 and fits(r, wide))
+        rows = all_rows or halved or _largest(sizes.rows, most, lambda r: fits(r, 1))
     if rows is None:
         raise ValueError(
             f"`workspace_mib` must hold one row of hidden states and one tile of {block.columns} words, expected at "
             f"least {1 + ((of_rows(1) + of_tile(1) + SPARE) >> 20)} MiB, got "
-            f"{launch.head.workspace_bytes / (1 << 20):.2f} MiB; raise it."
+            f"{sizes.workspace_bytes / (1 << 20):.2f} MiB; raise it."
         )
-    return PiecePlan(rows, sizes.best(rows) * block.columns, sizes.slices(rows) if hidden else 1)
+    return PiecePlan(rows, pieces.best(rows) * block.columns, pieces.slices(rows) if hidden else 1)
 
 
-def kept_chunk(launch: Launch, most: int) -> int:
+@lru_cache(maxsize=256)
+def kept_chunk(sizes: Sizes, most: int) -> int:
     """Rows of the chunk that takes all rows with kept logits (`most` of them can be kept); 0 where none fit.
 
     All rows of the call, or as many of the `most` as the workspace has room for. Asked before the call that keeps
     logits and again after it, so it depends on nothing but the head: every gradient counts as wanted.
     """
-    sizes = _Pieces(launch, hidden=True, weight=True, bias=launch.head.bias is not None)
-    if sizes.fits(launch.rows, sizes.wide):
-        return launch.rows
-    return _largest(launch.rows, most, lambda r: sizes.fits(r, sizes.wide)) or 0
+    pieces = _Pieces(sizes, hidden=True, weight=True, bias=sizes.bias)
+    if pieces.fits(sizes.rows, pieces.wide):
+        return sizes.rows
+    return _largest(sizes.rows, most, lambda r: pieces.fits(r, pieces.wide)) or 0
 
 
-def sums_chunk(launch: Launch) -> int:
-    """Rows, in whole blocks, whose sums of exponentials, one for each part of the vocabulary, fit the workspace."""
-    row_bytes = 4 * ceil_div(launch.vocabulary, launch.tiles.logits.part)
-    block = launch.tiles.logits.rows
-    return launch.head.workspace_bytes // row_bytes // block * block
+def sums_chunk(sizes: Sizes) -> int:
+    """Rows, in whole blocks, whose sums of exponentials, one for each part of the vocabulary, fit the workspace, beside
+    the rows themselves where they are gathered."""
+    row_bytes = 4 * ceil_div(sizes.vocabulary, sizes.tiles.logits.part)
+    row_bytes += sizes.dtype.itemsize * sizes.gathered_stride if sizes.descriptors else 0
+    block = sizes.tiles.logits.rows
+    return sizes.workspace_bytes // row_bytes // block * block
 
 
 def carve(

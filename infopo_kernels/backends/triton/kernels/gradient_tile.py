@@ -19,9 +19,9 @@ from infopo_kernels.backends.triton.kernels.logits import (
     column_parts,
     factor_of,
     grouped_tile,
-    head_product,
     inside,
     load_labels,
+    logit_product,
     nats_of,
     unit_of,
 )
@@ -69,10 +69,122 @@ def store_gradient_part(
     tl.store(g_ptr + offs_g, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
+@triton.jit
+def store_gradient_tile(
+    acc,
+    offs_n,
+    pid_v,
+    v0,
+    row_ok,
+    label,
+    level,
+    c,
+    gain,
+    b_ptr,
+    g_ptr,
+    db_part_ptr,
+    ld,
+    V,
+    softcap,
+    unit,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    SPECIAL: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """The parts of a tile of sums."""
+    parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
+    for p in tl.static_range(BLOCK_V // PART):
+        store_gradient_part(
+            parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, level, c, gain,
+            b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, SPECIAL, BIAS_GRAD,
+        )  # fmt: skip
+
+
+@triton.jit
+def gradient_block(
+    tile,
+    num_n,
+    num_v,
+    here,
+    begin,
+    x,
+    w,
+    b_ptr,
+    labels_ptr,
+    lse_ptr,
+    c_ptr,
+    rows_ptr,
+    g_ptr,
+    db_part_ptr,
+    gain,
+    row0,
+    v0,
+    ld,
+    V,
+    H,
+    stride_xn,
+    stride_wv,
+    softcap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PART: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of G."""
+    pid_n, pid_v = grouped_tile(tile, num_n, num_v, GROUP)
+    offs_n = begin + pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = offs_n < here
+    row = tl.load(rows_ptr + row0 + tl.minimum(offs_n, here - 1))
+    first = v0 + pid_v * BLOCK_V
+    acc = logit_product(
+        x, row.to(tl.int64) * stride_xn, begin + pid_n * BLOCK_N, w, stride_wv, first, V, H,
+        BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
+    label = load_labels(labels_ptr, row, row_ok, V)
+    lse = tl.load(lse_ptr + row)
+    # lse in units of u for float32, in base 2 else (`store_gradient_part`).
+    if g_ptr.dtype.element_ty == tl.float32:
+        level = lse / factor_of(softcap, scale, HAS_SOFTCAP)
+    else:
+        level = (lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))).to(tl.float32)
+    c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
+    c = tl.where(label != -1, c, float("nan"))
+    c = c * gain
+    unit = unit_of(softcap, scale, HAS_SOFTCAP)
+    db_part_ptr += pid_n.to(tl.int64) * ld
+    labels_here = tl.sum(((label >= first) & (label < first + BLOCK_V)).to(tl.int32), axis=0)
+    # A label of 128 rows lies in a fifth of the tiles of 256 words (V 151936): comparing every element is left to them.
+    # Triton 3.6 cannot flatten a loop with a branch in it: there all tiles compare.
+    if DESCRIPTORS or (labels_here > 0) | (first + BLOCK_V > V):
+        store_gradient_tile(
+            acc, offs_n, pid_v, v0, row_ok, label, level, c, gain, b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit,
+            HAS_BIAS, HAS_SOFTCAP, NEGATIVE, True, BIAS_GRAD, BLOCK_N, BLOCK_V, PART,
+        )  # fmt: skip
+    else:
+        store_gradient_tile(
+            acc, offs_n, pid_v, v0, row_ok, label, level, c, gain, b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit,
+            HAS_BIAS, HAS_SOFTCAP, NEGATIVE, False, BIAS_GRAD, BLOCK_N, BLOCK_V, PART,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["row0", "C", "v0", "columns"])
 def gradient_tile_kernel(
-    x_ptr,
-    w_ptr,
+    x,
+    w,
     b_ptr,
     labels_ptr,
     lse_ptr,
@@ -105,6 +217,7 @@ def gradient_tile_kernel(
     PART: tl.constexpr,
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -117,46 +230,20 @@ def gradient_tile_kernel(
     num_n = tl.cdiv(tl.maximum(here - begin, 0), BLOCK_N)
     num_v = tl.cdiv(columns, BLOCK_V)
     pid = tl.program_id(0)
-    if pid >= num_n * num_v:
-        return
-    pid_n, pid_v = grouped_tile(pid, num_n, num_v, GROUP)
-    offs_n = begin + pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    row_ok = offs_n < here
-    row = tl.load(rows_ptr + row0 + tl.minimum(offs_n, here - 1))
-    acc = head_product(
-        x_ptr, row.to(tl.int64) * stride_xn, w_ptr, stride_wv, v0 + offs_k, V, H,
-        BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
-    )  # fmt: skip
-    label = load_labels(labels_ptr, row, row_ok, V)
-    lse = tl.load(lse_ptr + row)
-    # lse in units of u for float32, in base 2 else (`store_gradient_part`).
-    if g_ptr.dtype.element_ty == tl.float32:
-        level = lse / factor_of(softcap, scale, HAS_SOFTCAP)
-    else:
-        level = (lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))).to(tl.float32)
-    c = tl.load(c_ptr + row, mask=row_ok, other=0.0)
-    c = tl.where(label >= 0, c, float("nan"))
     gain = tl.load(gain_ptr) if HAS_GAIN else 1.0
-    c = c * gain
-    unit = unit_of(softcap, scale, HAS_SOFTCAP)
-    db_part_ptr += pid_n.to(tl.int64) * ld
-    first = v0 + pid_v * BLOCK_V
-    labels_here = tl.sum(((label >= first) & (label < first + BLOCK_V)).to(tl.int32), axis=0)
-    parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
-    # A label of 128 rows lies in a fifth of the tiles of 256 words (V 151936): comparing every element is left to them.
-    if (labels_here > 0) | (first + BLOCK_V > V):
-        for p in tl.static_range(BLOCK_V // PART):
-            store_gradient_part(
-                parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, level, c, gain,
-                b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, True, BIAS_GRAD,
+    if DESCRIPTORS:
+        for tile in tl.range(pid, num_n * num_v, tl.num_programs(0), flatten=True):
+            gradient_block(
+                tile, num_n, num_v, here, begin, x, w, b_ptr, labels_ptr, lse_ptr, c_ptr, rows_ptr, g_ptr, db_part_ptr,
+                gain, row0, v0, ld, V, H, stride_xn, stride_wv, softcap, scale, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
+                BIAS_GRAD, BLOCK_N, BLOCK_V, BLOCK_H, PART, EVEN_H, GROUP, DESCRIPTORS, PRECISION,
             )  # fmt: skip
-    else:
-        for p in tl.static_range(BLOCK_V // PART):
-            store_gradient_part(
-                parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, level, c, gain,
-                b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, False, BIAS_GRAD,
-            )  # fmt: skip
+    elif pid < num_n * num_v:
+        gradient_block(
+            pid, num_n, num_v, here, begin, x, w, b_ptr, labels_ptr, lse_ptr, c_ptr, rows_ptr, g_ptr, db_part_ptr,
+            gain, row0, v0, ld, V, H, stride_xn, stride_wv, softcap, scale, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
+            BIAS_GRAD, BLOCK_N, BLOCK_V, BLOCK_H, PART, EVEN_H, GROUP, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
 
 
 def launch_gradient_tile(
@@ -170,8 +257,12 @@ def launch_gradient_tile(
     row0: int,
     v0: int,
     columns: int,
+    gathered: torch.Tensor | None = None,
 ) -> None:
-    """G [C, ld] for rows row0 .. row0 + C of the list and columns v0 .. v0 + columns, and its column sums."""
+    """G [C, ld] for rows row0 .. row0 + C of the list and columns v0 .. v0 + columns, and its column sums.
+
+    `gathered` are those rows of X, if descriptors load them.
+    """
     head, tile = launch.head, launch.tiles.logits
     c, ld = g.shape
     arguments = launch.logit_arguments
@@ -179,9 +270,8 @@ def launch_gradient_tile(
     arguments["PART"] = min(arguments["PART"], 32)
     start_product(
         gradient_tile_kernel,
-        (ceil_div(c, tile.rows) * ceil_div(columns, tile.columns),),
-        head.hidden,
-        head.weight,
+        (launch.programs(ceil_div(c, tile.rows) * ceil_div(columns, tile.columns)),),
+        *launch.operands(gathered),
         head.bias,
         labels,
         lse,

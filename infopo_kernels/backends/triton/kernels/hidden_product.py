@@ -16,7 +16,7 @@ import triton.language as tl
 
 from infopo_kernels.backends.triton.kernels.logits import column_parts, grouped_tile
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
+from infopo_kernels.backends.triton.launch import FUSED, Launch, Sizes, ceil_div, start_product
 
 STORE_ROWS, STORE_COLUMNS = 8, 256
 """Tile of the rounding pass: a warp writes 512 contiguous bytes of one row."""
@@ -126,18 +126,18 @@ def store_hidden_kernel(
     tl.store(dx_ptr + offs_x, (total * scale).to(dx_ptr.dtype.element_ty), mask=ok)
 
 
-def slices_of(launch: Launch, rows: int, columns: int) -> int:
+def slices_of(sizes: Sizes, rows: int, columns: int) -> int:
     """Slices of a sum over `columns` so that `rows` rows fill the device twice; a power of two, at most 16.
 
     One for the library, which divides long sums by itself.
     """
-    if launch.library:
+    if sizes.library:
         return 1
-    tile = launch.tiles.hidden
-    tiles = ceil_div(rows, tile.rows) * ceil_div(launch.hidden_size, tile.columns)
+    tile = sizes.tiles.hidden
+    tiles = ceil_div(rows, tile.rows) * ceil_div(sizes.hidden_size, tile.columns)
     steps = ceil_div(columns, tile.depth)
     slices = 1
-    while slices < 16 and slices * tiles < 2 * launch.multiprocessors and 16 * slices < steps:
+    while slices < 16 and slices * tiles < 2 * sizes.multiprocessors and 16 * slices < steps:
         slices *= 2
     return slices
 

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.kernels.logits import load_labels, rows_first
+from infopo_kernels.backends.triton.kernels.logits import IN_ANOTHER_PART, load_labels, rows_first
 from infopo_kernels.backends.triton.kernels.rows import BLOCK, LiveRows, gain_of, largest_weight, new_list
 from infopo_kernels.backends.triton.kernels.softmax_tile import normalised
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
@@ -121,7 +121,8 @@ def kept_rows_kernel(
         tl.store(rows_ptr + place, offs_n, mask=live)
         tl.store(slot_ptr + place, slot, mask=live)
         # Before any row of dW is written: the last ones lie over the target logits.
-        target = tl.load(target_ptr + slot, mask=live & (label >= 0) & (label < V), other=float("nan"))
+        known = ((label >= 0) & (label < V)) | (label == IN_ANOTHER_PART)
+        target = tl.load(target_ptr + slot, mask=live & known, other=float("nan"))
         lse = tl.load(lse_ptr + offs_n, mask=live, other=0.0)
         tl.store(logp_ptr + offs_n, target - lse, mask=live)
         count += tl.sum(flag, axis=0)

@@ -14,6 +14,10 @@ Softmaxes are formed in base 2, where exp(z - lse) is one fused multiply-add and
 Nothing masks the common case: rows beyond the last one and words beyond the vocabulary are copies of the last ones, so
 that loads need no mask; what belongs to copies is not stored. Only the last tile of the vocabulary (EDGE) turns its
 copies' logits into minus infinity.
+
+DESCRIPTORS says that x and w are tensor descriptors of the gathered rows of a chunk and of the head: the copy engine
+(TMA) loads whole tiles, without an address or a mask in registers. A program then takes tile after tile in one loop
+that is flattened with the loop over the depth, so that the next tile is on its way while this one's sums are used.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from infopo_kernels.options import ELSEWHERE
+
 LOG2E = tl.constexpr(1.4426950408889634)
+IN_ANOTHER_PART = tl.constexpr(ELSEWHERE)
 
 
 @triton.jit
@@ -73,9 +80,11 @@ def rows_first(pid, num_n):
 
 @triton.jit
 def load_labels(labels_ptr, row, row_ok, V):
-    """Labels of rows, int32 (a 64-bit comparison with every column would double its registers); -1 outside [0, V)."""
+    """Labels of rows, int32 (a 64-bit comparison with every column would double its registers); -1 outside [0, V), -2
+    for a label in another rank's part of the vocabulary."""
     label = tl.load(labels_ptr + row, mask=row_ok, other=-1)
-    return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
+    outside = tl.where(label == IN_ANOTHER_PART, -2, -1)
+    return tl.where((label >= 0) & (label < V), label, outside).to(tl.int32)
 
 
 @triton.jit
@@ -124,6 +133,54 @@ def head_product(
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         x_ptrs += BLOCK_H
         w_ptrs += BLOCK_H
+    return acc
+
+
+@triton.jit
+def described_product(
+    x, w, n0, v0, H, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The same for rows n0 .. and columns v0 .. from descriptors of the gathered rows and of the head; 0 beyond V."""
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        acc = tl.dot(x.load([n0, h]), w.load([v0, h]).T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def row_offsets(rows_ptr, row0, offs_n, here, stride_xn, DESCRIPTORS: tl.constexpr):
+    """Element offsets of the rows `offs_n` of a chunk, copies of the last beyond `here`; descriptors need none."""
+    if DESCRIPTORS:
+        offs = offs_n.to(tl.int64)
+    else:
+        offs = tl.load(rows_ptr + row0 + tl.minimum(offs_n, here - 1)).to(tl.int64) * stride_xn
+    return offs
+
+
+@triton.jit
+def logit_product(
+    x,
+    offs_x,
+    n0,
+    w,
+    stride_wv,
+    v0,
+    V,
+    H,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x_i . w_v of one tile, either way: rows n0 .. of the gathered ones, or those at the offsets `offs_x`."""
+    if DESCRIPTORS:
+        acc = described_product(x, w, n0, v0, H, BLOCK_N, BLOCK_V, BLOCK_H, PRECISION)
+    else:
+        acc = head_product(
+            x, offs_x, w, stride_wv, v0 + tl.arange(0, BLOCK_V), V, H, BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION
+        )
     return acc
 
 

@@ -16,6 +16,8 @@ are merged in one order, so that two runs agree bitwise.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -24,25 +26,27 @@ from infopo_kernels.backends.triton.kernels.logits import (
     capped,
     column_parts,
     grouped_tile,
-    head_product,
     inside,
     load_labels,
+    logit_product,
     nats_of,
     row_maximum,
+    row_offsets,
     tanh,
     unit_of,
 )
-from infopo_kernels.backends.triton.kernels.rows import LiveRows
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
+from infopo_kernels.backends.triton.kernels.rows import LiveRows, launch_gather_rows
+from infopo_kernels.backends.triton.launch import FUSED, Launch, Sizes, aligned, ceil_div, start_product
 
 WAVES = 8
 """Programs a multiprocessor over a whole launch: the last, partly filled wave then costs at most an eighth."""
 
-MERGE_ROWS, MERGE_SLICES = 32, 32
-"""Tile of the merge: 32 rows are one coalesced 128-byte access, 32 slices keep 32 of them in flight."""
+MERGE_ROWS, MERGE_SLICES = 8, 128
+"""Tile of the merge: 8 rows are a sector of 32 bytes, 128 slices keep 128 of them in flight. With 32 rows a program, a
+chunk of 768 rows left four fifths of an H100 idle and took 0.15 ms."""
 
-MERGE_DEPTH = 64
-"""Hidden units a step of the labels' logits: 128 bytes of a row. Twice as many spill on sm_100."""
+MERGE_DEPTH, MERGE_DEPTH_UNALIGNED = 256, 64
+"""Hidden units a step of the labels' logits: 512 bytes of a row; fewer where every element is loaded separately."""
 
 
 @triton.jit
@@ -91,16 +95,17 @@ def take_in(
     return running_max, running_sum
 
 
-@triton.jit(do_not_specialize=["N", "slice_tiles"])
+@triton.jit(do_not_specialize=["row0", "C", "slice_tiles"])
 def logprob_kernel(
-    x_ptr,
-    w_ptr,
+    x,
+    w,
     b_ptr,
     rows_ptr,
     count_ptr,
     max_ptr,
     sum_ptr,
-    N,
+    row0,
+    C,
     slices,
     slice_tiles,
     V,
@@ -118,32 +123,33 @@ def logprob_kernel(
     PART: tl.constexpr,
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """max[S, i] = m_Si, sum[S, i] = s_Si for the rows and the slice S of one program."""
-    count = tl.load(count_ptr)
-    num_n = tl.cdiv(count, BLOCK_N)
+    here = tl.minimum(tl.load(count_ptr) - row0, C)
+    num_n = tl.cdiv(here, BLOCK_N)
     pid = tl.program_id(0)
-    if pid >= num_n * slices:
+    if (here <= 0) | (pid >= num_n * slices):
         return
     pid_n, pid_s = grouped_tile(pid, num_n, slices, GROUP)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.load(rows_ptr + tl.minimum(offs_n, count - 1))
-    offs_x = row.to(tl.int64) * stride_xn
+    offs_x = row_offsets(rows_ptr, row0, offs_n, here, stride_xn, DESCRIPTORS)
     unit = unit_of(softcap, scale, HAS_SOFTCAP)
 
     running_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_N,), tl.float32)
     begin = pid_s * slice_tiles * BLOCK_V
     end = tl.minimum(begin + slice_tiles * BLOCK_V, V)
-    for start in range(begin, end, BLOCK_V):
-        acc = head_product(
-            x_ptr, offs_x, w_ptr, stride_wv, start + tl.arange(0, BLOCK_V), V, H,
-            BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
+    for start in tl.range(begin, end, BLOCK_V, flatten=DESCRIPTORS):
+        acc = logit_product(
+            x, offs_x, pid_n * BLOCK_N, w, stride_wv, start, V, H,
+            BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, DESCRIPTORS, PRECISION,
         )  # fmt: skip
         parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
-        if start + BLOCK_V > V:
+        # A branch with results inside a flattened loop is more than Triton 3.6 can fuse: there every tile is masked.
+        if DESCRIPTORS or start + BLOCK_V > V:
             running_max, running_sum = take_in(
                 parts, start, running_max, running_sum, b_ptr, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
                 True, PART,
@@ -154,8 +160,8 @@ def logprob_kernel(
                 False, PART,
             )  # fmt: skip
 
-    row_ok = offs_n < count
-    offs_part = pid_s.to(tl.int64) * N + offs_n
+    row_ok = offs_n < here
+    offs_part = pid_s.to(tl.int64) * C + offs_n
     tl.store(max_ptr + offs_part, running_max, mask=row_ok)
     tl.store(sum_ptr + offs_part, running_sum, mask=row_ok)
 
@@ -177,7 +183,7 @@ def target_logits(
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """z_{i, label_i}; NaN where the label lies outside the vocabulary."""
+    """z_{i, label_i}; NaN where the label lies outside the vocabulary, 0 where it is in another rank's part."""
     offs_h = tl.arange(0, BLOCK_H)
     offs_w = label.to(tl.int64) * stride_wv
     sums = tl.zeros((ROWS, BLOCK_H), tl.float32)
@@ -191,7 +197,7 @@ def target_logits(
         a += tl.load(b_ptr + label, mask=ok, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         a = softcap * (tanh(a / softcap) + (a - a))
-    return tl.where(ok, a * scale, float("nan"))
+    return tl.where(ok, a * scale, tl.where(label == -2, 0.0, float("nan")))
 
 
 @triton.jit(do_not_specialize=["row0", "C", "parts", "stride_mt"])
@@ -261,22 +267,30 @@ def merge_kernel(
     tl.store(lse_ptr + row, lse.to(tl.float32), mask=row_ok)
 
 
-def slices_of(launch: Launch) -> tuple[int, int]:
+def logprob_chunk(sizes: Sizes) -> int:
+    """Rows of one launch: all, or as many, in whole blocks, as half of the workspace holds where they are gathered."""
+    block = sizes.tiles.logits.rows
+    most = sizes.workspace_bytes // 2 // (sizes.dtype.itemsize * sizes.gathered_stride) // block * block
+    return min(sizes.rows, most) if sizes.descriptors else sizes.rows
+
+
+@lru_cache(maxsize=256)
+def slices_of(sizes: Sizes) -> tuple[int, int]:
     """(slices, tiles a slice): at least WAVES waves of programs, whole tiles, partial results within the workspace.
 
     Up to four times as many slices as that asks for, where they fill the last wave better.
     """
-    tile = launch.tiles.logits
-    row_blocks = ceil_div(launch.rows, tile.rows)
-    tiles = ceil_div(launch.vocabulary, tile.columns)
-    affordable = max(1, launch.head.workspace_bytes // (8 * launch.rows))
-    most = min(tiles, affordable)
-    wanted = min(ceil_div(WAVES * launch.multiprocessors, row_blocks), most)
+    tile, rows = sizes.tiles.logits, logprob_chunk(sizes)
+    row_blocks = ceil_div(rows, tile.rows)
+    tiles = ceil_div(sizes.vocabulary, tile.columns)
+    left = sizes.workspace_bytes // 2 if sizes.descriptors else sizes.workspace_bytes
+    most = min(tiles, max(1, left // (8 * rows)))
+    wanted = min(ceil_div(WAVES * sizes.multiprocessors, row_blocks), most)
 
     def filled(slice_tiles: int) -> float:
         """Share of the device that works: tiles over what all slots could take in the time of the longest."""
         slices = ceil_div(tiles, slice_tiles)
-        return launch.filled(row_blocks * slices) * tiles / (slices * slice_tiles)
+        return sizes.filled(row_blocks * slices) * tiles / (slices * slice_tiles)
 
     longest = ceil_div(tiles, wanted)
     slice_tiles = max(range(ceil_div(tiles, min(4 * wanted, most)), longest + 1), key=filled)
@@ -285,32 +299,40 @@ def slices_of(launch: Launch) -> tuple[int, int]:
 
 def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: torch.Tensor, lse: torch.Tensor) -> None:
     """Fill l and lse of the live rows."""
-    n, head = launch.rows, launch.head
-    slices, slice_tiles = slices_of(launch)
+    sizes, head, tile = launch.sizes, launch.head, launch.tiles.logits
+    rows, (slices, slice_tiles) = logprob_chunk(sizes), slices_of(sizes)
     arguments = launch.logit_arguments
     if head.softcap is not None:
         # tanh beside running sums of 128 x 256 logits spilled on sm_90, of float32 on sm_80 with Triton 3.9.
         arguments["PART"] = min(arguments["PART"], 32)
-    partial = torch.empty(2, slices, n, dtype=torch.float32, device=labels.device)
-    start_product(
-        logprob_kernel,
-        (ceil_div(n, launch.tiles.logits.rows) * slices,),
-        head.hidden,
-        head.weight,
-        head.bias,
-        live.index,
-        live.count,
-        partial[0],
-        partial[1],
-        n,
-        slices,
-        slice_tiles,
-        **arguments,
-        rows=n,
-        present=lambda: live.present(0, n),
-        key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
-    )
-    launch_merge(launch, labels, live, partial[0], partial[1], logp, lse, row0=0)
+    partial = torch.empty(2 * slices * rows, dtype=torch.float32, device=labels.device)
+    memory = head.hidden.new_empty(sizes.gathered(rows)[0]) if sizes.descriptors else None
+    for row0 in range(0, launch.rows, rows):
+        c = min(rows, launch.rows - row0)
+        part_max, part_sum = partial[: 2 * slices * c].view(2, slices, c)
+        gathered = None
+        if memory is not None:
+            gathered = memory[:c]
+            launch_gather_rows(launch, live, gathered, row0)
+        start_product(
+            logprob_kernel,
+            (ceil_div(c, tile.rows) * slices,),
+            *launch.operands(gathered),
+            head.bias,
+            live.index,
+            live.count,
+            part_max,
+            part_sum,
+            row0,
+            c,
+            slices,
+            slice_tiles,
+            **arguments,
+            rows=c,
+            present=lambda row0=row0, c=c: live.present(row0, c),  # type: ignore[misc]
+            key=("V", "H", "HAS_BIAS", "HAS_SOFTCAP"),
+        )
+        launch_merge(launch, labels, live, part_max, part_sum, logp, lse, row0)
 
 
 def launch_merge(
@@ -356,7 +378,7 @@ def launch_merge(
         KEEP=target is not None,
         BLOCK_N=MERGE_ROWS,
         BLOCK_S=MERGE_SLICES,
-        BLOCK_H=MERGE_DEPTH,
+        BLOCK_H=MERGE_DEPTH if aligned(head) else MERGE_DEPTH_UNALIGNED,
         num_warps=4,
         **FUSED,
     )

@@ -94,7 +94,8 @@ def objective_kernel(
     growth = tl.exp(tl.where(over, max_log_weight, log_weight))
     term = tl.where(chosen, -reward, growth * (1.0 + tl.where(over, log_weight - max_log_weight, 0.0)))
     weight = beta * tl.where(chosen, 1.0, tl.where(log_weight < min_log_weight, 0.0, growth))
-    sft_term = tl.where(chosen, -sft_weight * mean, 0.0)
+    # 0 times the mean of a response with a label at -inf would be NaN.
+    sft_term = tl.where(chosen & (sft_weight != 0.0), -sft_weight * mean, 0.0)
     if WEIGHTED:
         u = tl.load(u_ptr + s)
         term, weight, sft_term, sft = u * term, u * weight, u * sft_term, u * sft_weight

@@ -8,6 +8,8 @@
 No kernel after this one is told the count by the host: its grid is laid out for N rows and programs beyond the count
 leave at once. `gain` lifts gradients to the top of float16's range, whose smallest number (6e-8) would otherwise
 swallow c_t * p_tv; products divide by it in float32.
+
+A chunk's rows of X may be gathered into contiguous memory, for descriptors and for dW's sum over rows.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infopo_kernels.backends.triton.launch import FUSED
+from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
 from infopo_kernels.options import IGNORE_INDEX
 
 GAIN_BITS = tl.constexpr(12)
@@ -26,6 +28,10 @@ GAIN_BITS = tl.constexpr(12)
 
 BLOCK = 4096
 """Rows a step: one program walks all of them (a prefix sum over N is short beside one product)."""
+
+
+GATHER_ROWS, GATHER_COLUMNS = 8, 256
+"""Tile of the gather: a warp reads 512 contiguous bytes of one row."""
 
 
 @dataclass(frozen=True)
@@ -153,3 +159,51 @@ def find_live_rows(
         **FUSED,
     )
     return live
+
+
+@triton.jit(do_not_specialize=["row0", "C"])
+def gather_rows_kernel(
+    x_ptr,
+    out_ptr,
+    rows_ptr,
+    count_ptr,
+    row0,
+    C,
+    H,
+    stride_xn,
+    stride_on,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """out[i] = x[t_i] for the rows row0 .. row0 + C of the list."""
+    here = tl.minimum(tl.load(count_ptr) - row0, C)
+    pid_n = tl.program_id(0)
+    if pid_n * BLOCK_N >= here:
+        return
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row_ok = offs_n < here
+    ok = row_ok[:, None] & (offs_h < H)[None, :]
+    row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
+    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_xn + offs_h[None, :], mask=ok)
+    tl.store(out_ptr + offs_n.to(tl.int64)[:, None] * stride_on + offs_h[None, :], x, mask=ok)
+
+
+def launch_gather_rows(launch: Launch, live: LiveRows, gathered: torch.Tensor, row0: int) -> None:
+    """Fill `gathered` [C, >= H] with the rows row0 .. row0 + C of the list."""
+    hidden, c = launch.head.hidden, gathered.shape[0]
+    gather_rows_kernel[(ceil_div(c, GATHER_ROWS), ceil_div(launch.hidden_size, GATHER_COLUMNS))](
+        hidden,
+        gathered,
+        live.index,
+        live.count,
+        row0,
+        c,
+        launch.hidden_size,
+        hidden.stride(0),
+        gathered.stride(0),
+        BLOCK_N=GATHER_ROWS,
+        BLOCK_H=GATHER_COLUMNS,
+        num_warps=4,
+        **FUSED,
+    )

@@ -28,11 +28,12 @@ from infopo_kernels.backends.triton.kernels.logits import (
     column_parts,
     exp,
     grouped_tile,
-    head_product,
     inside,
     load_labels,
+    logit_product,
     nats_of,
     row_maximum,
+    row_offsets,
     rows_first,
     unit_of,
 )
@@ -83,10 +84,104 @@ def store_softmax_part(
     tl.store(q_ptr + offs_q, q.to(q_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
+@triton.jit
+def store_softmax_tile(
+    acc,
+    pid_v,
+    offs_n,
+    row_ok,
+    b_ptr,
+    q_ptr,
+    max_ptr,
+    sum_ptr,
+    C,
+    num_parts,
+    stride_qt,
+    stride_qn,
+    stride_mt,
+    V,
+    softcap,
+    unit,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    EDGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """The parts of a tile of sums."""
+    parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
+    for p in tl.static_range(BLOCK_V // PART):
+        store_softmax_part(
+            parts[p], pid_v * (BLOCK_V // PART) + p, offs_n, row_ok, b_ptr, q_ptr, max_ptr, sum_ptr,
+            C, num_parts, stride_qt, stride_qn, stride_mt, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
+            EDGE, PART,
+        )  # fmt: skip
+
+
+@triton.jit
+def softmax_block(
+    tile,
+    num_n,
+    num_v,
+    here,
+    x,
+    w,
+    b_ptr,
+    rows_ptr,
+    q_ptr,
+    max_ptr,
+    sum_ptr,
+    row0,
+    C,
+    num_parts,
+    stride_qt,
+    stride_qn,
+    stride_mt,
+    V,
+    H,
+    stride_xn,
+    stride_wv,
+    softcap,
+    unit,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PART: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of Q."""
+    pid_n, pid_v = grouped_tile(tile, num_n, num_v, GROUP)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = offs_n < here
+    acc = logit_product(
+        x, row_offsets(rows_ptr, row0, offs_n, here, stride_xn, DESCRIPTORS), pid_n * BLOCK_N, w, stride_wv,
+        pid_v * BLOCK_V, V, H, BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
+    # Triton 3.6 cannot flatten a loop with a branch in it: there every tile is masked.
+    if DESCRIPTORS or pid_v == num_v - 1:
+        store_softmax_tile(
+            acc, pid_v, offs_n, row_ok, b_ptr, q_ptr, max_ptr, sum_ptr, C, num_parts, stride_qt, stride_qn, stride_mt,
+            V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, True, BLOCK_N, BLOCK_V, PART,
+        )  # fmt: skip
+    else:
+        store_softmax_tile(
+            acc, pid_v, offs_n, row_ok, b_ptr, q_ptr, max_ptr, sum_ptr, C, num_parts, stride_qt, stride_qn, stride_mt,
+            V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, False, BLOCK_N, BLOCK_V, PART,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["row0", "C", "num_parts", "stride_mt"])
 def softmax_tile_kernel(
-    x_ptr,
-    w_ptr,
+    x,
+    w,
     b_ptr,
     rows_ptr,
     count_ptr,
@@ -114,41 +209,29 @@ def softmax_tile_kernel(
     PART: tl.constexpr,
     EVEN_H: tl.constexpr,
     GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """q[T, i, v - PART T] = Q_iv (0 for v >= V), max[T, i] = m_Ti, sum[T, i] = s_Ti."""
     here = tl.minimum(tl.load(count_ptr) - row0, C)
-    num_n = tl.cdiv(here, BLOCK_N)
+    num_n = tl.cdiv(tl.maximum(here, 0), BLOCK_N)
     num_v = tl.cdiv(V, BLOCK_V)
     pid = tl.program_id(0)
-    if pid >= num_n * num_v:
-        return
-    pid_n, pid_v = grouped_tile(pid, num_n, num_v, GROUP)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    row_ok = offs_n < here
-    row = tl.load(rows_ptr + row0 + tl.minimum(offs_n, here - 1))
-    acc = head_product(
-        x_ptr, row.to(tl.int64) * stride_xn, w_ptr, stride_wv, offs_v, V, H,
-        BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, PRECISION,
-    )  # fmt: skip
     unit = unit_of(softcap, scale, HAS_SOFTCAP)
-    parts = column_parts(acc, BLOCK_N, BLOCK_V, PART)
-    if pid_v == num_v - 1:
-        for p in tl.static_range(BLOCK_V // PART):
-            store_softmax_part(
-                parts[p], pid_v * (BLOCK_V // PART) + p, offs_n, row_ok, b_ptr, q_ptr, max_ptr, sum_ptr,
-                C, num_parts, stride_qt, stride_qn, stride_mt, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
-                True, PART,
+    if DESCRIPTORS:
+        for tile in tl.range(pid, num_n * num_v, tl.num_programs(0), flatten=True):
+            softmax_block(
+                tile, num_n, num_v, here, x, w, b_ptr, rows_ptr, q_ptr, max_ptr, sum_ptr, row0, C, num_parts,
+                stride_qt, stride_qn, stride_mt, V, H, stride_xn, stride_wv, softcap, unit, HAS_BIAS, HAS_SOFTCAP,
+                NEGATIVE, BLOCK_N, BLOCK_V, BLOCK_H, PART, EVEN_H, GROUP, DESCRIPTORS, PRECISION,
             )  # fmt: skip
-    else:
-        for p in tl.static_range(BLOCK_V // PART):
-            store_softmax_part(
-                parts[p], pid_v * (BLOCK_V // PART) + p, offs_n, row_ok, b_ptr, q_ptr, max_ptr, sum_ptr,
-                C, num_parts, stride_qt, stride_qn, stride_mt, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
-                False, PART,
-            )  # fmt: skip
+    elif pid < num_n * num_v:
+        softmax_block(
+            pid, num_n, num_v, here, x, w, b_ptr, rows_ptr, q_ptr, max_ptr, sum_ptr, row0, C, num_parts,
+            stride_qt, stride_qn, stride_mt, V, H, stride_xn, stride_wv, softcap, unit, HAS_BIAS, HAS_SOFTCAP,
+            NEGATIVE, BLOCK_N, BLOCK_V, BLOCK_H, PART, EVEN_H, GROUP, DESCRIPTORS, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -221,8 +304,9 @@ def launch_softmax_tile(
     part_max: torch.Tensor,
     part_sum: torch.Tensor,
     row0: int,
+    gathered: torch.Tensor | None = None,
 ) -> None:
-    """Q [parts, C, PART] and (max, sum) [parts, C] for rows row0 .. row0 + C of the list.
+    """Q [parts, C, PART] and (max, sum) [parts, C] for rows row0 .. row0 + C of the list, `gathered` for descriptors.
 
     `q` and `part_max` may have any strides whose last one is 1; `parts` cover the vocabulary at least.
     """
@@ -230,9 +314,8 @@ def launch_softmax_tile(
     head = launch.head
     start_product(
         softmax_tile_kernel,
-        (ceil_div(c, launch.tiles.logits.rows) * tiles,),
-        head.hidden,
-        head.weight,
+        (launch.programs(ceil_div(c, launch.tiles.logits.rows) * tiles),),
+        *launch.operands(gathered),
         head.bias,
         live.index,
         live.count,

@@ -3,8 +3,8 @@
 
     dW_vh += (scale / gain) sum_i G_iv X_ih
 
-The rows of X are gathered once a chunk into a contiguous [C, H]: along the sum they would otherwise be fetched through
-the list of rows inside the innermost loop, once for every tile of the vocabulary.
+The rows of X are gathered once a chunk (`rows.py`): along the sum they would otherwise be fetched through the list of
+rows inside the innermost loop, once for every tile of the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,38 +15,7 @@ import triton.language as tl
 
 from infopo_kernels.backends.triton.kernels.logits import column_parts, grouped_tile
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
-from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
-
-GATHER_ROWS, GATHER_COLUMNS = 8, 256
-"""Tile of the gather: a warp reads 512 contiguous bytes of one row."""
-
-
-@triton.jit(do_not_specialize=["row0", "C"])
-def gather_rows_kernel(
-    x_ptr,
-    out_ptr,
-    rows_ptr,
-    count_ptr,
-    row0,
-    C,
-    H,
-    stride_xn,
-    stride_on,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """out[i] = x[t_i] for the rows row0 .. row0 + C of the list."""
-    here = tl.minimum(tl.load(count_ptr) - row0, C)
-    pid_n = tl.program_id(0)
-    if pid_n * BLOCK_N >= here:
-        return
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    row_ok = offs_n < here
-    ok = row_ok[:, None] & (offs_h < H)[None, :]
-    row = tl.load(rows_ptr + row0 + offs_n, mask=row_ok, other=0)
-    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * stride_xn + offs_h[None, :], mask=ok)
-    tl.store(out_ptr + offs_n.to(tl.int64)[:, None] * stride_on + offs_h[None, :], x, mask=ok)
+from infopo_kernels.backends.triton.launch import Launch, ceil_div, start_product
 
 
 @triton.jit
@@ -114,31 +83,6 @@ def weight_product_kernel(
     for p in tl.static_range(BLOCK_H // PART):
         offs_p = pid_h * BLOCK_H + p * PART + tl.arange(0, PART)
         store_weight_part(parts[p], dw_ptr, offs_v, offs_p, columns, H, scale, ADD)
-
-
-def gathered_stride(hidden_size: int) -> int:
-    """Elements between gathered rows: a multiple of 16, so that every row starts on 16 bytes."""
-    return ceil_div(hidden_size, 16) * 16
-
-
-def launch_gather_rows(launch: Launch, live: LiveRows, gathered: torch.Tensor, row0: int) -> None:
-    """Fill `gathered` [C, >= H] with the rows row0 .. row0 + C of the list."""
-    hidden, c = launch.head.hidden, gathered.shape[0]
-    gather_rows_kernel[(ceil_div(c, GATHER_ROWS), ceil_div(launch.hidden_size, GATHER_COLUMNS))](
-        hidden,
-        gathered,
-        live.index,
-        live.count,
-        row0,
-        c,
-        launch.hidden_size,
-        hidden.stride(0),
-        gathered.stride(0),
-        BLOCK_N=GATHER_ROWS,
-        BLOCK_H=GATHER_COLUMNS,
-        num_warps=4,
-        **FUSED,
-    )
 
 
 def launch_weight_product(
