@@ -559,8 +559,8 @@ def _linear_preference(
     """`linear_preference_loss` with its options as objects."""
     if kernel.report_tail and parallel is not None and parallel.shares_head:
         raise ValueError(
-            "`report_tail=True` was given with a head that ranks share (`vocab`, or a DTensor `weight`): each rank pools "
-            "the tail of its own part, and no rank knows the whole; leave `report_tail` out."
+            "`report_tail=True` was given with a head that ranks share (`vocab`, or a DTensor `weight`): each rank "
+            "pools the tail of its own part, and no rank knows the whole; leave `report_tail` out."
         )
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
     S = checks.pairs(labels, layout.cu_seqlens, layout.is_chosen, shares.num_pairs, shares.sequence_weights, objective)
