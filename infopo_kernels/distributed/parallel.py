@@ -174,6 +174,7 @@ class Parallel:
             "bias": head.bias is not None,
             "softcap, logit_scale / temperature": (head.softcap, head.scale),
             "workspace_mib": head.workspace_bytes >> 20,
+            "tail_threshold": head.tail_threshold,
             "vocab.way": self.way,
             "vocab.average": self.average,
             "vocab.vocabulary": self.vocabulary,

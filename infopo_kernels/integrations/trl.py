@@ -77,7 +77,7 @@ class InfoPOConfig(DPOConfig):
         share_prompt: with `padding_free`, chosen and rejected share their prompt in the pack.
         score_turns: "assistant" leaves user and tool turns inside a response unscored; see `preferences.encode`.
         strict_checks: errors instead of warnings from the checks of the first step (docs/checks.md).
-        backend, workspace_mib: see `KernelOptions`.
+        backend, workspace_mib, tail_threshold: see `KernelOptions`.
 
     `padding_free=True` packs all sequences of a batch into one row, under any attention implementation of transformers.
     `disable_dropout=True`, TRL's default, switches off dropout and all other noise in the forward.
@@ -104,6 +104,7 @@ class InfoPOConfig(DPOConfig):
     strict_checks: bool = option(False, "Stop where a check of the first step would warn.")
     backend: str = option("auto", "Backend of the fused head: auto, cpp, triton or torch.")
     workspace_mib: int | None = option(None, "Bound on the fused head's workspace, MiB.")
+    tail_threshold: float = option(0.0, "Words below this probability share a column of the gradient; 0 is exact.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,8 +157,8 @@ class InfoPOConfig(DPOConfig):
         return InfoPO(self.beta, self.offset, self.max_log_weight, self.min_log_weight, self.sft_weight, self.average)
 
     def kernel_options(self) -> KernelOptions:
-        """Backend and workspace."""
-        return KernelOptions(self.backend, self.workspace_mib)
+        """Backend, workspace and threshold of the tail."""
+        return KernelOptions(self.backend, self.workspace_mib, self.tail_threshold)
 
 
 class _NoReference(nn.Module):
