@@ -44,6 +44,7 @@ COMMON = {
     "dataloader_drop_last": True, "eval_strategy": "steps", "eval_steps": 3, "train_sampling_strategy": "sequential",
 }  # fmt: skip
 LOGGED = (
+    "num_tokens",
     "loss",
     "grad_norm",
     "rewards/margins",
@@ -189,10 +190,21 @@ def in_parts(make: Any, way: str, options: dict[str, Any]) -> tuple[dict[str, An
         return train(make, way, options)
 
 
+def incomplete(way: str, output: str, options: dict[str, Any]) -> Any:
+    """5 pairs in batches of 4: Accelerate fills the last one, also of an evaluation, with pairs of the first."""
+    return PreferenceTrainer(
+        tiny_model(num_key_value_heads=2),
+        arguments(TrainingArguments, way, output, dataloader_drop_last=False, max_steps=2, eval_steps=2),
+        train_dataset=features(5), eval_dataset=features(5, 3), ref_model=tiny_model(seed=1, num_key_value_heads=2),
+        data_collator=PreferenceCollator(pad_to_multiple_of=MULTIPLE), objective=InfoPO(beta=0.5, average=True),
+    )  # fmt: skip
+
+
 CASES = {
     "InfoPO with a reference": (preference, {}),
     "DPO with a reference": (preference, {"objective": DPO(0.5)}),
     "LoRA and a whole head": (preference, {"lora": True}),
+    "an incomplete batch": (incomplete, {}),
     "TRL with a reference": (trl, {}),
     "TRL and LoRA": (trl, {"lora": True, "skip_chosen_reference": True}),
     "TRL and SimPO": (trl, {"loss_type": ["simpo"], "average": False, "reference_free": True}),
@@ -208,7 +220,13 @@ def test_parts_of_sequences_are_one_process(
     """Weights, losses, gradient norms, metrics, evaluation; 4 processes are 2 pairs of parts."""
     if way == "sp" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    if size == 4 and case != "InfoPO with a reference" and not request.config.getoption("--every-case"):
+    if way == "sp" and case == "an incomplete batch":
+        pytest.skip("refused, see below")
+    if (
+        size == 4
+        and case not in ("InfoPO with a reference", "an incomplete batch")
+        and not request.config.getoption("--every-case")
+    ):
         pytest.skip("--every-case")
     make, options = CASES[case]
     truth, logged = train(make, "", options)
