@@ -23,6 +23,8 @@ _COMMANDS: Final = {
     "distributed": ("benchmarks.parts.distributed", "what travels, and what a rank holds, where ranks share a head"),
     "long-context-training": ("benchmarks.parts.long_context_training", "training steps of up to 128k tokens"),
     "tuning-sweep": ("benchmarks.parts.tuning_sweep", "which beta and learning rate to start from"),
+    "real-text": ("benchmarks.parts.real_text", "time and error of a pooled tail on real text"),
+    "tail-training": ("benchmarks.parts.tail_training", "training with and without a pooled tail"),
     "kernels": ("benchmarks.gpu.kernel_report", "compile the GPU kernels for every target; no GPU needed"),
     "roofline": ("benchmarks.gpu.roofline", "a model of the GPU kernels' time; no GPU needed"),
     "first-contact": ("benchmarks.gpu.first_contact", "ten minutes on a GPU: what is right, and where the time goes"),

@@ -73,7 +73,7 @@ Matrix check_matrix(const Tensor& x, const char* name) {
 }
 
 Head check_head(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels,
-                std::optional<double> softcap, double scale, int64_t workspace_bytes) {
+                std::optional<double> softcap, double scale, int64_t workspace_bytes, double tail_threshold = 0) {
   const Matrix x = check_matrix(hidden, "hidden"), w = check_matrix(weight, "weight");
   const int64_t N = hidden.size(0), H = hidden.size(1), V = weight.size(0);
   if (x.dtype != w.dtype) {
@@ -94,7 +94,8 @@ Head check_head(const Tensor& hidden, const Tensor& weight, const MaybeTensor& b
                   .bias_dtype = x.dtype,
                   .softcap = static_cast<float>(softcap.value_or(0)),
                   .scale = static_cast<float>(scale)},
-          .workspace_bytes = workspace_bytes};
+          .workspace_bytes = workspace_bytes,
+          .tail_threshold = static_cast<float>(tail_threshold)};
 }
 
 Gradients check_gradients(const Head& head, const Tensor& hidden, const MaybeTensor& grad_hidden,
@@ -123,6 +124,19 @@ Gradients check_gradients(const Head& head, const Tensor& hidden, const MaybeTen
     to.bias = static_cast<float*>(grad_bias->mutable_data_ptr());
   }
   return to;
+}
+
+TailReport check_report(const Head& head, const MaybeTensor& mass, const MaybeTensor& columns) {
+  TailReport report;
+  if (mass) {
+    check_vector(*mass, "tail_mass", head.N, ScalarType::Float);
+    report.mass = static_cast<float*>(mass->mutable_data_ptr());
+  }
+  if (columns) {
+    check_vector(*columns, "tail_columns", 2, ScalarType::Double);
+    report.columns = static_cast<double*>(columns->mutable_data_ptr());
+  }
+  return report;
 }
 
 const float* floats(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
@@ -171,11 +185,13 @@ std::tuple<Tensor, Tensor> logprob_op(const Tensor& hidden, const Tensor& weight
 std::tuple<Tensor, Tensor> logprob_and_grad_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias,
                                                const Tensor& labels, const Tensor& row_weight,
                                                const MaybeTensor& grad_hidden, const MaybeTensor& grad_weight,
-                                               const MaybeTensor& grad_bias, std::optional<double> softcap,
-                                               double scale, int64_t workspace_bytes) {
-  const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes);
+                                               const MaybeTensor& grad_bias, const MaybeTensor& tail_mass,
+                                               const MaybeTensor& tail_columns, std::optional<double> softcap,
+                                               double scale, int64_t workspace_bytes, double tail_threshold) {
+  const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes, tail_threshold);
   check_vector(row_weight, "row_weight", head.N, ScalarType::Float);
-  const Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
+  Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
+  to.tail = check_report(head, tail_mass, tail_columns);
   const auto [l, lse] = row_results(hidden);
   logprob_and_grad(head, integers(labels), floats(row_weight), to, mutable_floats(l), mutable_floats(lse));
   return {l, lse};
@@ -183,12 +199,14 @@ std::tuple<Tensor, Tensor> logprob_and_grad_op(const Tensor& hidden, const Tenso
 
 void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels,
                  const Tensor& lse, const Tensor& row_weight, const MaybeTensor& grad_hidden,
-                 const MaybeTensor& grad_weight, const MaybeTensor& grad_bias, const MaybeTensor& kept,
-                 std::optional<double> softcap, double scale, int64_t workspace_bytes) {
-  const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes);
+                 const MaybeTensor& grad_weight, const MaybeTensor& grad_bias, const MaybeTensor& tail_mass,
+                 const MaybeTensor& tail_columns, const MaybeTensor& kept, std::optional<double> softcap, double scale,
+                 int64_t workspace_bytes, double tail_threshold) {
+  const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes, tail_threshold);
   check_vector(lse, "lse", head.N, ScalarType::Float);
   check_vector(row_weight, "row_weight", head.N, ScalarType::Float);
-  const Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
+  Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
+  to.tail = check_report(head, tail_mass, tail_columns);
   if (kept) {
     check_vector(*kept, "kept", head.N, ScalarType::Long);
     if (!to.weight) value_error("`kept` needs `grad_weight`, whose memory holds the logits.");
@@ -211,12 +229,14 @@ STABLE_TORCH_LIBRARY(infopo_kernels_cpp, m) {
       "float scale, int workspace_bytes) -> (Tensor, Tensor)");
   m.def(
       "logprob_and_grad(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor row_weight, "
-      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, float? softcap, float scale, "
-      "int workspace_bytes) -> (Tensor, Tensor)");
+      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor(d!)? tail_mass, "
+      "Tensor(e!)? tail_columns, float? softcap, float scale, int workspace_bytes, float tail_threshold) -> "
+      "(Tensor, Tensor)");
   m.def(
       "backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, Tensor row_weight, "
-      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor? kept, float? softcap, "
-      "float scale, int workspace_bytes) -> ()");
+      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor(d!)? tail_mass, "
+      "Tensor(e!)? tail_columns, Tensor? kept, float? softcap, float scale, int workspace_bytes, "
+      "float tail_threshold) -> ()");
   m.def("kept_rows(Tensor hidden, Tensor grad_weight, int workspace_bytes) -> int");
   m.def("isa(ScalarType dtype) -> str");
 }

@@ -1,5 +1,7 @@
 #include "chunk.h"
 
+#include "pooled_tail.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -41,6 +43,7 @@ void Chunk::load_weights(const float* row_weight, const float* lse) const {
   for (int64_t c = 0; c < C; ++c) {
     b.coefficient[c] = c < live ? -p.map.scale * row_weight[rows[c]] : 0;
     if (lse || c >= live) b.lse[c] = c < live ? lse[rows[c]] : kInfinity;
+    if (p.tail_threshold > 0 && b.coefficient[c] == 0) b.lse[c] = kInfinity;  // its p is 0: the row keeps no word
   }
 }
 
@@ -113,15 +116,19 @@ void Chunk::reduce(float* l, float* lse, const LogitStore& store, int64_t first)
   merge_threads(l, lse);
 }
 
+void Chunk::form_logits(const Tile& tile, int64_t t, const BlockGradient& to) const {
+  if (slots) {
+    take_back(tile, to.store);
+  } else if (!to.have_logits) {
+    k.logits(p.weight, b.columns, p.H, tile, stage(t));
+    k.finish(p.map, tile, nullptr, nullptr);
+  }
+}
+
 void Chunk::weight_gradient(int64_t v0, int64_t v1, const BlockGradient& to) const {
   on_threads(sizes.threads, [&](int64_t t) {
     for_own_tiles(t, v0, v1, to.z, [&](const Tile& tile) {
-      if (slots) {
-        take_back(tile, to.store);
-      } else if (!to.have_logits) {
-        k.logits(p.weight, b.columns, p.H, tile, stage(t));
-        k.finish(p.map, tile, nullptr, nullptr);
-      }
+      form_logits(tile, t, to);
       k.gradient(p.map, tile, live, b.labels, b.lse, b.coefficient, to.db, scratch(t));
       if (to.dW) {
         float* out[kMostTileRows];
@@ -140,6 +147,13 @@ void Chunk::weight_gradient(int64_t v0, int64_t v1, const BlockGradient& to) con
       pack_weight(tile, v0, v1);
     });
   });
+}
+
+void Chunk::gradients(int64_t v0, int64_t v1, const BlockGradient& to, float* const* hidden,
+                      const TailReport& report) const {
+  if (p.tail_threshold > 0) return pooled_gradient(*this, v0, v1, to, hidden, report);
+  weight_gradient(v0, v1, to);
+  if (hidden) hidden_gradient(v0, v1, to.z, hidden);
 }
 
 void Chunk::pack_weight(const Tile& tile, int64_t v0, int64_t v1) const {

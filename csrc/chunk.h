@@ -43,11 +43,17 @@ class Chunk {
   // Calls f(tile of vocabulary entries) for each tile of [v0, v1) that belongs to thread t.
   template <typename F>
   void for_own_tiles(int64_t t, int64_t v0, int64_t v1, float* z, const F& f) const {
-    const Range own = part(v1 - v0, sizes.threads, t, k.row_group);
-    for (int64_t v = own.begin; v < own.end; v += k.tile) {
+    for_own_tiles(t, v0, v1, z, k.row_group, k.tile, f);
+  }
+
+  // The same for tiles of `most` entries; threads have parts of whole multiples of `align` entries.
+  template <typename F>
+  void for_own_tiles(int64_t t, int64_t v0, int64_t v1, float* z, int64_t align, int64_t most, const F& f) const {
+    const Range own = part(v1 - v0, sizes.threads, t, align);
+    for (int64_t v = own.begin; v < own.end; v += most) {
       f(Tile{.z = z ? z + v * b.ld : b.tiles + t * k.tile * b.ld,
              .ld = b.ld,
-             .rows = std::min(k.tile, own.end - v),
+             .rows = std::min(most, own.end - v),
              .C = C,
              .v0 = v0 + v,
              .by_column = want_.weight_rows});
@@ -80,7 +86,13 @@ class Chunk {
     float* db;                // of the whole vocabulary, or null
     const LogitStore& store;  // source of the logits if the chunk has slots there
   };
+  // The logits of a tile of the block: taken from the store, formed, or there already.
+  void form_logits(const Tile&, int64_t t, const BlockGradient&) const;
+
   void weight_gradient(int64_t v0, int64_t v1, const BlockGradient&) const;
+
+  // `weight_gradient` and, if `hidden` is given, `hidden_gradient`; with a pooled tail if the head has a threshold.
+  void gradients(int64_t v0, int64_t v1, const BlockGradient&, float* const* hidden, const TailReport&) const;
 
   void pack_weight(const Tile&, int64_t v0, int64_t v1) const;
 

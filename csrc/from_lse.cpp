@@ -30,7 +30,8 @@ Want backward_want(const Head& p, const Gradients& to, int64_t n, bool rows_outs
           .weight_rows = to.hidden != nullptr,
           .hidden_rows = sums_in_workspace && rows_outside,
           .all_hidden_rows = sums_in_workspace && !rows_outside ? n : 0,
-          .weight_block = to.weight && to.weight_dtype != Dtype::kFloat32};
+          .weight_block = to.weight && to.weight_dtype != Dtype::kFloat32,
+          .tail = p.tail_threshold > 0};
 }
 
 }  // namespace
@@ -49,9 +50,9 @@ void from_lse(const TileKernels& k, const Head& p, const int64_t* labels, const 
   HiddenSums sums(chunk, to.hidden);
   const auto step = [&](int64_t v0, int64_t v1, int64_t first, float* dW, bool add) {
     chunk.load_weights(row_weight, lse);
-    chunk.weight_gradient(
-        v0, v1, {.z = chunk.b.z, .have_logits = false, .dW = dW, .add = add, .db = to.bias, .store = rows.store});
-    if (to.hidden) chunk.hidden_gradient(v0, v1, chunk.b.z, sums.rows(first));
+    chunk.gradients(v0, v1,
+                    {.z = chunk.b.z, .have_logits = false, .dW = dW, .add = add, .db = to.bias, .store = rows.store},
+                    to.hidden ? sums.rows(first) : nullptr, to.tail);
   };
   if (rows_outside) {
     for_chunks(chunk, rows, [&](int64_t) {

@@ -25,7 +25,14 @@ struct Head {
   Matrix weight;  // [V, H]
   int64_t N, V, H;
   LogitMap map;
-  int64_t workspace_bytes;  // bound on the memory of a call beyond results and vectors of length N
+  int64_t workspace_bytes;   // bound on the memory of a call beyond results and vectors of length N
+  float tail_threshold = 0;  // 0 for exact gradients; pooled_tail.h has the definition
+};
+
+// What a call with a threshold pooled; null if it is not wanted.
+struct TailReport {
+  float* mass = nullptr;      // [N] probability of the pooled words; assigned for rows with a gradient
+  double* columns = nullptr;  // [2] += columns that were kept, and all
 };
 
 struct Gradients {
@@ -33,8 +40,11 @@ struct Gradients {
   void* weight = nullptr;  // [V, H] contiguous, weight_dtype; a call adds to it
   Dtype weight_dtype = Dtype::kFloat32;
   float* bias = nullptr;  // [V]; a call adds to it
+  TailReport tail = {};
 
-  Gradients without_hidden() const { return {.weight = weight, .weight_dtype = weight_dtype, .bias = bias}; }
+  Gradients without_hidden() const {
+    return {.weight = weight, .weight_dtype = weight_dtype, .bias = bias, .tail = tail};
+  }
 };
 
 // Number of rows whose logits fit in the memory of a weight gradient of that type; 0 where keeping them does not pay.

@@ -23,6 +23,14 @@ bool sums_too_large(const Head& p, int64_t rows) {
   return p.hidden.dtype != Dtype::kFloat32 && rows * p.H * static_cast<int64_t>(sizeof(float)) > p.workspace_bytes / 3;
 }
 
+// Sets dX of scored rows of weight 0 to 0: `backward` does not touch them.
+void clear_weightless(const Head& p, const std::vector<int64_t>& rows, const float* row_weight, void* dX) {
+  const Dtype dtype = p.hidden.dtype;
+  for (const int64_t t : rows) {
+    if (row_weight[t] == 0) std::memset(result_row(dX, dtype, t, p.H), 0, p.H * element_size(dtype));
+  }
+}
+
 }  // namespace
 
 int64_t kept_rows(const Head& p, Dtype weight_gradient) {
@@ -48,9 +56,21 @@ void logprob_and_grad(const Head& p, const int64_t* labels, const float* row_wei
   const std::vector<int64_t> rows = scored_rows(p, labels);
   if (rows.empty()) return;
   const bool weight_side = to.weight || to.bias;
-  const bool adds_in_place = !to.weight || to.weight_dtype == Dtype::kFloat32;
-  if (weight_side && adds_in_place && stored_logits_fit(k, p, static_cast<int64_t>(rows.size()), to)) {
+  const bool adds_in_place = !to.weight || to.weight_dtype == Dtype::kFloat32, pools = p.tail_threshold > 0;
+  if ((weight_side || pools) && adds_in_place && stored_logits_fit(k, p, static_cast<int64_t>(rows.size()), to)) {
     return from_stored_logits(k, p, labels, rows, row_weight, to, l, lse);
+  }
+  if (pools &&
+      weight_side) {  // one pass would not know which words to keep; two have the logits twice, and little else
+    logprob(p, labels, {}, l, lse);
+    if (to.hidden) clear_weightless(p, rows, row_weight, to.hidden);
+    return backward(p, labels, lse, row_weight, to, {});
+  }
+  if (pools) {  // every word is kept
+    for (const int64_t t : rows) {
+      if (to.tail.mass && row_weight[t] != 0) to.tail.mass[t] = 0;
+    }
+    for (int i = 0; to.tail.columns && i < 2; ++i) to.tail.columns[i] += static_cast<double>(p.V);
   }
   if (to.hidden) {
     hidden_from_one_pass(k, p, labels, rows, row_weight, to.hidden, l, lse);
@@ -80,7 +100,7 @@ void backward(const Head& p, const int64_t* labels, const float* lse, const floa
   }
   const bool both = to.hidden && (to.weight || to.bias);
   if (both && sums_too_large(p, rows.count())) {
-    from_lse(k, p, labels, rows, lse, row_weight, {.hidden = to.hidden}, false);
+    from_lse(k, p, labels, rows, lse, row_weight, {.hidden = to.hidden, .tail = to.tail}, false);
     from_lse(k, p, labels, rows, lse, row_weight, to.without_hidden(), kept.any);
     return;
   }

@@ -182,6 +182,14 @@ void settle(const Tile& t, float*) {
   }
 }
 
+INFOPO_INLINE void put_settled(const Tile& t, int64_t v, int64_t c, float x) {
+  const int64_t i = v % kBlock, j = c % kBlock;
+  float* block = t.z + (v - i) * t.ld + (c - j);
+  const uint16_t rounded = float_to_bf16(x);
+  reinterpret_cast<uint16_t*>(block + i * t.ld)[j] = rounded;
+  if (t.by_column) reinterpret_cast<uint16_t*>(block + j * t.ld)[kBlock + i] = rounded;
+}
+
 // Asks for lines of rows that are needed next, one after the other: the prefetcher of the processor then goes ahead.
 class Ahead {
  public:

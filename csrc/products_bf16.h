@@ -4,8 +4,9 @@
 //     W for the logits  its rows in place (pairs of neighbours), or staged if H is odd
 //     a settled tile    rows v, v + 1 (v even) of float G^T, `ld` floats apart, are rounded once to bfloat16 and stored
 //                       in two forms, one for each way of reading, in the memory of the floats:
-//                         row v:      [G_v][G_v+1]     each ld numbers long: pairs along the tokens, A by row
-//                         row v + 1:  [C][2]           pairs along the vocabulary, A by column
+//                         row v:      [C / 2][2 rows][2]  pairs along the tokens, A by row
+//                         row v + 1:  [C][2]              pairs along the vocabulary, A by column
+//                       Each form of a column takes the place of its floats, so any part of a tile may be settled alone.
 
 namespace infopo::INFOPO_ISA {
 namespace {
@@ -127,26 +128,30 @@ void multiply(const Product& p) {
   if (p.a_by_column) {
     multiply_rows(p, 2 * row, [=](int64_t m) { return tile + row + 2 * m; });
   } else {
-    multiply_rows(p, 2, [=](int64_t m) { return tile + (m & ~int64_t{1}) * row + (m & 1) * p.lda; });
+    multiply_rows(p, 4, [=](int64_t m) { return tile + (m & ~int64_t{1}) * row + (m & 1) * 2; });
   }
 }
 
-void settle(const Tile& t, float* scratch) {
-  float *even = scratch, *odd = scratch + t.C;
+void settle(const Tile& t, float*) {
+  // word 2 i of a line is pair i of the first half of `both`, word 2 i + 1 of the second; the same for single numbers
+  const __m512i words = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i numbers = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
   for (int64_t v = 0; v < t.rows; v += 2) {
-    float* row = t.z + v * t.ld;
+    float *first = t.z + v * t.ld, *second = first + t.ld;
     for (int64_t c = 0; c < t.C; c += kLanes) {
-      store(even + c, load(row + c));
-      store(odd + c, v + 1 < t.rows ? load(row + t.ld + c) : Vec{});
-    }
-    uint16_t* halves = reinterpret_cast<uint16_t*>(row);
-    for (int64_t c = 0; c < t.C; c += kLanes) {
-      const Bits first = round_to_bf16(load(even + c)), second = round_to_bf16(load(odd + c));
-      store_low_halves(halves + c, first);
-      store_low_halves(halves + t.ld + c, second);
-      store(row + t.ld + c, reinterpret_cast<Vec>(first | (second << 16)));
+      const __m512i both = round_to_bf16(load(first + c), v + 1 < t.rows ? load(second + c) : Vec{});
+      _mm512_storeu_si512(first + c, _mm512_permutexvar_epi32(words, both));
+      if (t.by_column) _mm512_storeu_si512(second + c, _mm512_permutexvar_epi16(numbers, both));
     }
   }
+}
+
+INFOPO_INLINE void put_settled(const Tile& t, int64_t v, int64_t c, float x) {
+  uint16_t* first = reinterpret_cast<uint16_t*>(t.z + v / 2 * 2 * t.ld);
+  const uint16_t rounded = float_to_bf16(x);
+  first[c / 2 * 4 + v % 2 * 2 + c % 2] = rounded;
+  if (t.by_column) first[2 * t.ld + 2 * c + v % 2] = rounded;
 }
 
 void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile& tile, float* stage) {

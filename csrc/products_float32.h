@@ -220,5 +220,8 @@ void logits(const Matrix& W, const float* packed_columns, int64_t H, const Tile&
 // A product reads the tile of floats in place, so there is nothing to settle.
 INFOPO_INLINE void settle(const Tile&, float*) {}
 
+// Entry (v, c) of a settled tile = x, here and in the other products.
+INFOPO_INLINE void put_settled(const Tile& t, int64_t v, int64_t c, float x) { t.z[v * t.ld + c] = x; }
+
 }  // namespace
 }  // namespace infopo::INFOPO_ISA

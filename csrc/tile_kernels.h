@@ -70,6 +70,20 @@ struct Tile {
   bool by_column;  // dX is wanted, so a product will read the tile by column
 };
 
+// The tail of a tile (tail.h). `share` is a result.
+struct Tail {
+  float log_threshold;  // words whose log p is below it in every row of the chunk are pooled
+  float exact_above;    // all words of the tile are kept if more than this share would be
+  float* share;         // [rows] pi_v; kKept for words that are kept
+  float* pooled;        // [C] scratch
+  float* mass;          // [C] += sum of p over the pooled words; or null
+};
+
+constexpr float kKept = -1;
+
+// Vocabulary entries of a tile with a tail, which is a block of the definition in pooled_tail.h.
+constexpr int64_t kTailTile = 96;
+
 constexpr int64_t kMostTileRows = 192;
 
 struct TileKernels {
@@ -104,6 +118,16 @@ struct TileKernels {
   // scratch, here and above: 2 C floats.
   void (*gradient)(const LogitMap&, const Tile&, int64_t live, const int64_t* labels, const float* lse,
                    const float* coefficient, float* grad_bias, float* scratch);
+
+  // logits -> kept rows of G^T and their pool, not settled yet: see tail.h. Returns the number of kept rows.
+  int64_t (*pool)(const LogitMap&, const Tile&, int64_t live, const int64_t* labels, const float* lse,
+                  const float* coefficient, float* grad_bias, float* scratch, const Tail&, float* to);
+  // G^T -> the format in which products read it. `exponentials` and `gradient` do it themselves.
+  void (*settle)(const Tile&, float* scratch);
+  // out [H] = sum_v share[v] W[v0 + v] over the tail of a tile
+  void (*tail_mean)(const Matrix& W, int64_t v0, int64_t rows, const float* share, int64_t H, float* out);
+  // out[v] = share[v] x (or += with `add`) for the tail of a tile; out [rows, H]
+  void (*spread_tail)(const float* share, int64_t rows, const float* x, int64_t H, bool add, float* out);
 
   // float row -> row of a result: out = row (or out + row with `add`), rounded once.
   void (*store_row)(const float* row, int64_t H, bool add, Dtype dtype, void* out);

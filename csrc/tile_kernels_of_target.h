@@ -13,6 +13,7 @@
 #endif
 //
 #include "passes.h"
+#include "tail.h"
 
 #define INFOPO_TEXT_OF(name) #name
 #define INFOPO_TEXT(name) INFOPO_TEXT_OF(name)
@@ -36,6 +37,10 @@ constexpr TileKernels kKernels{.name = INFOPO_TEXT(INFOPO_ISA),
                                .finish = finish,
                                .exponentials = exponentials,
                                .gradient = gradient,
+                               .pool = pool,
+                               .settle = settle,
+                               .tail_mean = tail_mean,
+                               .spread_tail = spread_tail,
                                .store_row = store_row,
                                .load_row = load_row};
 

@@ -11,14 +11,21 @@ namespace {
 // If the distance between rows of W is a multiple of this, they share a few cache sets, and W has to be packed.
 constexpr int64_t kPageBytes = 4096;
 
-// Whether dX can read W in place: W is float32, H is a whole number of vectors, and the rows are spread over the cache
-// (2 cores of Emerald Rapids, 128 rows, H 576: 164 GFLOP/s a core, 130 if W is packed).
+// Words of a block of a pooled tail: whole tiles, the same number for each thread. If the logits of the whole vocabulary
+// are there, a block takes no memory for logits, and a large one has fewer waits between threads.
+int64_t tail_block(int64_t Vb, int64_t threads, const Want& want) {
+  constexpr int64_t kLargest = 3072;
+  const int64_t unit = kTailTile * threads;
+  if (want.all_logits) Vb = kLargest;
+  return Vb >= unit ? Vb / unit * unit : Vb >= kTailTile ? Vb / kTailTile * kTailTile : Vb;
+}
+
+}  // namespace
+
 bool reads_weight_in_place(const TileKernels& k, const Head& p) {
   return p.weight.dtype == Dtype::kFloat32 && p.H % k.lanes == 0 &&
          p.weight.stride * static_cast<int64_t>(sizeof(float)) % kPageBytes != 0;
 }
-
-}  // namespace
 
 Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes& s, const Want& want) {
   const int64_t C = round_up(s.C, k.lanes);
@@ -28,7 +35,7 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   };
   columns = panels(p.H, C);
   rows = want.rows_panels ? panels(C, p.H) : nullptr;
-  weight = want.weight_rows && !reads_weight_in_place(k, p) ? panels(s.Vb, p.H) : nullptr;
+  weight = want.weight_rows && !want.tail && !reads_weight_in_place(k, p) ? panels(s.Vb, p.H) : nullptr;
   z = want.all_logits || want.block ? arena.take<float>(round_up(want.all_logits ? p.V : s.Vb, k.block) * ld) : nullptr;
   tiles = want.own_tiles ? arena.take<float>(s.threads * k.tile * ld) : nullptr;
   stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * k.tile * k.stage);
@@ -43,6 +50,23 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   coefficient = arena.take<float>(C);
   target = arena.take<float>(C);
   labels = arena.take<int64_t>(C);
+  tail = {};
+  if (!want.tail) return;
+  const int64_t rows_of_block = round_up(s.Vb, k.block), tiles_of_block = ceil_div(s.Vb, kTailTile);
+  tail.share = arena.take<float>(s.Vb);
+  tail.words = arena.take<int64_t>(rows_of_block);
+  tail.rows = arena.take<float>(s.threads * 2 * C);
+  tail.counts = arena.take<int64_t>(s.threads * 2);
+  if (want.rows_panels) {
+    tail.out = arena.take<float*>(s.Vb);
+    tail.pools = arena.take<float>(tiles_of_block * p.H);
+  }
+  if (!want.weight_rows) return;
+  tail.means = arena.take<float>(tiles_of_block * p.H);
+  const bool in_place = k.packed_bytes == sizeof(float);
+  tail.stride = in_place ? round_up(p.H, k.lanes) + k.lanes : p.H;  // rows spread over the cache sets
+  tail.gathered = arena.take<char>(kPiece * tail.stride * (in_place ? 4 : element_size(p.weight.dtype)));
+  tail.panels = in_place ? nullptr : panels(kPiece, p.H);
 }
 
 int64_t bytes_of(const TileKernels& k, const Head& p, const Sizes& s, const Want& want) {
@@ -63,8 +87,8 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
       {16, 96, 0},          {16, 48, 0},          {16, 16, 0},          {1, 16, 0}};
   for (int64_t threads = num_threads(); threads >= 1; threads /= 2) {
     for (const Sizes& step : kLadder) {
-      sizes = {even_size(n, step.C, k.lanes), std::min({round_up(step.Vb, k.block), k.most_block * threads, p.V}),
-               threads};
+      const int64_t Vb = want.tail ? tail_block(step.Vb, threads, want) : round_up(step.Vb, k.block);
+      sizes = {even_size(n, step.C, k.lanes), std::min({Vb, k.most_block * threads, p.V}), threads};
       if (bytes_of(k, p, sizes, want) <= p.workspace_bytes) return true;
     }
   }

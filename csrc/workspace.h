@@ -59,6 +59,24 @@ struct Want {
   bool hidden_rows = false;     // float32 dX of a chunk
   int64_t all_hidden_rows = 0;  // float32 dX of that many rows
   bool weight_block = false;    // float32 dW of a block
+  bool tail = false;            // what a pooled tail needs
+};
+
+// Rows of W that are gathered for dX at a time.
+constexpr int64_t kPiece = 384;
+
+// Buffers of a pooled tail. "Compact rows" are the kept rows of G^T and the pools, at the front of a thread's part.
+struct TailBuffers {
+  float* share;    // [Vb]
+  int64_t* words;  // [Vb] what a compact row stands for
+  float** out;     // [Vb] the row of dW, or of `pools`, to which a compact row adds
+  float* pools;    // [tiles of a block, H] gradients of the pools' mean rows
+  float* means;    // [tiles of a block, H] mean rows of W
+  void* gathered;  // [kPiece, stride] floats, or [kPiece, H] of the type of W if there are panels
+  int64_t stride;
+  float* panels;    // of `gathered`, unless products read it in place
+  float* rows;      // [threads, 2, C]
+  int64_t* counts;  // [threads, 2] compact rows and kept rows
 };
 
 // C: rows of a chunk, rounded up to whole vectors. A buffer that is not wanted is null.
@@ -80,9 +98,14 @@ struct Buffers {
   float* coefficient;  // [C]
   float* target;       // [C] logits of the labels
   int64_t* labels;     // [C]
+  TailBuffers tail;
 
   Buffers(Arena&, const TileKernels&, const Head&, const Sizes&, const Want&);
 };
+
+// Whether dX can read W in place: W is float32, H is a whole number of vectors, and the rows are spread over the cache
+// (2 cores of Emerald Rapids, 128 rows, H 576: 164 GFLOP/s a core, 130 if W is packed).
+bool reads_weight_in_place(const TileKernels&, const Head&);
 
 int64_t bytes_of(const TileKernels&, const Head&, const Sizes&, const Want&);
 

@@ -16,7 +16,7 @@ from infopo_kernels.distributed.parallel import Parallel, VocabShard
 from infopo_kernels.distributed.sharded import local
 from infopo_kernels.objectives import InfoPO, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
-from infopo_kernels.output import InfoPOOutput, PreferenceOutput
+from infopo_kernels.output import InfoPOOutput, PreferenceOutput, TailSummary
 from infopo_kernels.packing import Rows, default_is_chosen, packed_rows, padded_rows, sequence_sums
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def linear_logps(
     workspace_mib: int | None = None,
     vocab: VocabShard | None = None,
     sequence_group: ProcessGroup | None = None,
+    tail_threshold: float = 0.0,
 ) -> Tensor:
     """Log-probabilities of labels under a language-model head: differentiable, without the logits in memory.
 
@@ -82,6 +83,7 @@ def linear_logps(
             of whole sequences, alike on all ranks; in the backward pass each rank forms the gradient of its rows, and
             dW adds up over the ranks. A rank may hold no scored row of a sequence, and with `cu_seqlens` no row at
             all. 16 bytes a sequence travel.
+        tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
 
     Returns:
         "none": the shape of `labels`, float32 (float64 for float64 inputs), nats, 0 where not scored. With `shift`,
@@ -95,7 +97,8 @@ def linear_logps(
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"`reduction` must be 'none', 'sum' or 'mean', got {reduction!r}.")
-    logit, kernel = LogitOptions(softcap, logit_scale, temperature), KernelOptions(backend, workspace_mib)
+    logit = LogitOptions(softcap, logit_scale, temperature)
+    kernel = KernelOptions(backend, workspace_mib, tail_threshold)
     parallel = Parallel.of(vocab, sequence_group, weight)
     layout = _Layout(cu_seqlens, None, shift, ignore_index, parts=sequence_group is not None)
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
@@ -151,6 +154,8 @@ def linear_infopo_loss(
     vocab: VocabShard | None = None,
     sequence_group: ProcessGroup | None = None,
     data_group: ProcessGroup | None = None,
+    tail_threshold: float = 0.0,
+    report_tail: bool = False,
 ) -> InfoPOOutput:
     """The InfoPO loss and its gradients from hidden states, head and labels, without the logits in memory.
 
@@ -208,6 +213,8 @@ def linear_infopo_loss(
             rank's own number, and the averaged gradient is that of the loss over all pairs of the group, however many
             each rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients
             are scaled, so that the average over all ranks adds up the parts. The host waits for one number.
+        tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
+        report_tail: fill the output's `tail`.
 
     Returns:
         `InfoPOOutput`; only `loss` has a gradient. To put the log-probabilities into another loss, use `linear_logps`.
@@ -229,7 +236,7 @@ def linear_infopo_loss(
         _Shares(num_pairs, sequence_weights, data_group),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
-        KernelOptions(backend, workspace_mib),
+        KernelOptions(backend, workspace_mib, tail_threshold, report_tail),
         Parallel.of(vocab, sequence_group, weight),
     )
 
@@ -260,6 +267,8 @@ def linear_preference_loss(
     vocab: VocabShard | None = None,
     sequence_group: ProcessGroup | None = None,
     data_group: ProcessGroup | None = None,
+    tail_threshold: float = 0.0,
+    report_tail: bool = False,
 ) -> PreferenceOutput:
     """A preference loss and its gradients from hidden states, head and labels, without the logits in memory.
 
@@ -308,6 +317,8 @@ def linear_preference_loss(
             rank's own number, and the averaged gradient is that of the loss over all pairs of the group, however many
             each rank has; so is the average of `loss`. The ranks of `sequence_group` may be among it: their gradients
             are scaled, so that the average over all ranks adds up the parts. The host waits for one number.
+        tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
+        report_tail: fill the output's `tail`.
 
     Returns:
         `PreferenceOutput`; its documentation says what each field means for each objective. Only `loss` has a gradient.
@@ -330,7 +341,7 @@ def linear_preference_loss(
         _Shares(num_pairs, sequence_weights, data_group),
         _Reference(ref_logps, ref_hidden, ref_weight, ref_bias, skip_chosen_reference),
         LogitOptions(softcap, logit_scale, temperature),
-        KernelOptions(backend, workspace_mib),
+        KernelOptions(backend, workspace_mib, tail_threshold, report_tail),
         Parallel.of(vocab, sequence_group, weight),
     )
 
@@ -546,6 +557,11 @@ def _linear_preference(
     parallel: Parallel | None,
 ) -> PreferenceOutput:
     """`linear_preference_loss` with its options as objects."""
+    if kernel.report_tail and parallel is not None and parallel.shares_head:
+        raise ValueError(
+            "`report_tail=True` was given with a head that ranks share (`vocab`, or a DTensor `weight`): each rank "
+            "pools the tail of its own part, and no rank knows the whole; leave `report_tail` out."
+        )
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
     S = checks.pairs(labels, layout.cu_seqlens, layout.is_chosen, shares.num_pairs, shares.sequence_weights, objective)
     checks.reference(
@@ -592,6 +608,7 @@ def _linear_preference(
         scored_tokens=sequences.counts,
         is_chosen=is_chosen,
         chosen_reference_skipped=False,
+        tail=TailSummary(*result.tail) if kernel.report_tail else None,
     )
     return output.without_chosen_reference() if reference.skip_chosen else output
 

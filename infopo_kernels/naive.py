@@ -6,6 +6,8 @@ memory: use it on small shapes only.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,21 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, options: 
     if options.softcap is not None:
         a = options.softcap * torch.tanh(a / options.softcap)
     return a * options.scale
+
+
+class TailGradients(NamedTuple):
+    """The result of `tail_gradients`; float64."""
+
+    hidden: Tensor
+    """[N, H]."""
+    weight: Tensor
+    """[V, H]."""
+    bias: Tensor
+    """[V]."""
+    mass: Tensor
+    """[N]: q, the pooled probability of each row; NaN for rows in no chunk."""
+    kept: int
+    """Columns that were kept, summed over chunks."""
 
 
 def token_logps(z: Tensor, labels: Tensor) -> Tensor:
@@ -86,6 +103,60 @@ def linear_preference_loss(
     if objective.pairwise:
         sequences = sequences.paired()
     return weighted(objective.terms(sums, sequences).loss, sequences.weights).sum() / sequences.num_pairs
+
+
+def tail_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    row_weight: Tensor,
+    chunks: list[Tensor],
+    *,
+    threshold: float,
+    block: int,
+    exact_above: float = 1.0,
+    bias: Tensor | None = None,
+    logit: LogitOptions | None = None,
+) -> TailGradients:
+    """The gradients of ``(row_weight * token_logps).sum()`` with a pooled tail, in float64, by plain loops.
+
+    `infopo_kernels.backends.base` has the definition. `hidden` [N, H], `labels` and `row_weight` [N]; each of `chunks`
+    lists the rows of a chunk, which all are scored and have a weight. `block`, `exact_above`: as a backend states them.
+    """
+    options = logit or LogitOptions()
+    x, w = hidden.detach().double(), weight.detach().double()
+    b = None if bias is None else bias.detach().double()
+    (N, H), V = x.shape, len(w)
+    dx, dw, db, mass = w.new_zeros(N, H), w.new_zeros(V, H), w.new_zeros(V), w.new_full((N,), torch.nan)
+    kept = 0
+    for chunk in chunks:
+        y, c = labels[chunk], row_weight[chunk].double()
+        z = logits(x[chunk], w, b, options)
+        p = z.softmax(1)
+        own = torch.nn.functional.one_hot(y, V)
+        g = c[:, None] * (own - p) * options.scale
+        if options.softcap is not None:
+            g = g * (1 - (z / (options.scale * options.softcap)).square())
+        keep = (p >= threshold).any(0) | own.bool().any(0)
+        mass[chunk] = 0
+        for start in range(0, V, block):
+            words = torch.arange(start, min(start + block, V))
+            if keep[words].sum() > exact_above * len(words):
+                keep[words] = True
+            K, T = words[keep[words]], words[~keep[words]]
+            kept += len(K)
+            dx[chunk] += g[:, K] @ w[K]
+            dw[K] += g[:, K].T @ x[chunk]
+            db[K] += g[:, K].sum(0)
+            if not len(T):
+                continue
+            share = p[:, T].sum(0) / p[:, T].sum().clamp(min=torch.finfo(torch.float64).tiny)
+            pooled = g[:, T].sum(1)
+            dx[chunk] += torch.outer(pooled, share @ w[T])
+            dw[T] += torch.outer(share, pooled @ x[chunk])
+            db[T] += share * pooled.sum()
+            mass[chunk] += p[:, T].sum(1)
+    return TailGradients(dx, dw, db, mass, kept)
 
 
 def _rows(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Rows:

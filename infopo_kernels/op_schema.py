@@ -28,6 +28,7 @@ _TYPES: dict[Any, str] = {
     int: "SymInt",
     int | None: "int?",
     str: "str",
+    bool: "bool",
     list[float]: "float[]",
     list[bool]: "bool[]",
 }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
-from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport
 from infopo_kernels.distributed import agreement, collectives
 from infopo_kernels.distributed.choice import Work
 from infopo_kernels.distributed.parallel import Call, Parallel, Together
@@ -143,13 +143,22 @@ class HeadInputs:
     scale: float
     backend: str
     workspace_mib: int | None
+    tail_threshold: float
 
     @classmethod
     def of(
         cls, rows: Rows, weight: Tensor, bias: Tensor | None, logit: LogitOptions, kernel: KernelOptions
     ) -> HeadInputs:
         return cls(
-            rows.hidden, weight, bias, rows.labels, logit.softcap, logit.scale, kernel.backend, kernel.workspace_mib
+            rows.hidden,
+            weight,
+            bias,
+            rows.labels,
+            logit.softcap,
+            logit.scale,
+            kernel.backend,
+            kernel.workspace_mib,
+            float(kernel.tail_threshold),
         )
 
     def fields(self) -> dict[str, Any]:
@@ -160,11 +169,21 @@ class HeadInputs:
         limit = KernelOptions(workspace_mib=self.workspace_mib).workspace_bytes(self.hidden.device.type)
         hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.hidden, self.weight))
         bias = None if self.bias is None else self.bias.contiguous()
-        return Head(hidden, weight, bias, self.softcap, self.scale, limit)
+        return Head(hidden, weight, bias, self.softcap, self.scale, limit, self.tail_threshold)
 
     def runner(self) -> Backend:
-        """This rank's backend."""
-        return dispatch.resolve(self.backend, self.hidden.device, self.hidden.dtype)
+        """This rank's backend.
+
+        Raises:
+            ValueError: it pools no tail, and a threshold was given.
+        """
+        backend = dispatch.resolve(self.backend, self.hidden.device, self.hidden.dtype)
+        if self.tail_threshold > 0 and not backend.tail_block:
+            raise ValueError(
+                f"`tail_threshold={self.tail_threshold}` needs a backend that pools tails, and {backend.name!r} does "
+                f"not; pass tail_threshold=0 for exact gradients, or backend='torch'."
+            )
+        return backend
 
     def check_values(self, vocabulary: int) -> None:
         """Checks on a CPU what a backend does not."""
@@ -303,7 +322,7 @@ _shared_logprob_backward.register_fake(_fake_logprob_backward)
 
 def _save_logprob(ctx: Any, inputs: HeadInputs, results: LogprobResults) -> None:
     ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.labels, results.lse)
-    ctx.settings = inputs.softcap, inputs.scale, inputs.backend, inputs.workspace_mib
+    ctx.settings = inputs.softcap, inputs.scale, inputs.backend, inputs.workspace_mib, inputs.tail_threshold
     ctx.parallel = inputs.parallel if isinstance(inputs, SharedHeadInputs) else None
     ctx.mark_non_differentiable(results.lse)
     ctx.set_materialize_grads(False)
@@ -366,6 +385,8 @@ class PreferenceInputs(HeadInputs):
     """`Objective.to_flat`."""
     wanted: list[bool]
     """Which gradients are wanted: of hidden, weight and bias."""
+    report_tail: bool
+    """Whether `PreferenceResults.tail` is wanted."""
 
     def rows(self) -> Rows:
         return Rows(self.hidden, self.labels, self.cu_seqlens, self.segments)
@@ -407,6 +428,9 @@ class PreferenceResults(NamedTuple):
     """[S] float64, as the next two."""
     rewards: Tensor
     weights: Tensor
+    tail: Tensor
+    """[3] float64, if wanted: mean and maximum of the pooled mass of a row, share of columns that were kept; else [0].
+    """
     hidden_gradient: Tensor
     """This and the next two as in `HeadGradients`, for an incoming gradient of `lift`."""
     weight_gradient: Tensor
@@ -423,10 +447,11 @@ class SharedPreferenceInputs(PreferenceInputs):
 @define("infopo_kernels::linear_preference", PreferenceInputs, PreferenceResults)
 def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     runner, together = inputs.begin()
-    objective, hidden, wanted = from_flat(inputs.objective, inputs.options), inputs.hidden, inputs.wanted
+    objective, hidden, head = from_flat(inputs.objective, inputs.options), inputs.hidden, inputs.head()
+    tail, wanted = TailReport.empty(head) if inputs.report_tail else None, schedule.Wanted(*inputs.wanted)
     with inputs.no_autocast():
         result, gradients, lift = schedule.preference(
-            runner, inputs.head(), inputs.rows(), inputs.sequences(), objective, schedule.Wanted(*wanted), together
+            runner, head, inputs.rows(), inputs.sequences(), objective, wanted, together, tail
         )
     return PreferenceResults(
         result.loss.to(_accumulator(hidden)),
@@ -434,6 +459,7 @@ def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
         result.logps,
         result.rewards,
         result.weights,
+        result.logps.new_empty(0) if tail is None else tail.summary(),
         *HeadGradients.of(gradients, hidden),
         hidden.new_empty(0, dtype=torch.float32) if lift is None else lift,
     )
@@ -453,6 +479,7 @@ def _fake_linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
         logps,
         rewards,
         weights,
+        inputs.hidden.new_empty(3 if inputs.report_tail else 0, dtype=torch.float64),
         *inputs.fake_gradients(inputs.wanted),
         inputs.hidden.new_empty(() if half and any(inputs.wanted) else 0, dtype=torch.float32),
     )
@@ -549,6 +576,7 @@ def linear_preference(
         objective=objective.name,
         options=objective.to_flat(),
         wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],
+        report_tail=kernel.report_tail,
     )
     if parallel is None:
         return _linear_preference(inputs)

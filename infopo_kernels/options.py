@@ -77,21 +77,34 @@ class LogitOptions:
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """Which backend runs and how much memory it may take.
+    """Which backend runs, how much memory it may take, and how exact the gradients are.
 
     Args:
         backend: "auto", "cpp" (C++ kernels, CPU), "triton" (GPU kernels) or "torch" (plain PyTorch, any device).
         workspace_mib: bound, in MiB, on the memory that a call allocates beyond its results, for any number of tokens
             and any vocabulary; None takes 32 on a CPU and 256 on a GPU.
+        tail_threshold: probability θ, 0 <= θ < 1. Words that no row of a chunk predicts with at least this probability
+            share one column of the gradient (`infopo_kernels.backends.base` defines it). 0 is exact. Losses and
+            log-probabilities are exact for every θ. docs/pooled_tail.md says when it pays and what it costs.
+        report_tail: fill `PreferenceOutput.tail`: how much probability was pooled and how many columns were kept.
 
     Raises:
-        ValueError, TypeError: an unknown backend, or a workspace below 1 MiB.
+        ValueError, TypeError: an unknown backend, a workspace below 1 MiB, or a threshold outside [0, 1).
     """
 
     backend: str = "auto"
     workspace_mib: int | None = field(default=None)
+    tail_threshold: float = 0.0
+    report_tail: bool = False
 
     def __post_init__(self) -> None:
+        require_finite("tail_threshold", self.tail_threshold)
+        if not 0 <= self.tail_threshold < 1:
+            raise ValueError(
+                f"`tail_threshold` must be a probability, 0 <= tail_threshold < 1, got {self.tail_threshold}; pass 0 "
+                f"for exact gradients, or a value near 2**-13."
+            )
+        require_bool("report_tail", self.report_tail)
         if self.backend not in BACKENDS:
             raise ValueError(f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {self.backend!r}.")
         if self.workspace_mib is None:

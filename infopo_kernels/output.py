@@ -7,6 +7,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class TailSummary(NamedTuple):
+    """What a call with a `tail_threshold` pooled (`infopo_kernels.backends.base`). Float64 tensors of shape []."""
+
+    mass_mean: Tensor
+    """Mean, over the rows with a gradient, of the probability that the row gives to pooled words."""
+    mass_max: Tensor
+    """Its maximum."""
+    kept_share: Tensor
+    """Share of the gradient's columns that were kept, 0 to 1."""
+
+
 class PreferenceOutput(NamedTuple):
     """The loss and the values to log. Only `loss` has a gradient.
 
@@ -46,6 +57,8 @@ class PreferenceOutput(NamedTuple):
     chosen_reference_skipped: bool
     """True if the chosen reference was left out. Gradients are exact. The loss is shifted by a constant:
     ``beta / num_pairs`` times the sum of the chosen references (each times u_s)."""
+    tail: TailSummary | None = None
+    """With `report_tail`: what was pooled. 0, 0 and 1 where nothing was."""
 
     @property
     def chosen_logps(self) -> Tensor:

@@ -47,7 +47,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport
 from infopo_kernels.distributed.parallel import Together
 from infopo_kernels.lift import Lift
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
@@ -91,16 +91,18 @@ def preference(
     objective: Objective,
     wanted: Wanted,
     together: Together | None = None,
+    tail: TailReport | None = None,
 ) -> tuple[Evaluation, Gradients, torch.Tensor | None]:
     """The value of the objective for a batch, the gradients of its loss, and the factor that they carry (`Lift`).
 
-    `together`, if given, is what the call shares with other ranks; `backend` is its backend then.
+    `together`, if given, is what the call shares with other ranks; `backend` is its backend then. Fills `tail`, if it
+    is given.
     """
     if together is not None:
         head = together.whole_head(head)
-        result, gradients, factor = _preference(backend, head, rows, sequences, objective, wanted, together)
+        result, gradients, factor = _preference(backend, head, rows, sequences, objective, wanted, together, tail)
         return result, together.finish(gradients), factor
-    return _preference(backend, head, rows, sequences, objective, wanted, None)
+    return _preference(backend, head, rows, sequences, objective, wanted, None, tail)
 
 
 def _preference(
@@ -111,6 +113,7 @@ def _preference(
     objective: Objective,
     wanted: Wanted,
     together: Together | None,
+    tail: TailReport | None,
 ) -> tuple[Evaluation, Gradients, torch.Tensor | None]:
     if objective.pairwise:
         sequences = sequences.paired()
@@ -131,10 +134,11 @@ def _preference(
     known = objective.known if at_once else "none"
     if at_once and known != "all" and not (wanted.weight or wanted.bias):
         gradients = zero_gradients(head, wanted)
-        result, _, _, factor = _unit_hidden_gradient(backend, head, rows.labels, gradients, evaluate, lift)
+        into = replace(gradients, tail=tail)
+        result, _, _, factor = _unit_hidden_gradient(backend, head, rows.labels, into, evaluate, lift)
         return result, gradients, factor
 
-    gradients = zero_gradients(head, replace(wanted, weight=False))
+    gradients = replace(zero_gradients(head, replace(wanted, weight=False)), tail=tail)
     if wanted.weight:  # not zeroed here: it may hold logits first
         empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
@@ -290,7 +294,7 @@ def _unit_hidden_gradient(
     Forms dX for row weights of 1, and scales it when the objective knows the weights.
     """
     assert into.hidden is not None
-    hidden = Gradients(into.hidden, None, None)
+    hidden = replace(into, weight=None, bias=None)
     ones = torch.ones(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
     ones, unit = lift(ones, hidden)
     logp, lse = backend.logprob_and_grad(head, labels, ones, hidden)

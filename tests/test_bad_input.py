@@ -112,6 +112,7 @@ LINEAR: list[tuple[str, dict[str, Any], type[Exception], str]] = [
                                   "weight": padded()["weight"].double(), "backend": "cpp"}, ValueError,
      r"`backend='cpp'` cannot run: "),
     ("workspace of nothing", padded(workspace_mib=0), ValueError, r"`workspace_mib`.*at least 1.*0"),
+    ("threshold above 1", padded(tail_threshold=2), ValueError, r"`tail_threshold`.*< 1, got 2"),
     ("workspace of a float", padded(workspace_mib=1.5), TypeError, r"`workspace_mib`.*float 1.5"),
 ]  # fmt: skip
 
@@ -252,6 +253,11 @@ P = torch.zeros(3)
         (lambda: SFT(average=None), TypeError, r"`average`.*NoneType"),  # type: ignore[arg-type]
         (lambda: LinearPreferenceLoss("dpo"), TypeError, r"`objective`.*str"),  # type: ignore[arg-type]
         (lambda: KernelOptions(backend="gpu"), ValueError, r"`backend`.*'gpu'"),
+        (lambda: KernelOptions(tail_threshold=-0.1), ValueError, r"`tail_threshold`.*0 <= .*-0.1.*2\*\*-13"),
+        (lambda: KernelOptions(tail_threshold=1), ValueError, r"`tail_threshold`.*< 1, got 1"),
+        (lambda: KernelOptions(tail_threshold=NAN), ValueError, r"`tail_threshold`.*finite.*nan"),
+        (lambda: KernelOptions(tail_threshold="2**-13"), TypeError, r"`tail_threshold`.*number.*str"),  # type: ignore[arg-type]
+        (lambda: KernelOptions(report_tail=1), TypeError, r"`report_tail`.*True or False"),  # type: ignore[arg-type]
         (lambda: LogitOptions(softcap=-1), ValueError, r"`softcap`.*-1"),
     ],
 )

@@ -472,12 +472,12 @@ def _op_arguments(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     rows, kernel = Rows(hidden, labels, cu, segments), KernelOptions(backend)
     plain = Rows(hidden.detach(), labels, cu, segments)
     head = vars(ops.HeadInputs.of(rows, weight, bias, LogitOptions(), kernel))
-    frozen = vars(ops.HeadInputs.of(plain, weight.detach(), None, LogitOptions(), KernelOptions(backend, 4)))
+    frozen = vars(ops.HeadInputs.of(plain, weight.detach(), None, LogitOptions(), KernelOptions(backend, 4, 0.05)))
     given = {"cu_seqlens": cu, "segments": segments, "counts": counts, "is_chosen": chosen, "ref_logps": ref}
     loss = {
         name: ops.PreferenceInputs(
             **head, **given, sequence_weights=weights, num_pairs=2.0, objective=objective.name,
-            options=objective.to_flat(), wanted=[True] * 3,
+            options=objective.to_flat(), wanted=[True] * 3, report_tail=name == "dpo",
         )
         for name, objective, weights in (("infopo", InfoPO(), None), ("dpo", DPO(), torch.rand(2 * B).double()))
     }  # fmt: skip

@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += _memory(f"{case}: memory", shape, dtype) if "memory" in parts else []
     rows += _long() if "long" in parts else []
     rows += _accuracy() if "accuracy" in parts else []
-    machine = environment() | {"isa": cpp.isa()}
+    machine = environment() | {"isa": f"{cpp.isa()} (bfloat16: {cpp.isa(torch.bfloat16)})"}
     record = records.merge(args.output, RECORD, machine, rows, by=("case",), repetitions=REPETITIONS)
     report.render(report.console(), [table(record)])
     return 0

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import plots, records, report
 from benchmarks.measure.environment import environment
-from infopo_kernels import infopo_loss
+from infopo_kernels import KernelOptions, infopo_loss
 from infopo_kernels.commands.demo.word_problems import word_problems
 from infopo_kernels.commands.smollm2 import smollm2_directory
 from infopo_kernels.integrations.collators import PreferenceCollator
@@ -43,12 +43,16 @@ class Setting:
     average: bool = False
     max_log_weight: float | None = None
     loss: str = "infopo"
+    tail_threshold: float = 0.0
+    seed: int = 0
+    """Of the pairs that are trained on; the held-out pairs are the same for all."""
 
     @property
     def name(self) -> str:
         """The name of the run, as in the record and the guide."""
         kind = "full" if self.lora_rank is None else f"lora{self.lora_rank}"
         extra = " average" * self.average + (f" cap{self.max_log_weight:g}" if self.max_log_weight is not None else "")
+        extra += f" tail{self.tail_threshold:.3g}" * (self.tail_threshold > 0) + f" seed{self.seed}" * (self.seed > 0)
         return f"{self.loss} {kind} beta{self.beta:g} lr{self.lr:g}{extra}"
 
 
@@ -70,7 +74,7 @@ class Part:
     reference: list[dict[bool, Tensor]]
 
 
-def _model(lora_rank: int | None = None) -> Any:
+def _model(lora_rank: int | None = None, tail_threshold: float = 0.0) -> Any:
     model = AutoModelForCausalLM.from_pretrained(str(smollm2_directory()), dtype=torch.float32)
     if lora_rank is not None:
         # Imported here: PEFT is needed for the run with an adapter only.
@@ -78,7 +82,7 @@ def _model(lora_rank: int | None = None) -> Any:
 
         lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
-    return attach_linear_logps(model)
+    return attach_linear_logps(model, kernel=KernelOptions(tail_threshold=tail_threshold))
 
 
 def _logps(model: Any, batch: dict[str, Any], average: bool) -> Tensor:
@@ -87,9 +91,11 @@ def _logps(model: Any, batch: dict[str, Any], average: bool) -> Tensor:
     return logps
 
 
-def prepare(args: argparse.Namespace) -> tuple[Part, Part]:
+def prepare(args: argparse.Namespace, seed: int = 0) -> tuple[Part, Part]:
     """The training batches, one for each step, and the held-out batches. The reference is the same for every run."""
     rows = [pair.row() for pair in word_problems(args.steps * args.batch + args.held_out, 0)]
+    if seed > 0:
+        rows = [pair.row() for pair in word_problems(args.steps * args.batch, seed)] + rows[-args.held_out :]
     features = preference_features(AutoTokenizer.from_pretrained(str(smollm2_directory())), rows, 512)
     collate, model = PreferenceCollator(), _model().eval()
 
@@ -134,7 +140,8 @@ def _chosen_first(batches: list[Tensor]) -> Tensor:
 def measure(setting: Setting, train: Part, held_out: Part, progress: Any) -> dict[str, Any]:
     """The row of one run: metrics of each step, and metrics of the held-out pairs after the run."""
     torch.manual_seed(0)
-    model, steps, start = _model(setting.lora_rank).train(), len(train.batches), time.perf_counter()
+    steps, start = len(train.batches), time.perf_counter()
+    model = _model(setting.lora_rank, setting.tail_threshold).train()
     rows: list[dict[str, float]] = []
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=setting.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)

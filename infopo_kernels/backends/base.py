@@ -11,6 +11,23 @@ X [N, H], W [V, H], b [V], labels y [N] and row weights c [N]:
     G_tv  = g_tv * scale * (1 - tanh(a_tv / softcap)^2)      = d(sum_t c_t l_t) / d a_tv
     dX    = G W        dW = G^T X        db = G^T 1
 
+With a threshold θ > 0 (`Head.tail_threshold`) the gradients pool what is small. Logits, l and lse stay exact. For a
+chunk C of rows that get a gradient (c_t is not 0), a block B of consecutive words, and p_tv = exp(z_tv - lse_t):
+
+    K       = { v in B : p_tv >= θ for some t in C, or v is the label of some t in C }         words that are kept
+    T       = B without K                                                                       the tail
+    pi_v    = sum_t p_tv / sum_{t, v' in T} p_tv'       for v in T: the chunk's mean tail       (0 if the sum is 0)
+    gT_t    = sum_{v in T} G_tv                         all of the tail's gradient
+    dX_t   += sum_{v in K} G_tv W_v + gT_t sum_{v in T} pi_v W_v
+    dW_v   += sum_t G_tv X_t    for v in K;      pi_v sum_t gT_t X_t    for v in T              (db likewise)
+    q_t    += sum_{v in T} p_tv                         the row's pooled probability
+
+So rows of G still sum to what they sum to without a threshold. If δ_t = sum_{v in T} |p_tv - pi_v sum_{v' in T} p_tv'|,
+the error of dX_t is at most |c_t scale| δ_t max_{v in T} |W_v - sum_{v' in T} pi_v' W_v'| for each block, without a
+softcap. A backend chooses the chunks. It keeps all of B if K is more than `tail_exact_above` of B, because the exact
+product is faster there, and if the lse of some row is NaN, so that a bad row spoils no other row. `logprob_and_grad`
+may keep all words where it forms dX alone: in one pass, without lse, the exact dX may be as fast.
+
 Contract, the same for every backend:
 
 - A row whose label is `IGNORE_INDEX` is not scored. Its l and lse are 0. It costs no product. The backend never reads
@@ -63,11 +80,43 @@ class Head:
     """logit scale / temperature."""
     workspace_bytes: int
     """Bound on the memory that a call allocates beyond its results."""
+    tail_threshold: float = 0.0
+    """θ; 0 for exact gradients."""
 
     @property
     def accumulator_dtype(self) -> torch.dtype:
         """Type of logits, log-probabilities and accumulators."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class TailReport:
+    """Buffers for what a call pooled."""
+
+    mass: torch.Tensor
+    """[N], accumulator type: q_t. A call assigns it for the rows that get a gradient. NaN before that."""
+    columns: torch.Tensor
+    """[2] float64: columns of G that were kept, and all columns. A call adds both numbers for each of its chunks."""
+
+    @classmethod
+    def empty(cls, head: Head) -> TailReport:
+        """Before the first call."""
+        N, device = len(head.hidden), head.hidden.device
+        return cls(
+            torch.full((N,), torch.nan, dtype=head.accumulator_dtype, device=device),
+            torch.zeros(2, dtype=torch.float64, device=device),
+        )
+
+    def summary(self) -> torch.Tensor:
+        """[3] float64: mean and maximum of q over the rows with a gradient, and the share of columns that were kept.
+
+        0, 0 and 1 if nothing could be pooled. The host does not wait for the device.
+        """
+        rows = ~self.mass.isnan()
+        mass = torch.where(rows, self.mass, 0).double()
+        kept = torch.where(self.columns[1] > 0, self.columns[0] / self.columns[1].clamp(min=1), 1.0)
+        most = torch.cat([mass, mass.new_zeros(1)]).amax()
+        return torch.stack([mass.sum() / rows.sum().clamp(min=1), most, kept])
 
 
 @dataclass(frozen=True)
@@ -80,6 +129,8 @@ class Gradients:
     """[V, H], type of `Head.weight` or float32, contiguous; a call adds to it."""
     bias: torch.Tensor | None
     """[V], float32 (float64 for float64 inputs), contiguous; a call adds to it."""
+    tail: TailReport | None = None
+    """Filled if it is given and `Head.tail_threshold` is not 0."""
 
 
 class Backend(Protocol):
@@ -89,6 +140,10 @@ class Backend(Protocol):
     """
 
     name: ClassVar[str]
+    tail_block: ClassVar[int]
+    """Words of a block B, counted from word 0; the last block may have fewer. 0: the backend pools no tail."""
+    tail_exact_above: ClassVar[float]
+    """Share of a block. If more of its words would be kept, all are."""
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if the backend takes inputs of this device and type, else a sentence: why not, and what to do."""

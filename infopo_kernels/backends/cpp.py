@@ -74,10 +74,18 @@ def _call(op: Any, *arguments: object) -> Any:
         raise (ValueError if kind == "ValueError" else TypeError)(text) from None
 
 
+def _report(gradients: Gradients) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if gradients.tail is None else (gradients.tail.mass, gradients.tail.columns)
+
+
 class CppBackend:
     """C++ kernels for CPUs."""
 
     name: ClassVar[str] = "cpp"
+    tail_block: ClassVar[int] = 96
+    """`kTile` of csrc/workspace.h. A workspace that does not hold a block of 96 words has smaller ones."""
+    tail_exact_above: ClassVar[float] = 0.75
+    """`kExactAbove` of csrc/pooled_tail.cpp."""
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -129,9 +137,11 @@ class CppBackend:
             gradients.hidden,
             gradients.weight,
             gradients.bias,
+            *_report(gradients),
             head.softcap,
             head.scale,
             head.workspace_bytes,
+            head.tail_threshold,
         )
         return result
 
@@ -155,8 +165,10 @@ class CppBackend:
             gradients.hidden,
             gradients.weight,
             gradients.bias,
+            *_report(gradients),
             kept,
             head.softcap,
             head.scale,
             head.workspace_bytes,
+            head.tail_threshold,
         )

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head, scale_in_parts
+from infopo_kernels.backends.base import Gradients, Head, TailReport, scale_in_parts
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from infopo_kernels.packing import Rows
@@ -26,6 +26,10 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MIN_STORED_ROWS = 64
 """If the workspace holds fewer rows of whole logits than this, recomputing a wide tile is faster than storing a narrow
 one (2 cores with AVX-512: a product with 32 rows runs at less than half the rate of a product with 256)."""
+
+TAIL_BLOCK = 512
+"""Words of a block that pools its tail. One pool for the whole vocabulary gives the same error, to two digits, as one
+for each 512 words; a pool is one column more."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class _Tiles:
         element = head.accumulator_dtype.itemsize
         vocab = max(1, min(4096, workspace_bytes // 4 // (2 * H * element)))  # the weight's tile and its gradient's
         rows = max(1, min(1024, workspace_bytes // 4 // (2 * H * element)))
+        if head.tail_threshold > 0:  # whole blocks, and the gathered weights and gradients of kept words beside them
+            vocab = max(1, vocab // 2)
+            vocab -= vocab % TAIL_BLOCK if vocab >= TAIL_BLOCK else 0
         rows = max(1, min(rows, workspace_bytes // 2 // (4 * vocab * element)))  # logits and three temporaries
         return cls(rows, vocab)
 
@@ -78,10 +85,90 @@ def _logit_gradient_(
     return g.mul_(head.scale) if head.scale != 1 else g
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of G of one tile, [C, K], and the rows of W that belong to them, [K, H].
+
+    Without a threshold these are all words of the tile. With one they are the kept words and then one column for each
+    block, the pools.
+    """
+
+    g: torch.Tensor
+    weight: torch.Tensor
+    kept: torch.Tensor | None = None
+    """Kept words of the tile; None: all."""
+    share: torch.Tensor | None = None
+    """[T]: pi_v, 0 for kept words."""
+
+    def add_weight_gradient(self, to: torch.Tensor, x: torch.Tensor) -> None:
+        """to [T, H] += G^T X."""
+        if self.kept is None or self.share is None:
+            to.addmm_(self.g.T, x)
+            return
+        d = self.g.T @ x
+        to.index_add_(0, self.kept, d[: len(self.kept)])
+        for b, pool in enumerate(d[len(self.kept) :]):
+            block = slice(b * TAIL_BLOCK, (b + 1) * TAIL_BLOCK)
+            to[block].addr_(self.share[block], pool)
+
+    def add_bias_gradient(self, to: torch.Tensor) -> None:
+        """to [T] += G^T 1."""
+        d = self.g.sum(0)
+        if self.kept is None or self.share is None:
+            to.add_(d)
+            return
+        to.index_add_(0, self.kept, d[: len(self.kept)])
+        to.add_(self.share * d[len(self.kept) :].repeat_interleave(TAIL_BLOCK)[: len(to)])
+
+
+def _columns(
+    head: Head,
+    z: torch.Tensor,  # [C, T]; is overwritten
+    start: int,
+    weight: torch.Tensor,  # [T, H]
+    chunk: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    c: torch.Tensor,
+    report: TailReport | None,
+) -> _Columns:
+    """The columns of a chunk and a tile. `chunk` [C]: its rows among all; y, lse and c are theirs."""
+    if head.tail_threshold == 0:
+        return _Columns(_logit_gradient_(head, z, start, y, lse, c), weight)
+    live, T = c != 0, z.shape[1]
+    p = torch.where(live[:, None], (z - lse[:, None]).clamp_(max=0).exp_(), 0.0)
+    keep = ((p >= head.tail_threshold) | p.isnan()).any(0)
+    local = (y - start)[live & (y >= start) & (y < start + T)]
+    keep[local] = True
+    blocks = [slice(b, min(b + TAIL_BLOCK, T)) for b in range(0, T, TAIL_BLOCK)]
+    for block in blocks:
+        keep[block] |= p[:, block].isnan().any()
+    kept = keep.nonzero().squeeze(1)
+    if report is not None:
+        report.columns.add_(torch.tensor([len(kept), T], dtype=torch.float64, device=z.device))
+        if start == 0:
+            report.mass[chunk[live]] = 0
+    if len(kept) == T:
+        return _Columns(_logit_gradient_(head, z, start, y, lse, c), weight)
+    p[:, kept] = 0
+    if report is not None:
+        report.mass.index_add_(0, chunk[live], p[live].sum(1))
+    mass = p.sum(0)
+    g = _logit_gradient_(head, z, start, y, lse, c)
+    share = torch.cat([mass[b] / mass[b].sum().clamp(min=torch.finfo(mass.dtype).tiny) for b in blocks])
+    tail_weight = torch.stack([share[b] @ weight[b] for b in blocks])
+    kept_g = g[:, kept]
+    g[:, kept] = 0
+    pools = torch.stack([g[:, b].sum(1) for b in blocks], 1)
+    return _Columns(torch.cat([kept_g, pools], 1), torch.cat([weight[kept], tail_weight]), kept, share)
+
+
 class TorchBackend:
     """Plain PyTorch."""
 
     name: ClassVar[str] = "torch"
+    tail_block: ClassVar[int] = TAIL_BLOCK
+    tail_exact_above: ClassVar[float] = 1.0
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         del device
@@ -163,12 +250,13 @@ class TorchBackend:
             out_logp[chunk], out_lse[chunk] = target - lse, lse
             dx = torch.zeros_like(x)
             for start, weight, _ in _vocab_tiles(head, tiles.vocab):
-                g = _logit_gradient_(head, z[:, start : start + tiles.vocab], start, y, lse, c)
-                dx.addmm_(g, weight)
+                tile = z[:, start : start + tiles.vocab]
+                columns = _columns(head, tile, start, weight, chunk, y, lse, c, gradients.tail)
+                dx.addmm_(columns.g, columns.weight)
                 if gradients.weight is not None:
-                    gradients.weight[start : start + tiles.vocab].addmm_(g.T, x)
+                    columns.add_weight_gradient(gradients.weight[start : start + tiles.vocab], x)
                 if gradients.bias is not None:
-                    gradients.bias[start : start + tiles.vocab].add_(g.sum(0))
+                    columns.add_bias_gradient(gradients.bias[start : start + tiles.vocab])
             if gradients.hidden is not None:
                 gradients.hidden[chunk] = dx.to(gradients.hidden.dtype)
         return out_logp, out_lse
@@ -223,15 +311,16 @@ class TorchBackend:
                 chunk = rows[first : first + tiles.rows]
                 x = head.hidden[chunk].to(accumulator)
                 z = _logits(head, x, weight, bias)
-                g = _logit_gradient_(head, z, start, labels[chunk], lse[chunk], row_weight[chunk])
+                y, c = labels[chunk], row_weight[chunk]
+                columns = _columns(head, z, start, weight, chunk, y, lse[chunk], c, gradients.tail)
                 if dx is not None:
-                    dx[first : first + tiles.rows].addmm_(g, weight)
+                    dx[first : first + tiles.rows].addmm_(columns.g, columns.weight)
                 elif gradients.hidden is not None:
-                    gradients.hidden.index_add_(0, chunk, g @ weight)
+                    gradients.hidden.index_add_(0, chunk, columns.g @ columns.weight)
                 if dw is not None:
-                    dw.addmm_(g.T, x)
+                    columns.add_weight_gradient(dw, x)
                 if gradients.bias is not None:
-                    gradients.bias[start : start + tiles.vocab].add_(g.sum(0))
+                    columns.add_bias_gradient(gradients.bias[start : start + tiles.vocab])
             if dw is not None and gradients.weight is not None:
                 gradients.weight[start : start + tiles.vocab].add_(dw)  # added in float32, rounded once
         if dx is not None and gradients.hidden is not None:

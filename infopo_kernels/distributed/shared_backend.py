@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,13 @@ from infopo_kernels.packing import Rows
 
 
 class SharedBackend:
-    """`backends.base.Backend` without the primitives, and what a call needs before and after them."""
+    """`backends.base.Backend` without the primitives, and what a call needs before and after them.
+
+    Each rank pools the tail of its own part of the head, in the blocks of its own backend.
+    """
+
+    tail_block: ClassVar[int] = 0
+    tail_exact_above: ClassVar[float] = 1.0
 
     def __init__(self, own: Backend, parts: Parts, *, average: bool = False) -> None:
         """With `average`, dW and db are divided by the number of ranks, as a wrapper that averages gradients does."""

@@ -44,7 +44,7 @@ from infopo_kernels.integrations.sealed import Sealed, least_cast, unsealed
 from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import KernelOptions, LogitOptions
-from infopo_kernels.output import PreferenceOutput
+from infopo_kernels.output import PreferenceOutput, TailSummary
 
 try:
     from transformers.utils import ModelOutput
@@ -53,6 +53,7 @@ except ImportError as error:
 warn_untested("transformers")
 
 _ATTACHMENT = "_infopo_attachment"
+_TENSORS = PreferenceOutput._fields.index("chosen_reference_skipped")  # the first fields, which are tensors
 
 
 @dataclass
@@ -360,9 +361,11 @@ def _forward(
     hidden, own = _hidden_states(self, head, attachment, args, kwargs)
     if rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
+    kernel = asdict(attachment.kernel)
+    report_tail = kernel.pop("report_tail")
     shared = {
         "shift": rows is None and shift_labels is None, "cu_seqlens": cu_seqlens, "sequence_group": sequence_group,
-        **asdict(attachment.logit), **asdict(attachment.kernel),
+        **asdict(attachment.logit), **kernel,
     }  # fmt: skip
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: VocabShard | None) -> tuple[Any, ...]:
@@ -374,15 +377,16 @@ def _forward(
             hidden, weight, y, bias=bias, objective=objective, is_chosen=is_chosen, num_pairs=num_pairs,
             sequence_weights=unsealed("sequence_weights", sequence_weights, hidden.device),
             ref_logps=unsealed("ref_logps", ref_logps, hidden.device), skip_chosen_reference=skip_chosen_reference,
-            data_group=data_group, **shared, vocab=vocab,
+            data_group=data_group, report_tail=report_tail, **shared, vocab=vocab,
         )  # fmt: skip
-        return tuple(loss[:-1])
+        return (*loss[:_TENSORS], *(loss.tail or ()))
 
     answer = ask(head, hidden, run)
     aux_loss = getattr(own, "aux_loss", None)
     if linear_logps is not None:
         return LinearLogpsOutput(logps=answer[0], aux_loss=aux_loss, exact=Sealed((None, answer[0], None)))
-    output = PreferenceOutput._make((*answer, skip_chosen_reference))
+    tail = TailSummary(*answer[_TENSORS:]) if report_tail else None
+    output = PreferenceOutput._make((*answer[:_TENSORS], skip_chosen_reference, tail))
     loss = output.loss
     if isinstance(aux_loss, Tensor):
         loss = loss + router_coefficient(self.config) * aux_loss.to(loss.device)

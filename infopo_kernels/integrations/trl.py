@@ -77,7 +77,7 @@ class InfoPOConfig(DPOConfig):
         share_prompt: with `padding_free`, chosen and rejected share their prompt in the pack.
         score_turns: "assistant" leaves user and tool turns inside a response unscored; see `preferences.encode`.
         strict_checks: errors instead of warnings from the checks of the first step (docs/checks.md).
-        backend, workspace_mib: see `KernelOptions`.
+        backend, workspace_mib, tail_threshold: see `KernelOptions`.
 
     `padding_free=True` packs all sequences of a batch into one row, under any attention implementation of transformers.
     `disable_dropout=True`, TRL's default, switches off dropout and all other noise in the forward.
@@ -104,6 +104,7 @@ class InfoPOConfig(DPOConfig):
     strict_checks: bool = option(False, "Stop where a check of the first step would warn.")
     backend: str = option("auto", "Backend of the fused head: auto, cpp, triton or torch.")
     workspace_mib: int | None = option(None, "Bound on the fused head's workspace, MiB.")
+    tail_threshold: float = option(0.0, "Words below this probability share a column of the gradient; 0 is exact.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,8 +157,8 @@ class InfoPOConfig(DPOConfig):
         return InfoPO(self.beta, self.offset, self.max_log_weight, self.min_log_weight, self.sft_weight, self.average)
 
     def kernel_options(self) -> KernelOptions:
-        """Backend and workspace."""
-        return KernelOptions(self.backend, self.workspace_mib)
+        """Backend, workspace and threshold of the tail."""
+        return KernelOptions(self.backend, self.workspace_mib, self.tail_threshold)
 
 
 class _NoReference(nn.Module):
@@ -282,6 +283,17 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         if self._table is None or self._holds_references(features):
             return features
         return features.map(self._table.lookup)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's, of features: TRL prepares rows of text for `evaluate` only."""
+        row = test_dataset[0] if hasattr(test_dataset, "__len__") and len(test_dataset) else None
+        if isinstance(row, dict) and "chosen" in row and row.get("chosen_ids") is None and not self._is_vision_dataset:
+            raise ValueError(
+                f"`test_dataset` must hold features (`prompt_ids`, `chosen_ids`, `rejected_ids`), got rows of text "
+                f"({', '.join(row)}); call evaluate(dataset, metric_key_prefix='test'), which prepares them, or make "
+                f"features with feature_dataset."
+            )
+        return super().get_test_dataloader(test_dataset)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self._needs_no_reference({"train_dataset": dataset}, self.args):

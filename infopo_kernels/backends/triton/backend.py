@@ -28,6 +28,8 @@ class TritonBackend:
     """
 
     name: ClassVar[str] = "triton"
+    tail_block: ClassVar[int] = 0
+    tail_exact_above: ClassVar[float] = 1.0
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if inputs of this device and type can be served, else why not and what to do, as a sentence."""
