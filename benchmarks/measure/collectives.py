@@ -71,9 +71,9 @@ _RECEIVED: dict[str, Callable[[int, int, int], float]] = {
 _NO_TRANSFER = ("wait_tensor", "_wrap_tensor_autograd", "barrier")
 
 _OURS = {
-    op.raw._opoverload: op.raw._init_fn
-    for op in vars(ops).values()
-    if hasattr(op, "raw") and hasattr(op.raw, "_init_fn")
+    op._opoverload: op._init_fn
+    for op in (getattr(value, "raw", value) for value in vars(ops).values())
+    if hasattr(op, "_opoverload") and hasattr(op, "_init_fn")
 }
 
 

@@ -163,6 +163,8 @@ class PreferenceTraining:
         in_parts = self._split is not None and "shift_labels" in inputs
         if self._split is not None and in_parts:
             inputs = {**inputs, **self._split.groups(self.accelerator, model)}
+            if evaluating:  # nothing is averaged, and the sums of an evaluation need each rank's own number of pairs
+                inputs.pop("data_group", None)
         model_inputs, known = split_inputs(inputs)
         if not self._has_reference(known):
             known.pop("ref_logps", None)

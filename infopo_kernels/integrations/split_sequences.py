@@ -8,7 +8,8 @@ needs the sum over all parts, which `sequence_group` forms. What differs between
     cuts            two slices from both ends of a sequence   one slice
     who cuts        Trainer, around a step                    DeepSpeed's loader, which wants tensors [S, T] only
     batches         one for all parts                         one for each rank; the ranks work on them in turn
-    gradients       averaged over all ranks                   summed over the parts, averaged over the rest
+    gradients       averaged over all ranks                   ZeRO-1 and -2 add up those of the parts and average over
+                                                              the rest; ZeRO-3 averages over all ranks
     evaluation      in parts                                  whole sequences: DeepSpeed leaves modules in evaluation
                                                               mode alone
 """
@@ -36,19 +37,26 @@ class SplitSequences:
     Args:
         way: "cp" for context parallelism, "sp" for Ulysses.
         parts: ranks that hold one sequence between them.
+        averaged: whether the engine averages the gradients of the parts instead of adding them up.
     """
 
     way: Literal["cp", "sp"]
     parts: int
+    averaged: bool
 
     @classmethod
     def of(cls, accelerator: Any) -> SplitSequences | None:
-        """What `ParallelismConfig` asks for; None if it leaves sequences whole."""
+        """What `ParallelismConfig` asks for; None if it leaves sequences whole.
+
+        Raises:
+            ValueError: Ulysses with ZeRO-3 and `reduce_scatter` off.
+        """
         config = getattr(accelerator, "parallelism_config", None)
         for way in ("cp", "sp"):
             parts = getattr(config, f"{way}_size", None) or 1
             if parts > 1:
-                return cls(way, parts)  # type: ignore[arg-type]
+                averaged = way == "cp" or _averages_parts(accelerator.state.deepspeed_plugin.deepspeed_config)
+                return cls(way, parts, averaged)  # type: ignore[arg-type]
         return None
 
     @property
@@ -94,9 +102,23 @@ class SplitSequences:
             from deepspeed.utils import groups  # installed where Ulysses runs, and slow to import
 
             _take_any_batch(causal_model(model).config._attn_implementation)
-            return {"sequence_group": groups._get_sequence_parallel_group()}  # DeepSpeed adds the parts' gradients up
+            group = groups._get_sequence_parallel_group()
+            return {"sequence_group": group, **({"data_group": group} if self.averaged else {})}
         mesh = accelerator.torch_device_mesh
         return {"sequence_group": mesh["cp"].get_group(), "data_group": mesh["dp_cp"].get_group()}
+
+
+def _averages_parts(config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed averages over the parts of a sequence, as it does in ZeRO-3 (seen with deepspeed 0.19)."""
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        return False
+    if zero.get("reduce_scatter", True) is False:
+        raise ValueError(
+            "`reduce_scatter: false` of ZeRO-3 does not go with Ulysses (`sp_size`): DeepSpeed then adds up the "
+            "gradients of some buckets over the parts of a sequence, and averages those of others. Leave it out."
+        )
+    return True
 
 
 def _take_any_batch(implementation: str) -> None:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from infopo_kernels import linear_infopo_loss, linear_logps, linear_preference_loss
+from benchmarks.measure.collectives import Counted
+from infopo_kernels import LinearPreferenceLoss, linear_infopo_loss, linear_logps, linear_preference_loss
 from infopo_kernels.distributed import VocabShard
 from infopo_kernels.objectives import DPO, IPO, SFT, InfoPO, Objective, SimPO
 from tests.distributed.launcher import RankError, on_ranks
@@ -179,6 +180,28 @@ def both_case() -> None:
 
 def test_parts_of_vocabulary_and_of_sequences() -> None:
     on_ranks(4, both_case)
+
+
+def counted_case(objective: Objective, trained: list[str]) -> list[tuple[str, int]]:
+    """Collectives of a step, without the comparison of the ranks."""
+    own = part(problem(torch.float32), "zig-zag", dist.group.WORLD)
+    for name in ("hidden", "weight", "bias"):
+        own[name].requires_grad_(name in trained)
+    with Counted() as counted:
+        loss = LinearPreferenceLoss(objective)  # the module hands the groups on
+        loss(**own, ref_logps=references(), sequence_group=dist.group.WORLD).loss.backward()
+    return [(each.name, each.elements) for each in counted.transfers if "gather" not in each.name]
+
+
+@pytest.mark.parametrize(
+    ("objective", "trained", "sums"),
+    [(DPO(), ["hidden", "weight"], 1), (InfoPO(), ["hidden"], 1), (InfoPO(), ["hidden", "weight"], 2)],
+    ids=str,
+)
+def test_few_bytes_a_sequence_travel(objective: Objective, trained: list[str], sums: int) -> None:
+    """Counts, then sums of log-probabilities, 8 bytes each: 16 a sequence, 24 for InfoPO with a trained head."""
+    for transfers in on_ranks(2, counted_case, objective, trained):
+        assert [elements for _, elements in transfers] == [S] * (1 + sums), transfers
 
 
 # --- data_group ---------------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ COMMON = {
     "dataloader_drop_last": True, "eval_strategy": "steps", "eval_steps": 3, "train_sampling_strategy": "sequential",
 }  # fmt: skip
 LOGGED = (
+    "num_tokens",
     "loss",
     "grad_norm",
     "rewards/margins",
@@ -122,10 +123,17 @@ def arguments(kind: Any, way: str, output: str, **more: Any) -> Any:
 def weights(trainer: Any) -> dict[str, Any]:
     """Trained weights, whole, as arrays: tensors do not travel between the processes of a test."""
     found = {}
+    if trainer.is_deepspeed_enabled:
+        import deepspeed  # slow, and not installed everywhere
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            found[name] = whole.detach().numpy().copy()
+            with (
+                deepspeed.zero.GatheredParameters(parameter)
+                if hasattr(parameter, "ds_id")
+                else contextlib.nullcontext()
+            ):
+                whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+                found[name] = whole.detach().numpy().copy()
     return found
 
 
@@ -140,13 +148,14 @@ def in_order(way: str, rows: list[Any]) -> list[Any]:
 def preference(way: str, output: str, options: dict[str, Any]) -> Any:
     """transformers' Trainer: full tuning with a reference model, or an adapter."""
     objective = options.get("objective", InfoPO(beta=0.5, sft_weight=0.3, average=True))
+    stage = {"stage": 3} if way == "sp" and "ZeRO-3" in options else {}
     model, reference = tiny_model(num_key_value_heads=2), tiny_model(seed=1, num_key_value_heads=2)
     if options.get("lora"):
         torch.manual_seed(2)
         config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
         model, reference = peft.get_peft_model(model, config), None
     return PreferenceTrainer(
-        model, arguments(TrainingArguments, way, output), train_dataset=in_order(way, features(16)),
+        model, arguments(TrainingArguments, way, output, **stage), train_dataset=in_order(way, features(16)),
         eval_dataset=features(8, 3),
         data_collator=PreferenceCollator(pad_to_multiple_of=MULTIPLE), objective=objective, ref_model=reference,
     )  # fmt: skip
@@ -189,10 +198,21 @@ def in_parts(make: Any, way: str, options: dict[str, Any]) -> tuple[dict[str, An
         return train(make, way, options)
 
 
+def incomplete(way: str, output: str, options: dict[str, Any]) -> Any:
+    """5 pairs in batches of 4: Accelerate fills the last one, also of an evaluation, with pairs of the first."""
+    return PreferenceTrainer(
+        tiny_model(num_key_value_heads=2),
+        arguments(TrainingArguments, way, output, dataloader_drop_last=False, max_steps=2, eval_steps=2),
+        train_dataset=features(5), eval_dataset=features(5, 3), ref_model=tiny_model(seed=1, num_key_value_heads=2),
+        data_collator=PreferenceCollator(pad_to_multiple_of=MULTIPLE), objective=InfoPO(beta=0.5, average=True),
+    )  # fmt: skip
+
+
 CASES = {
     "InfoPO with a reference": (preference, {}),
-    "DPO with a reference": (preference, {"objective": DPO(0.5)}),
+    "DPO with a reference": (preference, {"objective": DPO(0.5), "ZeRO-3": True}),
     "LoRA and a whole head": (preference, {"lora": True}),
+    "an incomplete batch": (incomplete, {}),
     "TRL with a reference": (trl, {}),
     "TRL and LoRA": (trl, {"lora": True, "skip_chosen_reference": True}),
     "TRL and SimPO": (trl, {"loss_type": ["simpo"], "average": False, "reference_free": True}),
@@ -208,11 +228,17 @@ def test_parts_of_sequences_are_one_process(
     """Weights, losses, gradient norms, metrics, evaluation; 4 processes are 2 pairs of parts."""
     if way == "sp" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    if size == 4 and case != "InfoPO with a reference" and not request.config.getoption("--every-case"):
+    if way == "sp" and case == "an incomplete batch":
+        pytest.skip("refused, see below")
+    if (
+        size == 4
+        and case not in ("InfoPO with a reference", "an incomplete batch")
+        and not request.config.getoption("--every-case")
+    ):
         pytest.skip("--every-case")
     make, options = CASES[case]
     truth, logged = train(make, "", options)
-    for found, seen in on_ranks(size, in_parts, make, way, options, timeout=120):
+    for found, seen in on_ranks(size, in_parts, make, way, options, timeout=300):
         assert found.keys() == truth.keys()
         worst = max(float(abs(found[name] - truth[name]).max()) for name in truth)
         assert worst < 5e-5, worst
