@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 from infopo_kernels.commands import cli  # noqa: E402
 from infopo_kernels.commands.demo.word_problems import word_problems  # noqa: E402
+from infopo_kernels.integrations.preferences import feature_dataset  # noqa: E402
 from infopo_kernels.integrations.randomness import random_parts  # noqa: E402
 from infopo_kernels.integrations.trl import InfoPOConfig, InfoPOTrainer  # noqa: E402
 from tests.test_integrations_checks import plain_loss, unequal  # noqa: E402
@@ -414,3 +415,14 @@ def test_disable_dropout_switches_off_what_it_says(tmp_path: Path, off: bool) ->
         processing_class=byte_tokenizer(),
     )
     assert bool(random_parts(trainer.model)) is not off
+
+
+def test_predict_takes_features(start: Path, tmp_path: Path) -> None:
+    rows = dataset(4)
+    trainer = InfoPOTrainer(str(start), args=config(tmp_path), train_dataset=rows, processing_class=byte_tokenizer())
+    with pytest.raises(ValueError, match=r"`test_dataset` must hold features.*got rows of text.*evaluate\(dataset"):
+        trainer.predict(rows)
+    predicted = trainer.predict(feature_dataset(rows, byte_tokenizer(), MAX_LENGTH)).metrics
+    evaluated = trainer.evaluate(rows, metric_key_prefix="test")
+    for name in ("loss", "logps/chosen", "scored_tokens"):
+        assert predicted[f"test_{name}"] == pytest.approx(evaluated[f"test_{name}"]), name

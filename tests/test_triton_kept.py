@@ -252,6 +252,22 @@ def test_float16_keeps_gradients_below_its_range() -> None:
     assert truth.weight.abs().max() < 1e-7
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_probability_never_exceeds_1(kept: bool) -> None:
+    """A logsumexp may be smaller than the largest logit: at 1e14 float32 is exact to 2^23. Here it is smaller by 20."""
+    inputs = ts.make(Problem("kept-above-1", n=20, h=40, bias=True, size=1e3, ignored=0.0), torch.float32)
+    backend, (got, _) = ts.backend(), ts.fresh_buffers(inputs, "xwb")
+    assert got.weight is not None
+    assert got.bias is not None
+    got.bias.zero_()
+    assert not kept or most_of(inputs, got) >= len(inputs.labels)
+    _, lse = backend.logprob(inputs.head, inputs.labels, got.weight if kept else None)
+    if not kept:
+        got.weight.zero_()
+    backend.backward(inputs.head, inputs.labels, lse - 20, inputs.c, got, inputs.labels if kept else None)
+    assert got.bias.abs().max() <= 2 * inputs.c.abs().sum()
+
+
 @pytest.mark.usefixtures("narrow")
 def test_two_runs_are_bitwise_equal() -> None:
     inputs, results = ts.make(PART, torch.bfloat16, SMALL), []

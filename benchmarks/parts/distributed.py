@@ -2,8 +2,8 @@
 
     python -m benchmarks distributed --ranks 4
 
-Each way runs in new processes on gloo, on a CPU: hidden states and head trained, InfoPO and DPO, float32. `received`
-is counted by a dispatch mode, `formula` is that of `infopo_kernels.distributed.choice`, and `peak` is the memory of the
+On gloo, on a CPU: hidden states and head trained, InfoPO and DPO, float32. `received` is counted by a dispatch mode,
+`formula` is that of `infopo_kernels.distributed.choice`, and `peak` is the memory of the
 rank that needs most, beyond its inputs and the gradients that it keeps. "full_tensor" is the head gathered by hand,
 which a sharded head takes without any of these ways.
 
@@ -24,7 +24,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from benchmarks import records, report
 from benchmarks.measure import memory
@@ -75,7 +75,7 @@ def _step(setup: Setup, vocab: int) -> tuple[Any, tuple[torch.Tensor, torch.Tens
     def step() -> float:
         if setup.way == "full_tensor":
             mesh = init_device_mesh("cpu", (setup.ranks,))
-            head = DTensor.from_local(weight, mesh, [Shard(0)]).full_tensor()
+            head = DTensor.from_local(weight, mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])
             loss = linear_preference_loss(hidden, head, labels, **arguments).loss
         else:
             shared = VocabShard(dist.group.WORLD, way=setup.way)  # type: ignore[arg-type]
@@ -86,52 +86,56 @@ def _step(setup: Setup, vocab: int) -> tuple[Any, tuple[torch.Tensor, torch.Tens
     return step, (hidden, weight)
 
 
-def _rank(rank: int, setup: Setup, store: str, results: Any) -> None:
+def _rank(rank: int, setups: list[Setup], store: str, results: Any) -> None:
+    memory.give_back_at_once()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}/ranks", rank=rank, world_size=setups[0].ranks)
     try:
-        results.put(_measured_on(rank, setup, store))
+        results.put([_measured_here(setup) for setup in setups])
     except Exception:  # the others would wait for this rank
         results.put(traceback.format_exc())
     dist.destroy_process_group()  # a process with a group may not end otherwise
 
 
-def _measured_on(rank: int, setup: Setup, store: str) -> tuple[float, float, float, float]:
-    memory.give_back_at_once()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}/ranks", rank=rank, world_size=setup.ranks)
+def _measured_here(setup: Setup) -> tuple[float, float, float]:
+    """Peak beyond inputs and gradients and bytes received, in MiB, and the loss."""
     small, _ = _step(setup, 64 * setup.ranks)  # loads libraries
     small()
     step, trained = _step(setup, setup.vocab)
     dist.barrier()
     use = memory.watch(step, torch.device("cpu"))
     kept = sum(tensor.numel() * tensor.element_size() for tensor in trained) / MIB
+    del step, trained
     again, _ = _step(setup, setup.vocab)
     with Counted() as counted:
         again()
-    dist.barrier()
-    return use.peak_mib - kept, counted.received_bytes / MIB, use.result, use.seconds
+    return use.peak_mib - kept, counted.received_bytes / MIB, use.result
 
 
-def measured(setup: Setup) -> dict[str, Any]:
-    """A row of the record."""
+def measured(setups: list[Setup]) -> list[dict[str, Any]]:
+    """The rows of the record."""
     spawn = multiprocessing.get_context("spawn")
-    results = spawn.Queue()
+    results, ranks = spawn.Queue(), setups[0].ranks
     with tempfile.TemporaryDirectory() as store:
-        ranks = [spawn.Process(target=_rank, args=(rank, setup, store, results)) for rank in range(setup.ranks)]
-        for process in ranks:
+        processes = [spawn.Process(target=_rank, args=(rank, setups, store, results)) for rank in range(ranks)]
+        for process in processes:
             process.start()
         got = []
         try:
-            for _ in ranks:
-                got.append(results.get(timeout=200))
+            for _ in processes:
+                got.append(results.get(timeout=600))
                 if isinstance(got[-1], str):
                     raise RuntimeError(got[-1])
         finally:
-            for process in ranks:
+            for process in processes:
                 process.join(5)
                 process.kill()
-    peaks, received, losses, seconds = zip(*got, strict=True)
-    row = {**vars(setup), "peak_mib": max(peaks), "received_mib": max(received), "loss": sum(losses) / len(losses)}
-    return {**row, "formula_mib": _formula(setup) / MIB, "seconds": max(seconds)}
+    rows = []
+    for setup, each in zip(setups, zip(*got, strict=True), strict=True):
+        peaks, received, losses = zip(*each, strict=True)
+        row = {**vars(setup), "peak_mib": max(peaks), "received_mib": max(received), "loss": sum(losses) / len(losses)}
+        rows.append({**row, "formula_mib": _formula(setup) / MIB})
+    return rows
 
 
 def _formula(setup: Setup) -> float:
@@ -147,15 +151,15 @@ def table(record: records.Record) -> report.Table:
     """A row for each way."""
     first = record.rows.iloc[0]
     cells = [
-        [r.objective, r.way, f"{r.received_mib:.1f}", f"{r.formula_mib:.1f}", f"{r.peak_mib:.0f}", f"{r.seconds:.2f}"]
+        [r.objective, r.way, f"{r.received_mib:.1f}", f"{r.formula_mib:.1f}", f"{r.peak_mib:.0f}"]
         for r in record.rows.itertuples()
     ]
     head = first.vocab * first.hidden * 4 / MIB
     title = (
         f"{first.ranks} ranks on gloo, a head of {head:.0f} MiB ({first.vocab:,} x {first.hidden}, float32), "
-        f"{first.sequences * first.length} rows a rank; {record.machine['cpu']}, 1 thread a rank."
+        f"{first.sequences * first.length} rows a rank; {record.machine['cpu']}."
     )
-    columns = ["objective", "way", "received, MiB", "formula, MiB", "peak, MiB", "seconds"]
+    columns = ["objective", "way", "received, MiB", "formula, MiB", "peak, MiB"]
     return report.Table(RECORD, title, columns, cells)
 
 
@@ -195,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup = partial(
         Setup, ranks=args.ranks, vocab=args.vocab, hidden=args.hidden, sequences=args.sequences, length=args.length
     )
-    rows = [measured(setup(way, objective)) for objective in OBJECTIVES for way in WAYS]
+    rows = measured([setup(way, objective) for objective in OBJECTIVES for way in WAYS])
     record = records.write(args.output, RECORD, environment(), rows)
     report.render(report.console(), [table(record), model()])
     return 0

@@ -41,6 +41,8 @@ class GatheredHead:
     def _whole(self, part: Tensor) -> Tensor:
         parts = self._parts
         most = max(map(parts.rows, range(parts.ranks)))
+        if most * parts.ranks == parts.bounds[-1]:  # parts of one size: no copy
+            return collectives.gathered(parts.group, part).flatten(0, 1)
         padded = part.new_zeros(most, *part.shape[1:])
         padded[: len(part)] = part
         every = collectives.gathered(parts.group, padded)
@@ -49,9 +51,12 @@ class GatheredHead:
     def _own_part(self, whole: Tensor) -> Tensor:
         parts = self._parts
         most = max(map(parts.rows, range(parts.ranks)))
-        sent = whole.new_zeros(parts.ranks, most, *whole.shape[1:])
-        for rank in range(parts.ranks):
-            sent[rank, : parts.rows(rank)] = whole[parts.bounds[rank] : parts.bounds[rank + 1]]
+        if most * parts.ranks == parts.bounds[-1]:
+            sent = whole.view(parts.ranks, most, *whole.shape[1:])
+        else:
+            sent = whole.new_zeros(parts.ranks, most, *whole.shape[1:])
+            for rank in range(parts.ranks):
+                sent[rank, : parts.rows(rank)] = whole[parts.bounds[rank] : parts.bounds[rank + 1]]
         total = collectives.exchanged(parts.group, sent).sum(0, dtype=torch.promote_types(whole.dtype, torch.float32))
         if self._average:
             total /= parts.ranks

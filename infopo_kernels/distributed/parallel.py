@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Literal, Protocol, get_args
 
@@ -121,13 +120,16 @@ class Parallel:
         return cls(group, vocab.start, vocab.vocabulary, vocab.way, vocab.average, sequence)
 
     def to_text(self) -> str:
-        """For the schema of an op."""
-        return json.dumps(asdict(self))
+        """For the schema of an op; torch.compile traces this, and json is beyond it."""
+        numbers = ["" if value is None else str(value) for value in (self.start, self.vocabulary)]
+        return "\n".join((self.vocab_group, *numbers, self.way, str(self.average), self.sequence_group))
 
     @staticmethod
     @lru_cache(maxsize=64)
     def from_text(text: str) -> Parallel:
-        return Parallel(**json.loads(text))
+        vocab_group, first, size, way, average, sequence_group = text.split("\n")
+        start, vocabulary = (int(value) if value else None for value in (first, size))
+        return Parallel(vocab_group, start, vocabulary, way, average == "True", sequence_group)
 
     @property
     def shares_head(self) -> bool:

@@ -34,9 +34,10 @@ class Parts:
         return self.bounds[rank + 1] - self.bounds[rank]
 
     def labels(self, labels: Tensor, rank: int) -> Tensor:
-        """Labels as a part sees them: counted from its start, ELSEWHERE if in another part."""
+        """Labels as a part sees them: counted from its start, ELSEWHERE if in another part, -1 if in none."""
         start, stop = self.bounds[rank : rank + 2]
-        outside = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, ELSEWHERE)
+        outside = torch.where((labels >= 0) & (labels < self.bounds[-1]), ELSEWHERE, -1)
+        outside = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, outside)
         return torch.where((labels >= start) & (labels < stop), labels - start, outside)
 
     def own(self, head: Head) -> Head:
@@ -56,8 +57,8 @@ class Parts:
 
 
 def logit_of_label(labels: Tensor, logp: Tensor, lse: Tensor) -> Tensor:
-    """z_y = l + lse where the label lies in the part, else 0; `labels` as the part sees them."""
-    return torch.where(labels >= 0, logp + lse, 0.0)
+    """z_y = l + lse where the label lies in the part, NaN if it lies in none, else 0; `labels` are the part's."""
+    return torch.where(labels == ELSEWHERE, 0.0, logp + lse)
 
 
 def merged(labels: Tensor, lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -284,6 +284,17 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             return features
         return features.map(self._table.lookup)
 
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Trainer's, of features: TRL prepares rows of text for `evaluate` only."""
+        row = test_dataset[0] if hasattr(test_dataset, "__len__") and len(test_dataset) else None
+        if isinstance(row, dict) and "chosen" in row and row.get("chosen_ids") is None and not self._is_vision_dataset:
+            raise ValueError(
+                f"`test_dataset` must hold features (`prompt_ids`, `chosen_ids`, `rejected_ids`), got rows of text "
+                f"({', '.join(row)}); call evaluate(dataset, metric_key_prefix='test'), which prepares them, or make "
+                f"features with feature_dataset."
+            )
+        return super().get_test_dataloader(test_dataset)
+
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self._needs_no_reference({"train_dataset": dataset}, self.args):
             return dataset

@@ -11,7 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infopo_kernels import linear_infopo_loss, linear_logps, linear_preference_loss
-from infopo_kernels.distributed import VocabShard
+from infopo_kernels.backends import dispatch
+from infopo_kernels.backends.base import Head
+from infopo_kernels.distributed import VocabShard, collectives
+from infopo_kernels.distributed.own_rows import TravellingRows
+from infopo_kernels.distributed.parts import Parts
+from infopo_kernels.distributed.ring import Ring
+from infopo_kernels.distributed.same_rows import SameRows
 from infopo_kernels.objectives import DPO, IPO, SFT, InfoPO, Objective, SimPO
 from tests.distributed.launcher import on_ranks
 from tests.distributed.test_vocabulary import H, V, assert_parts, head, part
@@ -208,3 +214,28 @@ def empty_part_case(way: str) -> None:
 @pytest.mark.parametrize("way", ["same_rows", *WAYS])
 def test_a_rank_without_a_part(way: str) -> None:
     on_ranks(4, empty_part_case, way)
+
+
+def outside_case(way: str) -> None:
+    """Labels that lie in no part, which nothing checks on a GPU."""
+    parts = Parts(collectives.name_of("group", dist.group.WORLD), (0, 9, V))
+    own = dispatch.resolve("torch", torch.device("cpu"), torch.float32)
+    shared = {
+        "same_rows": lambda: SameRows(own, parts, 0),
+        "rows": lambda: TravellingRows(own, parts),
+        "ring": lambda: Ring(own, parts),
+    }[way]()
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, H, generator=g), torch.randn(V, H, generator=g)
+    mine = weight[parts.bounds[parts.rank] : parts.bounds[parts.rank + 1]]
+    labels = torch.tensor([3, V, -1, 100, -100, 10**12])
+    logp, lse = shared.logprob(Head(hidden, mine, None, None, 1.0, 1 << 20), labels)
+    assert logp.isnan().tolist() == [False, True, True, False, False, True]
+    truth = (hidden @ weight.T).log_softmax(1)
+    assert abs(float(logp[0] - truth[0, 3])) + abs(float(logp[3] - truth[3, 100])) <= 1e-4
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["same_rows", "rows", "ring"])
+def test_labels_in_no_part_are_nan(way: str) -> None:
+    on_ranks(2, outside_case, way)

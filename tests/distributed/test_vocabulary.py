@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,3 +137,26 @@ def frozen_case(trained: str) -> None:
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
 def test_one_input_trained_with_a_reference_head(trained: str) -> None:
     on_ranks(2, frozen_case, trained)
+
+
+def compiled_case(way: str) -> None:
+    """One graph: the collectives of a shared head lie inside an op."""
+    labels, ref_logps = batch()
+    own, vocab = part(head(torch.float32), 0)
+    vocab = replace(vocab, way=way)  # type: ignore[arg-type]
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        arguments = {"bias": bias, "ref_logps": ref_logps, "vocab": vocab}
+        return linear_infopo_loss(hidden, weight, labels, **arguments).loss  # type: ignore[arg-type]
+
+    expected = loss(**own)
+    wanted = torch.autograd.grad(expected, list(own.values()))
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(**own)
+    assert torch.equal(got, expected)
+    for one, other in zip(torch.autograd.grad(got, list(own.values())), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("way", ["same_rows", "rows"])
+def test_compiled(way: str) -> None:
+    on_ranks(2, compiled_case, way)

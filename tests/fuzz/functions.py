@@ -53,7 +53,7 @@ def draw(seed: int, backends: list[str]) -> Call:
     backend = r.choice(backends)
     small = backend == "triton"  # interpreted
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    dtype = r.choice([torch.bfloat16] if backend == "cpp-avx512_bf16" else dtypes)
+    dtype = r.choice([torch.bfloat16] if backend in ("cpp-avx512_bf16", "cpp-amx") else dtypes)
     objective = r.choice(
         [
             InfoPO(10 ** r.uniform(-2, 0), r.choice([0.0, 1.0]), average=r.random() < 0.5),

@@ -58,7 +58,8 @@ def store_gradient_part(
     u = inside(capped(acc, b_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP), offs_v, V, SPECIAL, NEGATIVE)
     # Differences first: where p is near 1 they are exact, and a float32 G has digits to lose.
     precise: tl.constexpr = g_ptr.dtype.element_ty == tl.float32
-    p = tl.exp2((u - level[:, None]) * unit) if precise else tl.exp2(u * unit - level[:, None])
+    log_p = (u - level[:, None]) * unit if precise else u * unit - level[:, None]
+    p = tl.exp2(tl.minimum(log_p, 0.0, propagate_nan=tl.PropagateNan.ALL))  # lse is rounded, and p is at most 1
     g = c[:, None] * (tl.where(offs_v[None, :] == label[:, None], 1.0 - p, -p) if SPECIAL else -p)
     if HAS_SOFTCAP:
         slope = 1.0 - u * u

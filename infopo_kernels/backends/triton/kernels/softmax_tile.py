@@ -240,9 +240,11 @@ def normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOF
     lse2 = lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))
     # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well. It is -inf where the
     # label's logit is, and the gradient is finite there.
-    shifted = tl.exp2((part_max.to(tl.float64) - lse2).to(tl.float32))
+    # No probability exceeds 1, though lse is rounded: at logits of 1e14 one step of it is 2^23. NaN stays NaN.
+    log_most = (part_max.to(tl.float64) - lse2).to(tl.float32)
+    shifted = tl.exp2(tl.where(log_most > 0.0, 0.0, log_most))
     other_columns = -c * shifted + tl.where(logp == logp, 0.0, logp)
-    at_label = c * (1.0 - exp(logp))
+    at_label = c * (1.0 - exp(tl.where(logp > 0.0, 0.0, logp)))
     if HAS_SOFTCAP:
         t = (logp + lse) / (scale * softcap)
         at_label = at_label * (1.0 - t * t)
