@@ -25,7 +25,8 @@ void for_chunks(Chunk& chunk, const LiveRows& rows, const F& f) {
 
 Want backward_want(const Head& p, const Gradients& to, int64_t n, bool rows_outside) {
   const bool sums_in_workspace = to.hidden && p.hidden.dtype != Dtype::kFloat32;
-  return {.block = true,
+  return {.own_tiles = p.tail_threshold > 0,
+          .block = true,
           .rows_panels = to.weight != nullptr,
           .weight_rows = to.hidden != nullptr,
           .hidden_rows = sums_in_workspace && rows_outside,

@@ -36,7 +36,8 @@ class Block {
       const Range own = part(v1_ - v0_, chunk_.sizes.threads, t, kTailTile);
       if (report_.mass) std::fill_n(mass(t), chunk_.C, 0.f);
       int64_t rows = 0, done = 0, kept = 0;
-      chunk_.for_own_tiles(t, v0_, v1_, to_.z, kTailTile, kTailTile, [&](const Tile& tile) {
+      // Logits that are formed here stay in a small tile in the cache; only kept rows and pools reach the block.
+      chunk_.for_own_tiles(t, v0_, v1_, to_.have_logits ? to_.z : nullptr, kTailTile, kTailTile, [&](const Tile& tile) {
         chunk_.form_logits(tile, t, to_);
         const int64_t v = tile.v0 - v0_, at = own.begin + rows;
         const Tail tail{.log_threshold = std::log(p_.tail_threshold),

@@ -31,8 +31,8 @@ int64_t choose(const Tile& t, const bool* labelled, const float* lse, float log_
   return kept;
 }
 
-// A tile of logits -> its kept rows of G^T at to, to + ld, ..., and after them the pooled row if there is a tail. Rows
-// move only towards the front: `to` may be t.z or lie before it. Not settled yet. Returns the number of kept rows.
+// A tile of logits -> its kept rows of G^T at to, to + ld, ..., and after them the pooled row if there is a tail. `to`
+// may lie in other memory, or be t.z or lie before it: rows then move only towards the front. Not settled yet. Returns the number of kept rows.
 // tail.mass, if given, += the probability of the tail.
 template <bool kSoftcap>
 int64_t pool_as(const LogitMap& map, const Tile& t, int64_t live, const int64_t* labels, const float* lse,

@@ -88,7 +88,10 @@ bool find_sizes(const TileKernels& k, const Head& p, int64_t n, const Want& want
   for (int64_t threads = num_threads(); threads >= 1; threads /= 2) {
     for (const Sizes& step : kLadder) {
       const int64_t Vb = want.tail ? tail_block(step.Vb, threads, want) : round_up(step.Vb, k.block);
-      sizes = {even_size(n, step.C, k.lanes), std::min({Vb, k.most_block * threads, p.V}), threads};
+      // With a tail the tile in which logits are formed is not the block, which then need not stay in the cache.
+      // Float32 sums of dW need to: 768 rows of H 576 are 1.7 MiB.
+      const int64_t most = !want.tail ? k.most_block * threads : want.weight_block ? 768 * threads : p.V;
+      sizes = {even_size(n, step.C, k.lanes), std::min({Vb, most, p.V}), threads};
       if (bytes_of(k, p, sizes, want) <= p.workspace_bytes) return true;
     }
   }
