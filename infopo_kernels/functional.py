@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -531,14 +530,14 @@ def _whole_counts(
     trained = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows.hidden, *head)]
     same = {
         **same,
-        "softcap, logit_scale or temperature": repr(logit),
+        "softcap, logit_scale or temperature": (logit.softcap, logit.logit_scale, logit.temperature),
         "requires_grad of hidden, weight, bias": trained,
     }
     vocabulary = 0 if parallel.vocab_group else head[0].shape[0]
     is_chosen, ref_logps, weights = values or (None, None, None)
     counts: Tensor = ops.shared_tokens(
         rows.labels, rows.segments, is_chosen, ref_logps, weights, vocabulary, S, parallel.sequence_group,
-        json.dumps(same),
+        "\n".join([f"{name}\t{value}" for name, value in same.items()]),  # torch.compile traces this
     )  # fmt: skip
     return counts
 
@@ -575,9 +574,11 @@ def _linear_preference(
         counts = sequence_sums(rows.labels != IGNORE_INDEX, rows.segments, S)
     else:
         same = {
-            "objective": repr(objective), "num_pairs": num_pairs, "skip_chosen_reference": reference.skip_chosen,
+            "objective": (objective.name, *objective.to_flat()),
+            "num_pairs": num_pairs,
+            "skip_chosen_reference": reference.skip_chosen,
             "ref_hidden": reference.hidden is None,
-        }  # fmt: skip
+        }
         counts = _whole_counts(rows, S, parallel, (weight, bias), logit, same, is_chosen, reference.logps, weights)
     num_pairs, parts = _over_ranks(num_pairs, shares.data_group, parallel, hidden.device)
     sequences = Sequences(

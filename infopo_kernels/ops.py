@@ -16,7 +16,6 @@ Each op finds its backend by name when it runs. This file checks values (on a CP
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -91,9 +90,10 @@ def shared_tokens(
         vocabulary: V.
         num_sequences: S.
         group: name of the process group.
-        same: what else must be alike, as JSON.
+        same: what else must be alike: in each line a name, a tab and a value.
     """
-    refusal, alike = None, {"number of sequences": num_sequences, **json.loads(same)}
+    refusal, alike = None, dict[str, object]({"number of sequences": num_sequences})
+    alike |= {name: value for name, value in (line.split("\t") for line in same.splitlines())}
     if labels.device.type == "cpu":
         given = {"is_chosen": is_chosen, "ref_logps": ref_logps, "sequence_weights": sequence_weights}
         alike |= {name: agreement.Values(value) for name, value in given.items()}

@@ -6,7 +6,6 @@ Inside an op a collective is the plain one, which costs a fifth of the functiona
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -134,28 +133,22 @@ def parts_within(argument: str, group: str, inner: str) -> int:
     return len(shared)
 
 
-@cache
-def _sum_over_parts() -> type[torch.autograd.Function]:
-    # Not at the head of the file: builds of torch without distributed do not have this module.
-    from torch.distributed import _functional_collectives as functional
+class _SumOverParts(torch.autograd.Function):
+    """A sum over ranks that each rank then uses whole: a rank's own part has the gradient of the sum."""
 
-    class SumOverParts(torch.autograd.Function):
-        """A sum over ranks that each rank then uses whole: a rank's own part has the gradient of the sum."""
+    @staticmethod
+    def forward(ctx: object, values: Tensor, name: str) -> Tensor:
+        # The ops themselves: they take the group by its name, which torch.compile can trace.
+        functional = torch.ops._c10d_functional
+        result: Tensor = functional.wait_tensor(functional.all_reduce(values.contiguous(), "sum", name))
+        return result
 
-        @staticmethod
-        def forward(ctx: object, values: Tensor, name: str) -> Tensor:
-            whole = functional.all_reduce(values.contiguous(), "sum", group_named(name))
-            result: Tensor = functional.wait_tensor(whole)  # type: ignore[no-untyped-call]
-            return result
-
-        @staticmethod
-        def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-            return grad, None
-
-    return SumOverParts
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def sum_over_parts(name: str, values: Tensor) -> Tensor:
     """The sum over the ranks; its backward is the identity, because every rank forms the same loss from the sum."""
-    result: Tensor = _sum_over_parts().apply(values, name)  # type: ignore[no-untyped-call]
+    result: Tensor = _SumOverParts.apply(values, name)  # type: ignore[no-untyped-call]
     return result
