@@ -93,7 +93,8 @@ def shared_tokens(
         same: what else must be alike: in each line a name, a tab and a value.
     """
     refusal, alike = None, dict[str, object]({"number of sequences": num_sequences})
-    alike |= {name: value for name, value in (line.split("\t") for line in same.splitlines())}
+    pairs = [line.split("\t") for line in same.splitlines()]
+    alike |= {pair[0]: pair[1] for pair in pairs}
     if labels.device.type == "cpu":
         given = {"is_chosen": is_chosen, "ref_logps": ref_logps, "sequence_weights": sequence_weights}
         alike |= {name: agreement.Values(value) for name, value in given.items()}

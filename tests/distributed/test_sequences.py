@@ -317,10 +317,10 @@ def test_what_ranks_disagree_in_is_named_on_every_rank(what: str, messages: list
 
 def compiled_case() -> None:
     group = dist.group.WORLD
-    own = part(problem(), "contiguous", group)
+    own, ref_logps = part(problem(), "contiguous", group), references()
 
     def loss(**tensors: torch.Tensor) -> torch.Tensor:
-        return linear_infopo_loss(**tensors, ref_logps=references(), sequence_group=group).loss
+        return linear_infopo_loss(**tensors, ref_logps=ref_logps, sequence_group=group).loss
 
     expected = loss(**own)
     assert torch.equal(torch.compile(loss, fullgraph=True, backend="aot_eager")(**own), expected)
