@@ -398,8 +398,14 @@ def test_opcheck() -> None:
     lse = ops.logprob(*common, None, None, 1.0, MIB)[1]
     buffers = (torch.zeros(6, 8), torch.zeros(20, 8), torch.zeros(20))
     torch.library.opcheck(ops.logprob.default, (*common, None, None, 1.0, MIB))
-    torch.library.opcheck(ops.logprob_and_grad.default, (*common, problem.c, *buffers, 3.0, 0.5, MIB))
-    torch.library.opcheck(ops.backward.default, (*common, lse, problem.c, *buffers, None, None, 1.0, MIB))
+    for tail in ((None, None, 0.0), (torch.zeros(6), torch.zeros(2).double(), 0.01)):
+        *report, threshold = tail
+        torch.library.opcheck(
+            ops.logprob_and_grad.default, (*common, problem.c, *buffers, *report, 3.0, 0.5, MIB, threshold)
+        )
+        torch.library.opcheck(
+            ops.backward.default, (*common, lse, problem.c, *buffers, *report, None, None, 1.0, MIB, threshold)
+        )
 
 
 def column_dropped(head: Head, c: Tensor) -> tuple[Head, Tensor]:

@@ -480,6 +480,8 @@ LEVELS = {
     "parts.long_context_training": 5,
     "parts.distributed": 5,
     "parts.packing": 5,
+    "parts.real_text": 5,
+    "parts.tail_training": 5,
     "parts.tuning_sweep": 5,
     "gpu": 5,
     "pages": 6,

@@ -74,7 +74,7 @@ class LogProbHead(HandsOver, nn.Linear):
         unit of its own the head has a class of FSDP2, whose hooks gather it.
         """
         if kwargs.get("request") is not None and type(self) is LogProbHead and is_sharded(self.weight):
-            return self.forward(*args, **kwargs)
+            return LogProbHead.forward(self, *args, **kwargs)  # not the instance's, which `tp_plan` replaces
         return super().__call__(*args, **kwargs)
 
     def forward(self, input: Tensor, request: Request | None = None) -> Any:
