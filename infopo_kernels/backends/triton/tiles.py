@@ -93,7 +93,7 @@ _UNALIGNED = replace(
 
 # The same of float32: an online softmax of 64 x 64 beside a depth of 16 spilled, and Triton before 3.8 has no product of
 # less depth.
-_SINGLE_UNALIGNED = replace(_SINGLE, logits=Tile(32, 64, 16, warps=8, stages=2, part=32))
+_SINGLE_UNALIGNED = replace(_SINGLE, logits=Tile(32, 64, 16, warps=8, stages=2, part=16))
 
 # sm_100 and sm_120: the assembler fits dX of float32 into 128 registers (64 with TF32), so that two programs share a
 # multiprocessor, and spills a few on the way; parts of 32 columns leave room.
