@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from infopo_kernels import DPO, InfoPO  # noqa: E402
@@ -195,7 +196,11 @@ def train(make: Any, way: str, options: dict[str, Any]) -> tuple[dict[str, Any],
 def in_parts(make: Any, way: str, options: dict[str, Any]) -> tuple[dict[str, Any], list[float]]:
     """On every rank."""
     with accelerate_on_a_cpu(way):
-        return train(make, way, options)
+        try:
+            return train(make, way, options)
+        finally:
+            # The process goes on to other cases, and ZeRO-3 would split the weights of their models as they are made.
+            unset_hf_deepspeed_config()
 
 
 def incomplete(way: str, output: str, options: dict[str, Any]) -> Any:
