@@ -91,8 +91,8 @@ _UNALIGNED = replace(
     _same(Tile(128, 128, 32, warps=8, stages=3)), logits=Tile(128, 128, 16, warps=8, stages=3, part=32)
 )
 
-# The same of float32: an online softmax of 64 x 64 beside a depth of 16 spilled, and Triton before 3.8 has no product of
-# less depth.
+# The same of float32: an online softmax of 64 x 64 beside a depth of 16 spilled, and Triton before 3.8 has no product
+# of less depth.
 _SINGLE_UNALIGNED = replace(_SINGLE, logits=Tile(32, 64, 16, warps=8, stages=2, part=16))
 
 # sm_100 and sm_120: the assembler fits dX of float32 into 128 registers (64 with TF32), so that two programs share a

@@ -302,9 +302,10 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     sizes, head, tile = launch.sizes, launch.head, launch.tiles.logits
     rows, (slices, slice_tiles) = logprob_chunk(sizes), slices_of(sizes)
     arguments = launch.logit_arguments
-    if head.softcap is not None:
-        # tanh beside running sums of 128 x 256 logits spilled on sm_90, of float32 on sm_80 and sm_100 with Triton 3.9.
-        arguments["PART"] = min(arguments["PART"], 16 if head.hidden.dtype == torch.float32 else 32)
+    # tanh beside running sums of 128 x 256 logits spilled on sm_90, of 32 columns at a time on sm_100, and float32 sums
+    # of 64 columns on sm_80, with Triton 3.9.
+    most = 16 if head.softcap is not None else 32 if head.hidden.dtype == torch.float32 else arguments["PART"]
+    arguments["PART"] = min(arguments["PART"], most)
     partial = torch.empty(2 * slices * rows, dtype=torch.float32, device=labels.device)
     memory = head.hidden.new_empty(sizes.gathered(rows)[0]) if sizes.descriptors else None
     for row0 in range(0, launch.rows, rows):
