@@ -302,9 +302,10 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     sizes, head, tile = launch.sizes, launch.head, launch.tiles.logits
     rows, (slices, slice_tiles) = logprob_chunk(sizes), slices_of(sizes)
     arguments = launch.logit_arguments
-    # tanh beside running sums of 128 x 256 logits spilled on sm_90, of 32 columns at a time on sm_100, and float32 sums
-    # of 64 columns on sm_80, with Triton 3.9.
-    most = 16 if head.softcap is not None else 32 if head.hidden.dtype == torch.float32 else arguments["PART"]
+    # With Triton 3.9: tanh beside running sums of 128 x 256 logits spilled on sm_90, and float32 sums of 64 columns on
+    # sm_80, with tanh of 32 columns on sm_100.
+    single = head.hidden.dtype == torch.float32
+    most = (16 if single else 32) if head.softcap is not None else 32 if single else arguments["PART"]
     arguments["PART"] = min(arguments["PART"], most)
     partial = torch.empty(2 * slices * rows, dtype=torch.float32, device=labels.device)
     memory = head.hidden.new_empty(sizes.gathered(rows)[0]) if sizes.descriptors else None
