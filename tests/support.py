@@ -346,6 +346,11 @@ def ramp(like: Tensor) -> Tensor:
     return values.to(like.dtype).reshape(like.shape)
 
 
+FLUSHED = 2.0**-126 * 1e6
+"""Entries of G below float32's smallest normal number may be flushed to 0: as many as a sum has terms (up to 10^4 in
+the tests), times an operand (up to 100)."""
+
+
 def assert_value(got: Result, truth: Truth) -> None:
     """The loss, or the log-probabilities, are within budget."""
     assert_within("loss", got.loss, truth.loss, truth.value_error)
@@ -364,7 +369,7 @@ def assert_result(got: Result, truth: Truth) -> None:
         # Each is rounded once when stored; dX of a frozen head (formed for weights of 1) is then scaled row by row;
         # then all are scaled by the factor, and float16 ones by their lift even if the factor is 1.
         roundings = 1 + (name == "hidden") + (truth.factor != 1 or truth.dtype == torch.float16)
-        limit = allowed[name].reshape(gradient.shape)
+        limit = allowed[name].reshape(gradient.shape) + FLUSHED
         assert_within(f"gradient of {name}", other, gradient, limit, roundings, largest)
 
 
