@@ -24,7 +24,7 @@ from torch import Tensor
 
 from infopo_kernels import checks, packing, schedule
 from infopo_kernels.backends import dispatch
-from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, Wanted
 from infopo_kernels.distributed import agreement, collectives
 from infopo_kernels.distributed.choice import Work
 from infopo_kernels.distributed.parallel import Call, Parallel, Together
@@ -299,7 +299,7 @@ class SharedLogprobBackwardInputs(LogprobBackwardInputs):
 def _logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
     runner, together = inputs.begin()
     head = inputs.head() if together is None else together.whole_head(inputs.head())
-    gradients = schedule.zero_gradients(head, schedule.Wanted(*inputs.wanted))
+    gradients = schedule.zero_gradients(head, Wanted(*inputs.wanted))
     with inputs.no_autocast():
         row_weight = inputs.row_weight.to(inputs.lse.dtype).contiguous()
         runner.backward(head, inputs.labels, inputs.lse, row_weight, gradients)
@@ -449,7 +449,7 @@ class SharedPreferenceInputs(PreferenceInputs):
 def _linear_preference(inputs: PreferenceInputs) -> PreferenceResults:
     runner, together = inputs.begin()
     objective, hidden, head = from_flat(inputs.objective, inputs.options), inputs.hidden, inputs.head()
-    tail, wanted = TailReport.empty(head) if inputs.report_tail else None, schedule.Wanted(*inputs.wanted)
+    tail, wanted = TailReport.empty(head) if inputs.report_tail else None, Wanted(*inputs.wanted)
     with inputs.no_autocast():
         result, gradients, lift = schedule.preference(
             runner, head, inputs.rows(), inputs.sequences(), objective, wanted, together, tail

@@ -43,11 +43,11 @@ take the ways above, because a row whose weight is known travels once. So does a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, Wanted
 from infopo_kernels.distributed.parallel import Together
 from infopo_kernels.lift import Lift
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
@@ -55,15 +55,6 @@ from infopo_kernels.objectives import evaluate as evaluate_in_pytorch
 from infopo_kernels.objectives.base import weighted
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients are wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
 
 
 def zero_gradients(head: Head, wanted: Wanted) -> Gradients:

@@ -21,12 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.gpu import kernel_report, offline
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, Wanted
 from infopo_kernels.backends.triton.kernels.logprob import logprob_chunk, slices_of
 from infopo_kernels.backends.triton.launch import Launch, prepare, target_for
 from infopo_kernels.backends.triton.tiles import TARGETS
 from infopo_kernels.backends.triton.workspace import (
-    Wanted,
     kept_chunk,
     plan_pieces,
     plan_tile,

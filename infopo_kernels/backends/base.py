@@ -133,6 +133,20 @@ class Gradients:
     """Filled if it is given and `Head.tail_threshold` is not 0."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, gradients: Gradients) -> Wanted:
+        """Those that have a buffer."""
+        return cls(*(x is not None for x in (gradients.hidden, gradients.weight, gradients.bias)))
+
+
 class Backend(Protocol):
     """The three primitives, and `objective`, which may return None.
 

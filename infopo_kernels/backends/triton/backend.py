@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, Wanted
 from infopo_kernels.backends.triton.support import unsupported_reason
 from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
 from infopo_kernels.packing import Rows
@@ -80,7 +80,7 @@ class TritonBackend:
         from infopo_kernels.backends.triton.gradients import gradients_from_tiles
         from infopo_kernels.backends.triton.kernels.rows import find_live_rows
         from infopo_kernels.backends.triton.launch import on_device, prepare
-        from infopo_kernels.backends.triton.workspace import Wanted, plan_tile
+        from infopo_kernels.backends.triton.workspace import plan_tile
 
         if labels.numel() == 0 or not _any(gradients):
             return self.logprob(head, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from infopo_kernels.backends.base import Gradients
+from infopo_kernels.backends.base import Gradients, Wanted
 from infopo_kernels.backends.triton.kernels.bias_gradient import launch_bias_gradient
 from infopo_kernels.backends.triton.kernels.gradient_tile import launch_gradient_tile
 from infopo_kernels.backends.triton.kernels.hidden_product import launch_store_hidden
@@ -17,14 +17,13 @@ from infopo_kernels.backends.triton.kernels.kept import (
     store_in,
 )
 from infopo_kernels.backends.triton.kernels.logprob import launch_merge
-from infopo_kernels.backends.triton.kernels.rows import LiveRows, launch_gather_rows
+from infopo_kernels.backends.triton.kernels.rows import LiveRows, launch_gather_rows, room_for_rows, rows_in
 from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS, launch_normalise, launch_softmax_tile
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
 from infopo_kernels.backends.triton.products import products_of
 from infopo_kernels.backends.triton.workspace import (
     PiecePlan,
     TilePlan,
-    Wanted,
     carve,
     kept_chunk,
     plan_pieces,
@@ -94,15 +93,12 @@ def logprob_keeping(
     parts, rows = len(store.q), min(kept_rows(launch, keep), launch.rows)
     c = min(rows, sums_chunk(launch.sizes))
     sums = torch.empty(parts * c, dtype=torch.float32, device=labels.device)
-    memory = launch.head.hidden.new_empty(launch.sizes.gathered(c)[0]) if launch.sizes.descriptors else None
+    memory = room_for_rows(launch, c)
     for row0 in range(0, rows, c):
         chunk = slice(row0, min(row0 + c, rows))
         part_sum = sums[: parts * (chunk.stop - row0)].view(parts, -1)
         q, part_max, target = store.q[:, chunk], store.part_max[:, chunk], store.target[chunk]
-        gathered = None
-        if memory is not None:
-            gathered = memory[: chunk.stop - row0]
-            launch_gather_rows(launch, live, gathered, row0)
+        gathered = rows_in(launch, live, memory, row0, chunk.stop - row0)
         launch_softmax_tile(launch, live, q, part_max, part_sum, row0, gathered)
         launch_merge(launch, labels, live, part_max, part_sum, logp, lse, row0, target)
 

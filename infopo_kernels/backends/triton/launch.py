@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -101,13 +101,16 @@ class Launch:
         if not self.sizes.descriptors:
             return self.head.hidden, self.head.weight
         assert gathered is not None
-        tile, h = self.tiles.logits, self.hidden_size
-        return (
-            TensorDescriptor(gathered, [len(gathered), h], [gathered.stride(0), 1], [tile.rows, tile.depth]),
-            TensorDescriptor(
-                self.head.weight, [self.vocabulary, h], [self.head.weight.stride(0), 1], [tile.columns, tile.depth]
-            ),
-        )
+        return self._described(gathered, self.tiles.logits.rows), self._weight_described
+
+    @cached_property
+    def _weight_described(self) -> TensorDescriptor:
+        return self._described(self.head.weight, self.tiles.logits.columns)
+
+    def _described(self, matrix: torch.Tensor, rows: int) -> TensorDescriptor:
+        """Of a matrix [.., H], in blocks of so many rows."""
+        shape, block = [len(matrix), self.hidden_size], [rows, self.tiles.logits.depth]
+        return TensorDescriptor(matrix, shape, [matrix.stride(0), 1], block)
 
     @property
     def logit_arguments(self) -> dict[str, Any]:

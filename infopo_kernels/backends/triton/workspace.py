@@ -17,11 +17,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
-from infopo_kernels.backends.base import Gradients
+from infopo_kernels.backends.base import Wanted
 from infopo_kernels.backends.triton.kernels.hidden_product import slices_of
 from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS
 from infopo_kernels.backends.triton.launch import Sizes, ceil_div
@@ -93,18 +92,6 @@ def _chunk_sizes(n: int) -> Iterator[int]:
 def _largest(n: int, most: int, fits: Callable[[int], bool]) -> int | None:
     """The largest chunk size up to `most` that fits."""
     return next((rows for rows in _chunk_sizes(min(n, most)) if fits(rows)), None)
-
-
-class Wanted(NamedTuple):
-    """Which gradients are wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @classmethod
-    def of(cls, gradients: Gradients) -> Wanted:
-        return cls(*(x is not None for x in (gradients.hidden, gradients.weight, gradients.bias)))
 
 
 def tile_layouts(

@@ -35,7 +35,7 @@ from infopo_kernels.backends.triton.kernels.logits import (
     tanh,
     unit_of,
 )
-from infopo_kernels.backends.triton.kernels.rows import LiveRows, launch_gather_rows
+from infopo_kernels.backends.triton.kernels.rows import LiveRows, room_for_rows, rows_in
 from infopo_kernels.backends.triton.launch import FUSED, Launch, Sizes, aligned, ceil_div, start_product
 
 WAVES = 8
@@ -308,14 +308,11 @@ def launch_logprob(launch: Launch, labels: torch.Tensor, live: LiveRows, logp: t
     most = (16 if single else 32) if head.softcap is not None else 32 if single else arguments["PART"]
     arguments["PART"] = min(arguments["PART"], most)
     partial = torch.empty(2 * slices * rows, dtype=torch.float32, device=labels.device)
-    memory = head.hidden.new_empty(sizes.gathered(rows)[0]) if sizes.descriptors else None
+    memory = room_for_rows(launch, rows)
     for row0 in range(0, launch.rows, rows):
         c = min(rows, launch.rows - row0)
         part_max, part_sum = partial[: 2 * slices * c].view(2, slices, c)
-        gathered = None
-        if memory is not None:
-            gathered = memory[:c]
-            launch_gather_rows(launch, live, gathered, row0)
+        gathered = rows_in(launch, live, memory, row0, c)
         start_product(
             logprob_kernel,
             (ceil_div(c, tile.rows) * slices,),

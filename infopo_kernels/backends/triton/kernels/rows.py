@@ -207,3 +207,17 @@ def launch_gather_rows(launch: Launch, live: LiveRows, gathered: torch.Tensor, r
         num_warps=4,
         **FUSED,
     )
+
+
+def room_for_rows(launch: Launch, rows: int) -> torch.Tensor | None:
+    """Memory for the gathered rows of a chunk; None where kernels of logits do without."""
+    sizes = launch.sizes
+    return launch.head.hidden.new_empty(sizes.gathered(rows)[0]) if sizes.descriptors else None
+
+
+def rows_in(launch: Launch, live: LiveRows, memory: torch.Tensor | None, row0: int, rows: int) -> torch.Tensor | None:
+    """The rows row0 .. row0 + rows of the list, gathered in `memory` (`room_for_rows`); None without."""
+    if memory is None:
+        return None
+    launch_gather_rows(launch, live, memory[:rows], row0)
+    return memory[:rows]
