@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "errors.h"
+#include "large_pages.h"
 #include "linear_logprob.h"
 #include "threads.h"
 
@@ -155,28 +156,38 @@ int64_t kept_rows_op(const Tensor& hidden, const Tensor& grad_weight, int64_t wo
   Head head{};
   head.hidden.dtype = dtype_of(hidden, "hidden");
   head.N = hidden.size(0);
+  head.V = grad_weight.size(0);
   head.H = grad_weight.size(1);
   head.workspace_bytes = workspace_bytes;
   return kept_rows(head, dtype_of(grad_weight, "grad_weight"));
 }
 
-// The store in `grad_weight`. Throws if it has too few slots for the rows that `labels` score.
-LogitStore check_store(const Gradients& to, const Head& head, const Tensor& labels) {
-  const LogitStore store = LogitStore::in(to.weight, to.weight_dtype, head.H);
+int64_t numbers_for_logits_op(const Tensor& hidden, const Tensor& grad_weight, int64_t rows) {
+  return LogitStore::numbers_beside(select_kernels(dtype_of(hidden, "hidden")), dtype_of(grad_weight, "grad_weight"),
+                                    grad_weight.size(0), grad_weight.size(1), rows);
+}
+
+// The store in `grad_weight` and in `logits`. Throws if it has too few slots for the rows that `labels` score.
+LogitStore check_store(const Gradients& to, const Head& head, const MaybeTensor& logits, const Tensor& labels) {
+  if (logits) check_vector(*logits, "logits", logits->numel(), ScalarType::Short);
+  const LogitStore store =
+      LogitStore::in(select_kernels(head.hidden.dtype), to.weight, to.weight_dtype, head.V, head.H,
+                     logits ? logits->mutable_data_ptr() : nullptr, logits ? logits->numel() : 0);
   const int64_t* y = integers(labels);
   const int64_t scored = head.N - std::count(y, y + head.N, kIgnoreIndex);
-  if (scored > store.slots) {
-    value_error("at most ", store.slots, " rows may be kept in the weight gradient, got ", scored, ".");
+  if (scored > store.all_slots()) {
+    value_error("at most ", store.all_slots(), " rows may be kept in the weight gradient and in `logits`, got ", scored,
+                ".");
   }
   return store;
 }
 
 std::tuple<Tensor, Tensor> logprob_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias,
-                                      const Tensor& labels, const MaybeTensor& keep, std::optional<double> softcap,
-                                      double scale, int64_t workspace_bytes) {
+                                      const Tensor& labels, const MaybeTensor& keep, const MaybeTensor& logits,
+                                      std::optional<double> softcap, double scale, int64_t workspace_bytes) {
   const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes);
   LogitStore store{};
-  if (keep) store = check_store(check_gradients(head, hidden, {}, keep, {}), head, labels);
+  if (keep) store = check_store(check_gradients(head, hidden, {}, keep, {}), head, logits, labels);
   const auto [l, lse] = row_results(hidden);
   logprob(head, integers(labels), store, mutable_floats(l), mutable_floats(lse));
   return {l, lse};
@@ -200,20 +211,26 @@ std::tuple<Tensor, Tensor> logprob_and_grad_op(const Tensor& hidden, const Tenso
 void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias, const Tensor& labels,
                  const Tensor& lse, const Tensor& row_weight, const MaybeTensor& grad_hidden,
                  const MaybeTensor& grad_weight, const MaybeTensor& grad_bias, const MaybeTensor& tail_mass,
-                 const MaybeTensor& tail_columns, const MaybeTensor& kept, std::optional<double> softcap, double scale,
-                 int64_t workspace_bytes, double tail_threshold) {
+                 const MaybeTensor& tail_columns, const MaybeTensor& kept, const MaybeTensor& logits,
+                 std::optional<double> softcap, double scale, int64_t workspace_bytes, double tail_threshold) {
   const Head head = check_head(hidden, weight, bias, labels, softcap, scale, workspace_bytes, tail_threshold);
   check_vector(lse, "lse", head.N, ScalarType::Float);
   check_vector(row_weight, "row_weight", head.N, ScalarType::Float);
   Gradients to = check_gradients(head, hidden, grad_hidden, grad_weight, grad_bias);
   to.tail = check_report(head, tail_mass, tail_columns);
+  Kept rows;
+  rows.any = kept.has_value();
   if (kept) {
     check_vector(*kept, "kept", head.N, ScalarType::Long);
     if (!to.weight) value_error("`kept` needs `grad_weight`, whose memory holds the logits.");
-    check_store(to, head, *kept);
+    rows.labels = integers(*kept);
+    rows.store = check_store(to, head, logits, *kept);
   }
-  backward(head, integers(labels), floats(lse), floats(row_weight), to,
-           {.any = kept.has_value(), .labels = kept ? integers(*kept) : nullptr});
+  backward(head, integers(labels), floats(lse), floats(row_weight), to, rows);
+}
+
+void prefer_large_pages_op(const Tensor& x) {
+  prefer_large_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
 }
 
 std::string isa(ScalarType dtype) {
@@ -225,8 +242,8 @@ std::string isa(ScalarType dtype) {
 
 STABLE_TORCH_LIBRARY(infopo_kernels_cpp, m) {
   m.def(
-      "logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor(a!)? keep, float? softcap, "
-      "float scale, int workspace_bytes) -> (Tensor, Tensor)");
+      "logprob(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor(a!)? keep, "
+      "Tensor(b!)? logits, float? softcap, float scale, int workspace_bytes) -> (Tensor, Tensor)");
   m.def(
       "logprob_and_grad(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor row_weight, "
       "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor(d!)? tail_mass, "
@@ -235,9 +252,11 @@ STABLE_TORCH_LIBRARY(infopo_kernels_cpp, m) {
   m.def(
       "backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor lse, Tensor row_weight, "
       "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, Tensor(d!)? tail_mass, "
-      "Tensor(e!)? tail_columns, Tensor? kept, float? softcap, float scale, int workspace_bytes, "
+      "Tensor(e!)? tail_columns, Tensor? kept, Tensor? logits, float? softcap, float scale, int workspace_bytes, "
       "float tail_threshold) -> ()");
+  m.def("numbers_for_logits(Tensor hidden, Tensor grad_weight, int rows) -> int");
   m.def("kept_rows(Tensor hidden, Tensor grad_weight, int workspace_bytes) -> int");
+  m.def("prefer_large_pages(Tensor(a!) x) -> ()");
   m.def("isa(ScalarType dtype) -> str");
 }
 
@@ -245,7 +264,9 @@ STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
   m.impl("logprob", TORCH_BOX(&infopo::logprob_op));
   m.impl("logprob_and_grad", TORCH_BOX(&infopo::logprob_and_grad_op));
   m.impl("backward", TORCH_BOX(&infopo::backward_op));
+  m.impl("numbers_for_logits", TORCH_BOX(&infopo::numbers_for_logits_op));
   m.impl("kept_rows", TORCH_BOX(&infopo::kept_rows_op));
+  m.impl("prefer_large_pages", TORCH_BOX(&infopo::prefer_large_pages_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&infopo::isa)); }

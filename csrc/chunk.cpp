@@ -27,14 +27,21 @@ Chunk::Chunk(const TileKernels& kernels, const Head& head, const int64_t* labels
 void Chunk::load(const int64_t* chunk_rows, int64_t n, const int64_t* chunk_slots) {
   if (chunk_rows == rows) return;
   rows = chunk_rows;
-  slots = chunk_slots;
   live = n;
   C = round_up(n, k.lanes);
+  runs_.clear();
+  for (int64_t c = 0; chunk_slots && c < live; ++c) {
+    if (c > 0 && chunk_slots[c] == chunk_slots[c - 1] + 1) {
+      ++runs_.back().n;
+    } else {
+      runs_.push_back({.c = c, .slot = chunk_slots[c], .n = 1});
+    }
+  }
   for (int64_t c = 0; c < C; ++c) b.labels[c] = c < live ? labels_[rows[c]] : kIgnoreIndex;
   const int64_t panels = ceil_div(live, k.panel);
   on_threads(sizes.threads, [&](int64_t t) {
     const Range own = part(panels, sizes.threads, t), own_rows = part(live, sizes.threads, t, k.block);
-    if (!slots) k.pack_columns(p.hidden, rows, live, p.H, own.begin, own.end, b.columns);
+    if (runs_.empty()) k.pack_columns(p.hidden, rows, live, p.H, own.begin, own.end, b.columns);
     if (want_.rows_panels) k.pack_rows(p.hidden, rows, 0, own_rows.begin, own_rows.end, live, p.H, b.rows);
   });
 }
@@ -80,23 +87,47 @@ void Chunk::merge_threads(float* l, float* lse) const {
   }
 }
 
-// Copies the tile's logits to slots first ... first + live - 1 of the store.
-void Chunk::keep(const Tile& tile, const LogitStore& store, int64_t first) const {
+// Copies the tile's logits to slots first ... first + live - 1 of the store. The tile starts a group of the store.
+void Chunk::keep(const Tile& tile, int64_t t, const LogitStore& store, int64_t first) const {
+  float* const reference = scratch(t);
+  if (store.reference) {
+    for (int64_t c = 0; c < live; ++c) reference[c] = std::isfinite(max(t)[c]) ? max(t)[c] : 0;
+    for (int64_t v = tile.v0; v < tile.v0 + tile.rows; v += LogitStore::kGroup) {
+      k.store_row(reference, live, false, Dtype::kBFloat16, store.references(v) + first);
+    }
+    k.load_row({store.references(tile.v0) + first, live, Dtype::kBFloat16}, 0, live, reference);
+  }
   for (int64_t v = 0; v < tile.rows; ++v) {
-    std::memcpy(store.row(tile.v0 + v) + first, tile.z + v * tile.ld, live * sizeof(float));
+    store.for_parts(tile.v0 + v, first, live, [&](char* to, int64_t at, int64_t n) {
+      const float* z = tile.z + v * tile.ld + at;
+      if (store.reference) {
+        k.narrow_logits(z, reference + at, n, reinterpret_cast<uint16_t*>(to));
+      } else {
+        std::memcpy(to, z, n * sizeof(float));
+      }
+    });
   }
 }
 
 // Copies them back. Padded columns become 0, because their memory may hold anything, and 0 times NaN is NaN.
-void Chunk::take_back(const Tile& tile, const LogitStore& store) const {
-  const bool adjacent = slots[live - 1] - slots[0] == live - 1;
+void Chunk::take_back(const Tile& tile, int64_t t, const LogitStore& store) const {
+  float* const reference = scratch(t);
   for (int64_t v = 0; v < tile.rows; ++v) {
-    const float* from = store.row(tile.v0 + v);
     float* to = tile.z + v * tile.ld;
-    if (adjacent) {
-      std::memcpy(to, from + slots[0], live * sizeof(float));
-    } else {
-      for (int64_t c = 0; c < live; ++c) to[c] = from[slots[c]];
+    if (store.reference && (v == 0 || (tile.v0 + v) % LogitStore::kGroup == 0)) {
+      for (const auto& [c, slot, n] : runs_) {
+        k.load_row({store.references(tile.v0 + v) + slot, n, Dtype::kBFloat16}, 0, n, reference + c);
+      }
+    }
+    for (const Run& run : runs_) {
+      store.for_parts(tile.v0 + v, run.slot, run.n, [&](const char* from, int64_t at, int64_t n) {
+        const int64_t c = run.c + at;
+        if (store.reference) {
+          k.widen_logits(reinterpret_cast<const uint16_t*>(from), reference + c, n, to + c);
+        } else {
+          std::memcpy(to + c, from, n * sizeof(float));
+        }
+      });
     }
     std::fill(to + live, to + C, 0.f);
   }
@@ -105,11 +136,12 @@ void Chunk::take_back(const Tile& tile, const LogitStore& store) const {
 void Chunk::reduce(float* l, float* lse, const LogitStore& store, int64_t first) const {
   reset_reduction();
   on_threads(sizes.threads, [&](int64_t t) {
-    for_own_tiles(t, 0, p.V, want_.all_logits ? b.z : nullptr, [&](const Tile& tile) {
+    const int64_t align = store.reference ? LogitStore::kGroup : k.row_group;
+    for_own_tiles(t, 0, p.V, want_.all_logits ? b.z : nullptr, align, k.tile, [&](const Tile& tile) {
       k.logits(p.weight, b.columns, p.H, tile, stage(t));
       k.finish(p.map, tile, max(t), sum(t));
       pick_targets(tile);
-      if (store.data) keep(tile, store, first);
+      if (store.exists()) keep(tile, t, store, first);
       k.exponentials(p.map, tile, max(t), sum(t), false, nullptr);
     });
   });
@@ -117,8 +149,8 @@ void Chunk::reduce(float* l, float* lse, const LogitStore& store, int64_t first)
 }
 
 void Chunk::form_logits(const Tile& tile, int64_t t, const BlockGradient& to) const {
-  if (slots) {
-    take_back(tile, to.store);
+  if (!runs_.empty()) {
+    take_back(tile, t, to.store);
   } else if (!to.have_logits) {
     k.logits(p.weight, b.columns, p.H, tile, stage(t));
     k.finish(p.map, tile, nullptr, nullptr);

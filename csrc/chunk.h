@@ -31,10 +31,13 @@ class Chunk {
   const int64_t* rows = nullptr;   // [live] indices of the chunk's rows in X
   int64_t live = 0;                // number of rows
   int64_t C = 0;                   // live rounded up to whole vectors
-  const int64_t* slots = nullptr;  // [live] slots of their logits in the store, ascending; or null
 
-  // Packs chunk_rows[0 ... n), unless they are packed already.
+  // Packs chunk_rows[0 ... n), unless they are packed already. `chunk_slots`, if given, are the slots of their logits in a
+  // store, ascending.
   void load(const int64_t* chunk_rows, int64_t n, const int64_t* chunk_slots);
+
+  // The logits of row c are in slot c of the store.
+  void take_from_store() { runs_ = {{.c = 0, .slot = 0, .n = live}}; }
 
   // Loads the chunk's row weights, and its logsumexp if one is given. Padded columns get weight 0, whatever their
   // logits.
@@ -101,11 +104,17 @@ class Chunk {
 
  private:
   void merge_threads(float* l, float* lse) const;
-  void keep(const Tile&, const LogitStore&, int64_t first) const;
-  void take_back(const Tile&, const LogitStore&) const;
+  void keep(const Tile&, int64_t t, const LogitStore&, int64_t first) const;
+  void take_back(const Tile&, int64_t t, const LogitStore&) const;
+
+  // Rows c ... c + n - 1 have slots slot ... slot + n - 1.
+  struct Run {
+    int64_t c, slot, n;
+  };
 
   const Want want_;
   const int64_t* labels_;
+  std::vector<Run> runs_;
 };
 
 // Calls f(first) for each chunk; `slots` are the rows' slots in a store, if they have any.

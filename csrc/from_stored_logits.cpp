@@ -1,6 +1,8 @@
 // The logits of a chunk stay in the workspace as [V, C], become G in place, and give dW, db and dX:
 //
 //     Z^T = W X^T        dW += G^T X        db += G^T 1        dX = G W
+//
+// With a pooled tail, kernels that round G to 16 bits store 16-bit logits (logit_store.h): twice the rows read W once.
 #include <algorithm>
 #include <vector>
 
@@ -13,8 +15,12 @@ namespace {
 
 constexpr int kTileRegisterRows = 32;  // `block` of the kernels with tile registers
 
-Want stored_logits_want(const Head& p, const Gradients& to) {
-  return {.all_logits = true,
+Want stored_logits_want(const TileKernels& k, const Head& p, const Gradients& to) {
+  const bool narrow = p.tail_threshold > 0 && k.packed_bytes == 2;
+  return {.own_tiles = narrow,
+          .block = narrow,
+          .all_logits = !narrow,
+          .narrow_logits = narrow,
           .rows_panels = to.weight != nullptr,
           .weight_rows = to.hidden != nullptr,
           .reduce = true,
@@ -29,22 +35,24 @@ bool stored_logits_fit(const TileKernels& k, const Head& p, int64_t rows, const 
   // Rapids, 512 rows, H 576, V 49152, pooled tail, float32 dW: 0.20 s against 0.10 s).
   if (p.tail_threshold > 0 && k.block == kTileRegisterRows) return false;
   Sizes sizes{};
-  return find_sizes(k, p, rows, stored_logits_want(p, to), sizes) &&
+  return find_sizes(k, p, rows, stored_logits_want(k, p, to), sizes) &&
          sizes.C >= std::min(rows, int64_t{k.fewest_stored_rows});
 }
 
 void from_stored_logits(const TileKernels& k, const Head& p, const int64_t* labels, const std::vector<int64_t>& rows,
                         const float* row_weight, const Gradients& to, float* l, float* lse) {
-  Chunk chunk(k, p, labels, static_cast<int64_t>(rows.size()), stored_logits_want(p, to));
+  Chunk chunk(k, p, labels, static_cast<int64_t>(rows.size()), stored_logits_want(k, p, to));
   HiddenSums sums(chunk, to.hidden);
   for_chunks(chunk, rows, [&](int64_t) {
-    chunk.reduce(l, lse);
+    const LogitStore& store = chunk.b.store;
+    chunk.reduce(l, lse, store);
+    if (store.exists()) chunk.take_from_store();
     chunk.load_weights(row_weight, nullptr);
     if (to.hidden) sums.clear(0);
     for_blocks(chunk, [&](int64_t v0, int64_t v1) {
-      float* z = chunk.b.z + v0 * chunk.b.ld;
+      float* z = chunk.b.z + (store.exists() ? 0 : v0 * chunk.b.ld);
       float* dW = to.weight ? static_cast<float*>(to.weight) + v0 * p.H : nullptr;
-      chunk.gradients(v0, v1, {.z = z, .have_logits = true, .dW = dW, .add = true, .db = to.bias, .store = {}},
+      chunk.gradients(v0, v1, {.z = z, .have_logits = !store.exists(), .dW = dW, .add = true, .db = to.bias, .store = store},
                       to.hidden ? sums.rows(0) : nullptr, to.tail);
     });
     if (to.hidden) sums.round_into_result(0);

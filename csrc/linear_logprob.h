@@ -47,10 +47,11 @@ struct Gradients {
   }
 };
 
-// Number of rows whose logits fit in the memory of a weight gradient of that type; 0 where keeping them does not pay.
+// Number of rows whose logits fit in the memory of a weight gradient of that type, and beside it in the workspace; 0 where
+// keeping them does not pay.
 int64_t kept_rows(const Head&, Dtype weight_gradient);
 
-// If `keep` is given, `labels` score at most `keep.slots` rows.
+// If `keep` is given, `labels` score at most `keep.all_slots()` rows.
 void logprob(const Head&, const int64_t* labels, const LogitStore& keep, float* l, float* lse);
 
 void logprob_and_grad(const Head&, const int64_t* labels, const float* row_weight, const Gradients&, float* l,
@@ -62,6 +63,7 @@ void logprob_and_grad(const Head&, const int64_t* labels, const float* row_weigh
 struct Kept {
   bool any = false;
   const int64_t* labels = nullptr;  // [N]
+  LogitStore store;
 };
 
 void backward(const Head&, const int64_t* labels, const float* lse, const float* row_weight, const Gradients&,

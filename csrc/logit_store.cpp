@@ -5,27 +5,42 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
+
 #include "threads.h"
 
 namespace infopo {
-namespace {
+LogitStore LogitStore::in(const TileKernels& k, void* weight_gradient, Dtype dtype, int64_t V, int64_t H, void* beside,
+                          int64_t numbers) {
+  LogitStore store{.data = static_cast<char*>(weight_gradient),
+                   .row_bytes = H * element_size(dtype),
+                   .size = k.packed_bytes};
+  store.slots = store.row_bytes % store.size == 0 ? store.row_bytes / store.size : 0;
+  if (store.slots < kFewestKeptRows) store.slots = 0;
+  if (store.size == sizeof(float) || !store.slots || V == 0) return store;
+  const int64_t groups = store.groups(V);
+  if (numbers <= groups * store.slots) {
+    store.slots = numbers / groups;
+  } else {
+    store.slots_beside = (numbers - groups * store.slots) / (groups + V);
+  }
+  if (beside) {
+    store.reference = static_cast<uint16_t*>(beside);
+    store.beside = store.reference + groups * store.all_slots();
+  }
+  return store;
+}
 
-// With fewer slots than this, the additional pass over W takes longer than the product that it saves.
-constexpr int64_t kFewestKeptRows = 64;
-
-}  // namespace
-
-LogitStore LogitStore::in(void* weight_gradient, Dtype dtype, int64_t H) {
-  const int64_t row_bytes = H * element_size(dtype), size = sizeof(float);
-  const int64_t slots = row_bytes % size == 0 ? row_bytes / size : 0;
-  return {.data = weight_gradient, .row_bytes = row_bytes, .slots = slots >= kFewestKeptRows ? slots : 0};
+int64_t LogitStore::numbers_beside(const TileKernels& k, Dtype dtype, int64_t V, int64_t H, int64_t rows) {
+  if (k.packed_bytes == sizeof(float)) return 0;
+  return ceil_div(V, kGroup) * rows + V * std::max<int64_t>(0, rows - H * element_size(dtype) / k.packed_bytes);
 }
 
 void LogitStore::populate(int64_t V, int64_t threads) const {
 #if defined(MADV_POPULATE_WRITE)
   const int64_t page = sysconf(_SC_PAGESIZE);
-  char* const first = static_cast<char*>(data) - reinterpret_cast<uintptr_t>(data) % page;
-  char* const last = static_cast<char*>(data) + V * row_bytes;
+  char* const first = data - reinterpret_cast<uintptr_t>(data) % page;
+  char* const last = data + V * row_bytes;
   on_threads(threads, [&](int64_t t) {
     const Range own = part(last - first, threads, t, page);
     if (own.begin < own.end) madvise(first + own.begin, own.end - own.begin, MADV_POPULATE_WRITE);

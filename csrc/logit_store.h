@@ -1,6 +1,13 @@
-// Logits in the memory of a weight gradient to which nothing has been added. The memory keeps them until the gradient
-// is written: row v of the gradient holds float z[v][slot], with a slot for each row that was scored when they were
-// kept.
+// Logits that stay between `logprob` and `backward`: in the memory of a weight gradient to which nothing has been added,
+// until the gradient is written, and in memory beside it. Each row that was scored when they were kept has a slot.
+//
+// Kernels whose products take floats keep floats: row v of the gradient holds z[v][slot]. Kernels whose products take
+// pairs of bfloat16 keep float16 numbers relative to a reference for each slot and group of words,
+//
+//     kept[v][slot] = float16(z[v][slot] - reference[v / kGroup][slot]),
+//
+// with the largest logit so far as the reference. The error of p = exp(z - lse) is at most |log(p / largest p so far)|
+// 2^-11, so for the words that matter it is far below the rounding of G to bfloat16, 2^-9.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +16,41 @@
 
 namespace infopo {
 
+// With fewer slots than this, the additional pass over W takes longer than the product that it saves.
+constexpr int64_t kFewestKeptRows = 64;
+
 struct LogitStore {
-  void* data = nullptr;  // [V, H] contiguous; null for none
+  static constexpr int64_t kGroup = 96;  // words that share a reference
+
+  char* data = nullptr;  // memory of a gradient [V, H], contiguous; null for none
   int64_t row_bytes = 0;
-  int64_t slots = 0;
+  int64_t size = 4;                // bytes of a logit
+  int64_t slots = 0;               // in a row of the gradient, then in a row beside it
+  int64_t slots_beside = 0;
+  uint16_t* reference = nullptr;   // [groups, slots + slots_beside] bfloat16, for float16 logits
+  uint16_t* beside = nullptr;      // [V, slots_beside]
 
-  static LogitStore in(void* weight_gradient, Dtype dtype, int64_t H);
+  // The store in a gradient of this type. `beside` has `numbers` 16-bit numbers: references and rows.
+  static LogitStore in(const TileKernels&, void* weight_gradient, Dtype dtype, int64_t V, int64_t H, void* beside,
+                       int64_t numbers);
 
-  float* row(int64_t v) const { return reinterpret_cast<float*>(static_cast<char*>(data) + v * row_bytes); }
+  // Number of 16-bit numbers in the memory beside a gradient, for that many rows; 0 if it needs none.
+  static int64_t numbers_beside(const TileKernels&, Dtype weight_gradient, int64_t V, int64_t H, int64_t rows);
+
+  bool exists() const { return data || beside; }
+  int64_t all_slots() const { return slots + slots_beside; }
+  int64_t groups(int64_t V) const { return ceil_div(V, kGroup); }
+
+  // References of the group of word v.
+  uint16_t* references(int64_t v) const { return reference + v / kGroup * all_slots(); }
+
+  // Calls f(memory of slot `first`, offset, n) for slots [first, first + n) of word v: once, or for both memories.
+  template <typename F>
+  void for_parts(int64_t v, int64_t first, int64_t n, const F& f) const {
+    const int64_t inside = first >= slots ? 0 : first + n <= slots ? n : slots - first;
+    if (inside) f(data + v * row_bytes + first * size, 0, inside);
+    if (inside < n) f(reinterpret_cast<char*>(beside + v * slots_beside + first + inside - slots), inside, n - inside);
+  }
 
   // Maps the memory of V rows at once. It is about to be written for the first time, and page faults during products
   // take longer: 2.7 s instead of 2.0 for `backward` of 512 rows with a float32 dW of 1 GiB (2 cores of Emerald Rapids,

@@ -34,11 +34,19 @@ void clear_weightless(const Head& p, const std::vector<int64_t>& rows, const flo
 }  // namespace
 
 int64_t kept_rows(const Head& p, Dtype weight_gradient) {
-  const int64_t slots = LogitStore::in(nullptr, weight_gradient, p.H).slots;
   // With dX and dW one after the other, a row takes five products and a kept row three; without keeping, each takes
   // four.
   const bool apart = weight_gradient != Dtype::kFloat32 && sums_too_large(p, p.N);
-  return apart && 2 * slots <= p.N ? 0 : slots;
+  // What `backward` needs for large chunks stays free, and sums of dX that fit now still fit.
+  int64_t reserve = std::min(p.workspace_bytes / 2, int64_t{16} << 20);
+  if (p.hidden.dtype != Dtype::kFloat32 && !apart) {
+    const int64_t sums = p.N * p.H * static_cast<int64_t>(sizeof(float));
+    reserve = std::max(reserve + sums, 3 * sums);
+  }
+  const int64_t numbers = std::max(int64_t{0}, p.workspace_bytes - reserve) / 2;
+  const TileKernels& k = select_kernels(p.hidden.dtype);
+  const int64_t slots = LogitStore::in(k, nullptr, weight_gradient, p.V, p.H, nullptr, numbers).all_slots();
+  return slots < kFewestKeptRows || (apart && 2 * slots <= p.N) ? 0 : slots;
 }
 
 void logprob(const Head& p, const int64_t* labels, const LogitStore& keep, float* l, float* lse) {
@@ -84,7 +92,7 @@ void backward(const Head& p, const int64_t* labels, const float* lse, const floa
               const Kept& kept) {
   const TileKernels& k = select_kernels(p.hidden.dtype);
   LiveRows rows;
-  rows.store = LogitStore::in(to.weight, to.weight_dtype, p.H);
+  rows.store = kept.store;
   int64_t slot = 0;
   for (int64_t t = 0; t < p.N; ++t) {
     const bool is_kept = kept.any && kept.labels[t] != kIgnoreIndex;
@@ -95,7 +103,7 @@ void backward(const Head& p, const int64_t* labels, const float* lse, const floa
     slot += is_kept;
   }
   if (rows.count() == 0 || !(to.hidden || to.weight || to.bias)) {
-    if (kept.any) std::memset(to.weight, 0, p.V * rows.store.row_bytes);
+    if (kept.any) std::memset(to.weight, 0, p.V * p.H * element_size(to.weight_dtype));
     return;
   }
   const bool both = to.hidden && (to.weight || to.bias);

@@ -32,6 +32,13 @@ INFOPO_INLINE float load_number(const void* data, int64_t i, Dtype dtype) {
   return dtype == Dtype::kBFloat16 ? bits_to_float(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
 }
 
+template <Dtype kDtype>
+INFOPO_INLINE Vec load_vector(const void* data, int64_t i) {
+  if constexpr (kDtype == Dtype::kFloat32) return load(static_cast<const float*>(data) + i);
+  const uint16_t* p = static_cast<const uint16_t*>(data) + i;
+  return kDtype == Dtype::kBFloat16 ? widen_bf16(p) : widen_f16(p);
+}
+
 // n numbers of row `row`, from column h0 on
 INFOPO_INLINE void load_part(const Matrix& m, int64_t row, int64_t h0, int64_t n, float* out) {
   const int64_t at = row * m.stride + h0;
@@ -72,6 +79,30 @@ void store_row(const float* row, int64_t H, bool add, Dtype dtype, void* out) {
       narrow_f16(part, n, to + h0);
     }
   }
+}
+
+void narrow_logits(const float* z, const float* reference, int64_t n, uint16_t* out) {
+  constexpr float kLowest = -65504.f;  // exp of it is 0, as of what lies below
+  float part[kLanes];
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t width = least(kLanes, n - i);
+    if (width == kLanes) {
+      const Vec x = load(z + i) - load(reference + i);
+      store(part, x < broadcast(kLowest) ? broadcast(kLowest) : x);
+    } else {
+      for (int64_t j = 0; j < width; ++j) {
+        const float x = z[i + j] - reference[i + j];
+        part[j] = x < kLowest ? kLowest : x;
+      }
+    }
+    narrow_f16(part, width, out + i);
+  }
+}
+
+void widen_logits(const uint16_t* kept, const float* reference, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, widen_f16(kept + i) + load(reference + i));
+  for (; i < n; ++i) out[i] = half_to_float(kept[i]) + reference[i];
 }
 
 }  // namespace

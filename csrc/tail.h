@@ -115,23 +115,50 @@ int64_t pool(const LogitMap& map, const Tile& t, int64_t live, const int64_t* la
                           : pool_as<true>(map, t, live, labels, lse, coefficient, grad_bias, scratch, tail, to);
 }
 
+// out[h0 + j] = sum_i weight[i] W[word[i]][h0 + j] for kVectors vectors of columns. Their sums stay in registers.
+template <Dtype kDtype, int kVectors>
+void weighted_rows(const Matrix& W, int64_t n, const int64_t* word, const float* weight, int64_t h0, float* out) {
+  Vec sum[kVectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; ++j) sum[j] = Vec{};
+  for (int64_t i = 0; i < n; ++i) {
+    const Vec factor = broadcast(weight[i]);
+    const int64_t at = word[i] * W.stride + h0;
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) sum[j] = fma(factor, load_vector<kDtype>(W.data, at + j * kLanes), sum[j]);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; ++j) store(out + h0 + j * kLanes, sum[j]);
+}
+
+template <Dtype kDtype>
+void tail_mean_as(const Matrix& W, int64_t n, const int64_t* word, const float* weight, int64_t H, float* out) {
+  constexpr int kMost = 8;
+  int64_t h = 0;
+  for (; h + kMost * kLanes <= H; h += kMost * kLanes) weighted_rows<kDtype, kMost>(W, n, word, weight, h, out);
+  for (; h + kLanes <= H; h += kLanes) weighted_rows<kDtype, 1>(W, n, word, weight, h, out);
+  for (; h < H; ++h) {
+    out[h] = 0;
+    for (int64_t i = 0; i < n; ++i) out[h] += weight[i] * load_number(W.data, word[i] * W.stride + h, kDtype);
+  }
+}
+
 // out[h] = sum_v share[v] W[v0 + v][h] over the tail of a tile.
 void tail_mean(const Matrix& W, int64_t v0, int64_t rows, const float* share, int64_t H, float* out) {
-  constexpr int64_t kPart = 256;
-  float part[kPart];
-  for (int64_t h0 = 0; h0 < H; h0 += kPart) {
-    const int64_t n = least(kPart, H - h0);
-    for (int64_t h = 0; h < n; ++h) out[h0 + h] = 0;
-    for (int64_t v = 0; v < rows; ++v) {
-      if (share[v] == kKept || share[v] == 0) continue;
-      const float* w = part;
-      if (W.dtype == Dtype::kFloat32) {
-        w = static_cast<const float*>(W.data) + (v0 + v) * W.stride + h0;
-      } else {
-        load_part(W, v0 + v, h0, n, part);
-      }
-      for (int64_t h = 0; h < n; ++h) out[h0 + h] += share[v] * w[h];
-    }
+  int64_t word[kMostRowsOfTile], n = 0;
+  float weight[kMostRowsOfTile];
+  for (int64_t v = 0; v < rows; ++v) {
+    if (share[v] == kKept || share[v] == 0) continue;
+    word[n] = v0 + v;
+    weight[n++] = share[v];
+  }
+  switch (W.dtype) {
+    case Dtype::kFloat32:
+      return tail_mean_as<Dtype::kFloat32>(W, n, word, weight, H, out);
+    case Dtype::kBFloat16:
+      return tail_mean_as<Dtype::kBFloat16>(W, n, word, weight, H, out);
+    default:
+      return tail_mean_as<Dtype::kFloat16>(W, n, word, weight, H, out);
   }
 }
 

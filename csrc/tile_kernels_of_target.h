@@ -41,6 +41,8 @@ constexpr TileKernels kKernels{.name = INFOPO_TEXT(INFOPO_ISA),
                                .settle = settle,
                                .tail_mean = tail_mean,
                                .spread_tail = spread_tail,
+                               .narrow_logits = narrow_logits,
+                               .widen_logits = widen_logits,
                                .store_row = store_row,
                                .load_row = load_row};
 

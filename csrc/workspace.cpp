@@ -38,6 +38,12 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   weight = want.weight_rows && !want.tail && !reads_weight_in_place(k, p) ? panels(s.Vb, p.H) : nullptr;
   z = want.all_logits || want.block ? arena.take<float>(round_up(want.all_logits ? p.V : s.Vb, k.block) * ld) : nullptr;
   tiles = want.own_tiles ? arena.take<float>(s.threads * k.tile * ld) : nullptr;
+  store = {};
+  if (want.narrow_logits) {
+    store = {.size = 2, .slots_beside = C};
+    store.reference = arena.take<uint16_t>(store.groups(p.V) * C);
+    store.beside = arena.take<uint16_t>(p.V * C);
+  }
   stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * k.tile * k.stage);
   scratch = arena.take<float>(s.threads * 2 * C);
   max = want.reduce ? arena.take<float>(s.threads * C) : nullptr;

@@ -6,7 +6,9 @@
 #include <memory>
 #include <new>
 
+#include "large_pages.h"
 #include "linear_logprob.h"
+#include "logit_store.h"
 #include "tile_kernels.h"
 
 namespace infopo {
@@ -19,9 +21,12 @@ constexpr int64_t kMostRows = 512;
 class Arena {
  public:
   Arena() = default;
-  explicit Arena(int64_t bytes) : data_(std::aligned_alloc(64, round_up(bytes, 64))) {
+  explicit Arena(int64_t bytes) {
+    const int64_t alignment = bytes < 2 * kLargePage ? 64 : kLargePage;
+    data_.reset(std::aligned_alloc(alignment, round_up(bytes, alignment)));
     if (!data_ && bytes > 0) throw std::bad_alloc();
     base_ = static_cast<char*>(data_.get());
+    prefer_large_pages(base_, bytes);
   }
 
   template <typename T>
@@ -53,6 +58,7 @@ struct Want {
   bool own_tiles = false;       // a tile of logits for each thread
   bool block = false;           // logits, then G, of a block
   bool all_logits = false;      // logits of a chunk over the whole vocabulary
+  bool narrow_logits = false;   // the same as 16-bit numbers, in a store of their own
   bool rows_panels = false;     // panels of X, for dW
   bool weight_rows = false;     // W for dX: panels of a block, unless it is read in place
   bool reduce = false;          // maxima and sums for each thread
@@ -87,6 +93,7 @@ struct Buffers {
   float* weight;       // panels of W [Vb, H]
   float* z;            // logits or G [Vb or V, ld]
   float* tiles;        // [threads, tile, ld]
+  LogitStore store;    // of narrow logits [V, C]
   float* stage;        // [threads, tile, stage], for a 16-bit W
   float* scratch;      // [threads, 2, C]
   float* max;          // [threads, C]

@@ -299,7 +299,7 @@ class SharedLogprobBackwardInputs(LogprobBackwardInputs):
 def _logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
     runner, together = inputs.begin()
     head = inputs.head() if together is None else together.whole_head(inputs.head())
-    gradients = schedule.zero_gradients(head, Wanted(*inputs.wanted))
+    gradients = schedule.zero_gradients(runner, head, Wanted(*inputs.wanted))
     with inputs.no_autocast():
         row_weight = inputs.row_weight.to(inputs.lse.dtype).contiguous()
         runner.backward(head, inputs.labels, inputs.lse, row_weight, gradients)

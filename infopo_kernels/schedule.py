@@ -47,7 +47,7 @@ from dataclasses import replace
 
 import torch
 
-from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, Wanted
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, Wanted, with_memory_for_logits
 from infopo_kernels.distributed.parallel import Together
 from infopo_kernels.lift import Lift
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
@@ -57,11 +57,11 @@ from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows
 
 
-def zero_gradients(head: Head, wanted: Wanted) -> Gradients:
+def zero_gradients(backend: Backend, head: Head, wanted: Wanted) -> Gradients:
     """Result buffers filled with 0; the bias accumulates in float32."""
     return Gradients(
         torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None,
-        torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None,
+        backend.new_weight_gradient(head.weight, head.weight.dtype).zero_() if wanted.weight else None,
         None
         if not wanted.bias or head.bias is None
         else torch.zeros_like(head.bias, dtype=head.accumulator_dtype, memory_format=torch.contiguous_format),
@@ -124,14 +124,14 @@ def _preference(
     at_once = together is None or together.known_weights_pay
     known = objective.known if at_once else "none"
     if at_once and known != "all" and not (wanted.weight or wanted.bias):
-        gradients = zero_gradients(head, wanted)
+        gradients = zero_gradients(backend, head, wanted)
         into = replace(gradients, tail=tail)
         result, _, _, factor = _unit_hidden_gradient(backend, head, rows.labels, into, evaluate, lift)
         return result, gradients, factor
 
-    gradients = replace(zero_gradients(head, replace(wanted, weight=False)), tail=tail)
+    gradients = replace(zero_gradients(backend, head, replace(wanted, weight=False)), tail=tail)
     if wanted.weight:  # not zeroed here: it may hold logits first
-        empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
+        empty = backend.new_weight_gradient(head.weight, head.weight.dtype)
         gradients = replace(gradients, weight=empty)
         # Parts of sequences: every rank has to ask for as many sums, however many rows it has.
         as_many = objective.known == "none" or together is None or not together.parts_of_sequences
@@ -139,7 +139,7 @@ def _preference(
             result, factor = _every_row_kept(backend, head, rows.labels, gradients, evaluate, lift)
             return result, gradients, factor
     # Sizes of parts and numbers of rows differ between ranks, and all have to make the same calls of a shared backend.
-    into, head = _accumulators(head, gradients) if alone else (gradients, head)
+    into, head = _accumulators(backend, head, gradients) if alone else (gradients, head)
     if known == "all":
         weights = _known_row_weights(head, rows, sequences, objective)
         result, factor = _every_weight_known(backend, head, rows.labels, weights, into, evaluate, lift)
@@ -182,7 +182,8 @@ def _every_row_kept(
 ) -> Lifted:
     """Two calls and no list of which row goes where: half of the launches of a small batch, which they take longer to
     start than to run."""
-    logp, lse = backend.logprob(head, labels, into.weight)
+    head, into = with_memory_for_logits(backend, head, into, len(labels))
+    logp, lse = backend.logprob(head, labels, into)
     result = evaluate(logp)
     c, factor = lift(result.row_weight, into)
     backend.backward(head, labels, lse, c, into, labels)
@@ -201,16 +202,18 @@ def _some_weights_known(
     decided = known.abs() > 0  # neither 0 nor NaN
     later = torch.where(decided, labels, IGNORE_INDEX)
     slots = _kept_rows(backend, head, into.weight)
+    whole, (head, into) = head, with_memory_for_logits(backend, head, into, min(slots, len(labels)))
     kept = _first_rows(slots, torch.where(known.isnan(), labels, IGNORE_INDEX), later) if slots else None
     first = torch.where(decided, IGNORE_INDEX, labels)
     if kept is not None:
         first = torch.where(kept != IGNORE_INDEX, kept, first)
         later = torch.where(kept != IGNORE_INDEX, IGNORE_INDEX, later)
-    logp, lse = _logprob_keeping(backend, head, first, kept, into.weight)
+    logp, lse = _logprob_keeping(backend, head, first, kept, into)
     # The log-probabilities of decided rows may still be missing here; the weights of undecided rows do not need them.
     c, factor = lift(evaluate(logp).row_weight, into)
     backend.backward(head, first, lse, c, into, kept)
     known = known if factor is None else known * factor
+    head, into = whole, replace(into, logits=None)
     return evaluate(logp.add_(backend.logprob_and_grad(head, later, known, into)[0])), factor
 
 
@@ -231,8 +234,9 @@ def _no_weight_known(
         into.weight.zero_()
         backend.backward(head, labels, lse, c, replace(into, hidden=None))
         return result, factor
+    head, into = with_memory_for_logits(backend, head, into, min(slots, len(labels)))
     kept = _first_rows(slots, labels) if slots else None
-    logp, lse = _logprob_keeping(backend, head, labels, kept, into.weight)
+    logp, lse = _logprob_keeping(backend, head, labels, kept, into)
     result = evaluate(logp)
     c, factor = lift(result.row_weight, into)
     backend.backward(head, labels, lse, c, into, kept)
@@ -262,17 +266,17 @@ def _first_rows(most: int, *groups: torch.Tensor) -> torch.Tensor:
 
 
 def _logprob_keeping(
-    backend: Backend, head: Head, labels: torch.Tensor, kept: torch.Tensor | None, weight_gradient: torch.Tensor | None
+    backend: Backend, head: Head, labels: torch.Tensor, kept: torch.Tensor | None, into: Gradients
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logprob` of all scored rows. The logits of rows scored in `kept` stay in the memory of the weight gradient.
+    """`logprob` of all scored rows. The logits of rows scored in `kept` stay in the memory of `into`.
 
     Without `kept` this sets the weight gradient to 0, because `backward` adds to it then.
     """
     if kept is None:
-        if weight_gradient is not None:
-            weight_gradient.zero_()
+        if into.weight is not None:
+            into.weight.zero_()
         return backend.logprob(head, labels)
-    logp, lse = backend.logprob(head, kept, weight_gradient)
+    logp, lse = backend.logprob(head, kept, into)
     others = backend.logprob(head, torch.where(kept != IGNORE_INDEX, IGNORE_INDEX, labels))
     return logp.add_(others[0]), lse.add_(others[1])
 
@@ -295,7 +299,7 @@ def _unit_hidden_gradient(
     return result, c, lse, factor
 
 
-def _accumulators(head: Head, gradients: Gradients) -> tuple[Gradients, Head]:
+def _accumulators(backend: Backend, head: Head, gradients: Gradients) -> tuple[Gradients, Head]:
     """Buffers in which gradients add up over calls, and the head with the rest of the workspace.
 
     A float32 buffer replaces a 16-bit dW if it fits half of the workspace. Otherwise a single call has to form each
@@ -307,7 +311,7 @@ def _accumulators(head: Head, gradients: Gradients) -> tuple[Gradients, Head]:
     size = weight.numel() * head.accumulator_dtype.itemsize
     if size > head.workspace_bytes // 2:
         return gradients, head
-    accumulator = torch.empty_like(weight, dtype=head.accumulator_dtype)
+    accumulator = backend.new_weight_gradient(weight, head.accumulator_dtype)
     return replace(gradients, weight=accumulator), replace(head, workspace_bytes=head.workspace_bytes - size)
 
 

@@ -13,11 +13,15 @@ ever exceeds 2 sqrt(n) u: Higham, Mary, "A new approach to probabilistic roundin
                                                               + u |z - max z|
     l      z_y - lse                                   dl   = dz_y + dlse + 2 u |l|
     p      exp(z - lse)                                log p has the error e = dz + dlse + u |log p| + 8 u
+             where kept logits are 16-bit numbers       e += k (max z - z + 2^-8 |max z|) + 2^-25; s likewise
     G      c scale s (1[v = y] - p); s from z          dG   = |c scale| (s dp + |1[v = y] - p| ds
                                                               + (4 u s + 16 u) (1[v = y] + p)), ds: effect of da on s
            if products take G in 16 bits                 + r |c scale| s max(|1[v = y] - p|, p)
     dX     V products and their sum                    ddX  = dG |W| + g(V) |c scale| s (1[v = y] + p) |W|
     dW, db the same over N rows                        ddW, ddb
+
+k = 2^-11 is half a step of float16: a kept logit is relative to a reference that lies between the largest of its group
+of words and the largest of the row, up to the rounding of the reference itself (`kept_rounding`).
 
 r is the rounding of G as the operand of a product (or of p, if the part of the label is exact). It is 0 if products
 take float32. If they take 16 bits, it is half a step of the type for each rounding (2^-8 for bfloat16, 2^-11 for
@@ -67,6 +71,11 @@ def operand_rounding(backend: str, dtype: torch.dtype, roundings: int = 2) -> fl
     return roundings * HALF_STEP[dtype] if backend == "triton" and dtype.itemsize == 2 else 0.0
 
 
+def kept_rounding(backend: str, dtype: torch.dtype) -> float:
+    """k: relative error of a kept logit, as a distance from its reference, of a backend that keeps 16-bit ones."""
+    return HALF_STEP[torch.float16] if backend == "cpp" and operand_rounding(backend, dtype) else 0.0
+
+
 def accumulated(roundings: int, unit: float) -> float:
     """g(n)."""
     return min(roundings, 2 * roundings**0.5) * unit
@@ -78,8 +87,12 @@ def error_budget(
     c: Tensor,  # [N]
     c_error: Tensor | None = None,  # [N]: allowed error of c
     operand: float = 0.0,
+    kept: float = 0.0,
 ) -> Budget:
-    """Allowed errors of l, lse, dX, dW and db. They do not depend on the head's workspace."""
+    """Allowed errors of l, lse, dX, dW and db. They do not depend on the head's workspace.
+
+    `operand` is r; `kept` is k if logits may have been kept.
+    """
     (N, H), V = head.hidden.shape, head.weight.shape[0]
     u = HALF_STEP[head.accumulator_dtype]
     scored = labels != IGNORE_INDEX
@@ -115,6 +128,11 @@ def error_budget(
     dl = dz_y + dlse + 2 * u * torch.where(l.isinf(), 0.0, l).abs()
 
     e = torch.where(masked, 0.0, dz + dlse + u * log_p.abs() + 8 * u)
+    if kept:
+        dkept = torch.where(masked, 0.0, kept * (largest - z + 2.0**-8 * largest.abs()) + 2.0**-25)
+        e = e + dkept
+        if head.softcap is not None:
+            dslope = dslope + 2 * (t.abs() + dkept) * dkept / abs(head.scale * head.softcap)
     p = log_p.exp()
     dp = torch.maximum((log_p + e).clamp(max=0).exp() - p, -p * torch.expm1(-e)).clamp(min=0)
     size = (c * head.scale).abs()

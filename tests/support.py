@@ -19,7 +19,7 @@ from infopo_kernels.backends.base import Head
 from infopo_kernels.objectives import Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows, row_segments, sequence_sums
-from tests.budget import HALF_STEP, SMALLEST, assert_within, error_budget, operand_rounding
+from tests.budget import HALF_STEP, SMALLEST, assert_within, error_budget, kept_rounding, operand_rounding
 
 CPU_BACKENDS = ["torch", "cpp-portable", "cpp-avx2", "cpp-avx512", "cpp-avx512_bf16", "cpp-amx"]
 """Backends for a CPU, with their instruction sets. Tests run all that a machine has, not only the default."""
@@ -199,6 +199,8 @@ class Result:
     gradients: dict[str, Tensor | None]
     operand: float = 0.0
     """Relative rounding of G by the products (`budget.operand_rounding`)."""
+    kept: float = 0.0
+    """Relative rounding of kept logits (`budget.kept_rounding`)."""
 
     @classmethod
     def of(cls, loss: Tensor, leaves: dict[str, Tensor | None], factor: float) -> Result:
@@ -219,7 +221,9 @@ def fused(inputs: Inputs, backend: str, device: str = "cpu", **kernel: Any) -> R
     else:
         out = linear_preference_loss(**arguments, objective=case.objective)
     gradients = Result.of(out.loss, leaves, case.loss_factor).gradients
-    return Result(out.loss.detach(), gradients, operand_rounding(backend, inputs.dtype))
+    return Result(
+        out.loss.detach(), gradients, operand_rounding(backend, inputs.dtype), kept_rounding(backend, inputs.dtype)
+    )
 
 
 def fused_logps(inputs: Inputs, reduction: str, backend: str, device: str = "cpu", **kernel: Any) -> Result:
@@ -265,11 +269,11 @@ class Truth(Result):
         }
         return max(bounds[name] for name, gradient in self.gradients.items() if gradient is not None) / 2**14
 
-    def budgets(self, operand: float) -> dict[str, Tensor]:
+    def budgets(self, operand: float, kept: float) -> dict[str, Tensor]:
         """Allowed errors of the gradients."""
         assert self.rows is not None
         head, labels, c, c_error = self.rows
-        allowed = error_budget(head, labels, c, c_error, operand)
+        allowed = error_budget(head, labels, c, c_error, operand, kept)
         return {name: getattr(allowed, name) for name in ("hidden", "weight", "bias")}
 
 
@@ -337,7 +341,7 @@ def differentiated(
     spread = torch.stack([(other[0] - value).abs() for other in moved]).amax(0)
     value_error = spread if value.ndim else ((c.abs() + c_error) * dl).sum() / abs(factor)
     gradients = {k: None if v is None else v.grad for k, v in leaves.items()}
-    return Truth(value, gradients, 0.0, inputs.dtype, factor, value_error, (head, rows.labels, c, c_error))
+    return Truth(value, gradients, 0.0, 0.0, inputs.dtype, factor, value_error, (head, rows.labels, c, c_error))
 
 
 def ramp(like: Tensor) -> Tensor:
@@ -359,7 +363,7 @@ def assert_value(got: Result, truth: Truth) -> None:
 def assert_result(got: Result, truth: Truth) -> None:
     """The value and every gradient are within budget, and only wanted gradients exist."""
     assert_value(got, truth)
-    allowed, largest = truth.budgets(got.operand), truth.largest_factor
+    allowed, largest = truth.budgets(got.operand, got.kept), truth.largest_factor
     for name, gradient in truth.gradients.items():
         other = got.gradients[name]
         if gradient is None:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, with_memory_for_logits
 from infopo_kernels.backends.cpp import CppBackend, isa
 from infopo_kernels.options import IGNORE_INDEX
 from tests import primitives, support
-from tests.budget import HALF_STEP, Budget, accumulated, assert_within, error_budget, operand_rounding
+from tests.budget import HALF_STEP, Budget, accumulated, assert_within, error_budget, kept_rounding, operand_rounding
 from tests.primitives import Plain
 
 BACKEND = CppBackend()
@@ -76,7 +76,7 @@ class Problem:
         self.truth, self.before = self.plain(), {"weight": 0.0, "bias": 0.0}
 
     def plain(self) -> Plain:
-        self.allowed: dict[float, Budget] = {}
+        self.allowed: dict[tuple[float, float], Budget] = {}
         return primitives.plain(self.head, self.labels, self.c)
 
     def run(
@@ -106,11 +106,13 @@ class Problem:
                 rows = scored.nonzero().flip(0)[:, 0]
                 rows = torch.cat([rows[::2], rows[1::2]])[:keep]
                 kept = torch.full_like(self.labels, IGNORE_INDEX).index_copy(0, rows, self.labels[rows])
-                again = BACKEND.logprob(head, kept, gradients.weight)
+                head, gradients = with_memory_for_logits(BACKEND, head, gradients, keep)
+                again = BACKEND.logprob(head, kept, gradients)
                 torch.testing.assert_close(again[0][rows], l[rows])
                 torch.testing.assert_close(again[1][rows], lse[rows])
             BACKEND.backward(head, self.labels, lse, self.c, gradients, kept)
         result = {"l": l, "lse": lse}
+        self.kept = kept_rounding("cpp", head.hidden.dtype) if keep else 0.0
         self.before = {"weight": BEFORE if keep is None else 0.0, "bias": BEFORE}
         if gradients.hidden is not None:
             assert gradients.hidden[~touched].isnan().all(), "rows that take no part must not be written"
@@ -125,8 +127,10 @@ class Problem:
     def assert_right(self, got: dict[str, Tensor]) -> None:
         """Each result is within the budget of the instruction set in use."""
         operand = operand_rounding("cpp", self.head.hidden.dtype)
-        allowed = self.allowed.get(operand) or error_budget(self.head, self.labels, self.c, operand=operand)
-        self.allowed[operand] = allowed
+        key = operand, self.kept
+        if key not in self.allowed:
+            self.allowed[key] = error_budget(self.head, self.labels, self.c, operand=operand, kept=self.kept)
+        allowed = self.allowed[key]
         added = accumulated(len(self.labels), HALF_STEP[torch.float32])  # a chunk of rows after the other
         for name, value in got.items():
             truth, limit = getattr(self.truth, name), getattr(allowed, name)
@@ -177,7 +181,7 @@ def test_logits_kept_in_the_memory_of_the_weight_gradient(
     force_isa(name, monkeypatch)
     problem = Problem(dtype=dtype, **KEPT_SIZES[size])  # type: ignore[arg-type]
     for wanted, weight_dtype in itertools.product((WANTED[0], ("weight",)), {dtype, torch.float32}):
-        fit = BACKEND.kept_rows(problem.head, torch.empty(0, problem.head.hidden.shape[1], dtype=weight_dtype))
+        fit = BACKEND.kept_rows(problem.head, torch.empty_like(problem.head.weight, dtype=weight_dtype))
         if keep is not None and keep > fit:
             continue
         problem.assert_right(problem.run(False, wanted, weight_dtype, fit if keep is None else keep))
@@ -187,7 +191,7 @@ def test_kept_logits_leave_no_trace_where_nothing_is_added() -> None:
     problem = Problem(90, 96, 397, torch.float32)
     head, dW = problem.head, torch.full((397, 96), torch.nan)
     kept = torch.where(torch.arange(90) < 60, problem.labels, IGNORE_INDEX)
-    _, lse = BACKEND.logprob(head, kept, dW)
+    _, lse = BACKEND.logprob(head, kept, Gradients(None, dW, None))
     assert dW.isfinite().any(), "the logits are in its memory"
     BACKEND.backward(head, kept, lse, torch.zeros(90), Gradients(None, dW, None), kept)
     assert torch.equal(dW, torch.zeros_like(dW))
@@ -197,7 +201,7 @@ def test_no_row_at_all_leaves_a_weight_gradient_of_zeros() -> None:
     """With `kept` dW is assigned, even if `kept` is empty and its pointer is null."""
     head = Head(torch.zeros(0, 96), torch.ones(5, 96), None, None, 1.0, MIB)
     none, dW = torch.zeros(0, dtype=torch.int64), torch.full((5, 96), torch.nan)
-    _, lse = BACKEND.logprob(head, none, dW)
+    _, lse = BACKEND.logprob(head, none, Gradients(None, dW, None))
     BACKEND.backward(head, none, lse, torch.zeros(0), Gradients(None, dW, None), none)
     assert torch.equal(dW, torch.zeros_like(dW))
 
@@ -208,7 +212,7 @@ def test_no_more_rows_are_kept_than_fit() -> None:
     fit = BACKEND.kept_rows(problem.head, dW)
     assert fit == 64
     with pytest.raises(ValueError, match=f"at most {fit} rows"):
-        BACKEND.logprob(problem.head, problem.labels, dW)
+        BACKEND.logprob(problem.head, problem.labels, Gradients(None, dW, None))
     with pytest.raises(ValueError, match=f"at most {fit} rows"):
         BACKEND.backward(problem.head, problem.labels, lse, problem.c, Gradients(None, dW, None), problem.labels)
     assert BACKEND.kept_rows(problem.head, torch.zeros(20, 63)) == 0, "too few to pay"
@@ -395,7 +399,7 @@ def test_opcheck() -> None:
     problem = Problem(6, 8, 20, torch.float32)
     head, ops = problem.head, torch.ops.infopo_kernels_cpp
     common = (head.hidden, head.weight, head.bias, problem.labels)
-    lse = ops.logprob(*common, None, None, 1.0, MIB)[1]
+    lse = ops.logprob(*common, None, None, None, 1.0, MIB)[1]
     buffers = (torch.zeros(6, 8), torch.zeros(20, 8), torch.zeros(20))
     torch.library.opcheck(ops.logprob.default, (*common, None, None, 1.0, MIB))
     for tail in ((None, None, 0.0), (torch.zeros(6), torch.zeros(2).double(), 0.01)):

@@ -298,7 +298,7 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def logprob(self, head: Head, labels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logprob(self, head: Head, labels: Tensor, keep: Gradients | None = None) -> tuple[Tensor, Tensor]:
         self.products += int((labels != -100).sum())
         return self._runner.logprob(head, labels, keep)
 

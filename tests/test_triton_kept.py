@@ -88,7 +88,7 @@ def test_small_workspace(dtype: torch.dtype) -> None:
     vectors = 12 * 4 * PART.n  # l, lse, lists of rows, slots, ...
     labels = ts.first_rows(inputs.labels, most)
     with ts.FreshMemory() as memory:
-        backend.logprob(inputs.head, labels, got.weight)
+        backend.logprob(inputs.head, labels, got)
         assert 9 * 4 * most <= memory.peak <= SMALL + vectors
         memory.reset()
         _, lse = backend.logprob(inputs.head, inputs.labels)
@@ -170,7 +170,7 @@ def test_kept_rows_without_a_weight_are_not_computed() -> None:
     for c in (torch.ones(37), torch.zeros(37)):
         got, _ = ts.fresh_buffers(inputs, "xw")
         labels = ts.first_rows(inputs.labels, most_of(inputs, got))
-        _, lse = ts.backend().logprob(inputs.head, labels, got.weight)
+        _, lse = ts.backend().logprob(inputs.head, labels, got)
         with ts.checked_addresses() as spaces:
             ts.backend().backward(inputs.head, inputs.labels, lse, c, got, labels)
         loads.append(spaces.loads)
@@ -183,7 +183,7 @@ def test_kept_rows_need_no_second_product() -> None:
     truth, (got, before) = ts.plain(inputs), ts.fresh_buffers(inputs, "w")
     labels = ts.first_rows(inputs.labels, most_of(inputs, got))
     assert torch.equal(labels, inputs.labels)
-    _, lse = ts.backend().logprob(inputs.head, labels, got.weight)
+    _, lse = ts.backend().logprob(inputs.head, labels, got)
     gone = replace(inputs.head, weight=torch.full_like(inputs.head.weight, float("nan")))
     ts.backend().backward(gone, labels, lse, inputs.c, got, labels)
     ts.assert_gradients(inputs, truth, got, before, roundings=2, zero_rows=False)
@@ -261,7 +261,7 @@ def test_a_probability_never_exceeds_1(kept: bool) -> None:
     assert got.bias is not None
     got.bias.zero_()
     assert not kept or most_of(inputs, got) >= len(inputs.labels)
-    _, lse = backend.logprob(inputs.head, inputs.labels, got.weight if kept else None)
+    _, lse = backend.logprob(inputs.head, inputs.labels, got if kept else None)
     if not kept:
         got.weight.zero_()
     backend.backward(inputs.head, inputs.labels, lse - 20, inputs.c, got, inputs.labels if kept else None)

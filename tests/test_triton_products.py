@@ -115,7 +115,7 @@ def test_no_live_row_at_all(formed: list[tuple[int, ...]]) -> None:
         assigned, _ = ts.fresh_buffers(inputs, "xw")
         assert assigned.weight is not None
         kept = ts.first_rows(inputs.labels, ts.backend().kept_rows(inputs.head, assigned.weight))
-        ts.backend().logprob(inputs.head, kept, assigned.weight)
+        ts.backend().logprob(inputs.head, kept, assigned)
         ts.backend().backward(inputs.head, inputs.labels, zero, zero, assigned, kept)
     assert got.hidden is not None
     assert got.hidden.isnan().all()

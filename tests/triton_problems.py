@@ -149,7 +149,7 @@ def keep_and_backward(
     """l, lse and the gradients. The logits of the first `most` scored rows stay in dW's memory until the gradients."""
     head, labels = inputs.head, inputs.labels
     kept = first_rows(labels, most)
-    logp, lse = backend.logprob(head, kept, gradients.weight)
+    logp, lse = backend.logprob(head, kept, gradients)
     others = backend.logprob(head, torch.where(kept == IGNORE_INDEX, labels, IGNORE_INDEX))
     logp, lse = logp + others[0], lse + others[1]
     backend.backward(head, labels, lse, inputs.c, gradients, kept)

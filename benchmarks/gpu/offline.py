@@ -110,7 +110,7 @@ def run(shape: Shape) -> None:
         backend.logprob_and_grad(head, labels, c, gradients)
         backend.backward(head, labels, lse, c, gradients)
         if gradients.weight is not None and backend.kept_rows(head, gradients.weight):
-            backend.logprob(head, labels, gradients.weight)
+            backend.logprob(head, labels, gradients)
             backend.backward(head, labels, lse, c, gradients, labels)
     backend.scale_(hidden, c)
     backend.scale_(hidden, empty())

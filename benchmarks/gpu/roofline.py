@@ -388,7 +388,7 @@ def call(
     backend = TritonBackend()
     wanted = Gradients(gradients.hidden if step.hidden else None, gradients.weight if step.weight else None, None)
     if step.primitive == "logprob":
-        backend.logprob(head, labels(step.rows), gradients.weight if step.kept else None)
+        backend.logprob(head, labels(step.rows), gradients if step.kept else None)
     elif step.primitive == "logprob_and_grad":
         backend.logprob_and_grad(head, labels(step.rows), c, wanted)
     else:

@@ -48,14 +48,15 @@ Contract, the same for every backend:
   type or float32; `gradients.bias` is float32 (float64 for float64 inputs).
 - hidden and weight may have any strides, but the last stride is 1. bias, labels, lse and c are contiguous.
 - Beyond results and vectors of length N, a call allocates at most `head.workspace_bytes`.
-- While nothing has been added to a weight gradient, its memory may hold logits (`kept_rows`). So rows whose weight
-  depends on their log-probability need no second product for their logits.
+- While nothing has been added to a weight gradient, its memory may hold logits (`kept_rows`), and so may a part of the
+  workspace. So rows whose weight depends on their log-probability need no second product for their logits. A backend
+  whose products round G to 16 bits may keep 16-bit numbers, if they are relative to a reference near the largest logit.
 - Two runs with the same inputs on the same machine, with the same number of threads, are bitwise equal.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -131,6 +132,8 @@ class Gradients:
     """[V], float32 (float64 for float64 inputs), contiguous; a call adds to it."""
     tail: TailReport | None = None
     """Filled if it is given and `Head.tail_threshold` is not 0."""
+    logits: torch.Tensor | None = None
+    """Memory for logits that stay until `weight` is written, beside the memory of `weight` (`memory_for_logits`)."""
 
 
 @dataclass(frozen=True)
@@ -163,20 +166,33 @@ class Backend(Protocol):
         """None if the backend takes inputs of this device and type, else a sentence: why not, and what to do."""
         ...
 
-    def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
-        """Number of rows whose logits fit in the memory of `weight_gradient` [V, H]; 0 where keeping them does not pay.
+    def new_weight_gradient(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a gradient of `weight`: [V, H] `dtype`, contiguous, with any content (`uninitialised_like`)."""
+        ...
 
-        Assumes that a gradient of the hidden states is wanted too. Its float32 sums take part of the workspace.
+    def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
+        """Number of rows whose logits fit in the memory of `weight_gradient` [V, H] and of `memory_for_logits`.
+
+        0 where keeping them does not pay. Assumes that a gradient of the hidden states is wanted too. Its float32 sums
+        take part of the workspace.
+        """
+        ...
+
+    def memory_for_logits(self, head: Head, weight_gradient: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """`Gradients.logits` for the logits of `rows` rows, at most `kept_rows`; None if `weight_gradient` holds all.
+
+        It is a part of `head.workspace_bytes`: calls that follow while it lives get the rest.
         """
         ...
 
     def logprob(
-        self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+        self, head: Head, labels: torch.Tensor, keep: Gradients | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token log-probabilities l [N] and logsumexp [N]. One product.
 
-        `keep` [V, H], if given, is a weight gradient to which nothing has been added, and `labels` score at most
-        `kept_rows` rows. Afterwards `keep` holds the logits of these rows, in a layout that the backend chooses.
+        `keep`, if given, has a weight gradient to which nothing has been added, and `labels` score at most `kept_rows`
+        rows. Afterwards `keep.weight` and `keep.logits` hold the logits of these rows, in a layout that the backend
+        chooses.
         """
         ...
 
@@ -201,8 +217,7 @@ class Backend(Protocol):
     ) -> None:
         """The gradients for row weights c and a known logsumexp. Three products (two if one buffer is None).
 
-        `kept` [N], if given, are the labels of the `logprob` call that kept logits in `gradients.weight`. Rows scored
-        there are scored in `labels` too, and take one product less. The call assigns `gradients.weight` then instead of
+        `kept` [N], if given, are the labels of the `logprob` call that kept logits in `gradients`. Rows scored there are scored in `labels` too, and take one product less. The call assigns `gradients.weight` then instead of
         adding to it.
         """
         ...
@@ -223,6 +238,20 @@ class Backend(Protocol):
         This pays on a device that takes longer to start the objective's 20 or so small operations than to run them.
         """
         ...
+
+
+def with_memory_for_logits(backend: Backend, head: Head, into: Gradients, rows: int) -> tuple[Head, Gradients]:
+    """The head with the rest of the workspace, and the buffers with memory for the logits of `rows` rows."""
+    if not rows or into.weight is None:
+        return head, into
+    memory = backend.memory_for_logits(head, into.weight, rows)
+    taken = 0 if memory is None else memory.nbytes
+    return replace(head, workspace_bytes=head.workspace_bytes - taken), replace(into, logits=memory)
+
+
+def uninitialised_like(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`Backend.new_weight_gradient` for a backend that asks nothing of the memory."""
+    return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def scale_in_parts(values: torch.Tensor, factor: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head, TailReport, scale_in_parts
+from infopo_kernels.backends.base import Gradients, Head, TailReport, scale_in_parts, uninitialised_like
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from infopo_kernels.packing import Rows
@@ -176,9 +176,15 @@ class TorchBackend:
             return None
         return f"plain PyTorch serves {', '.join(map(str, _FLOATING))}, not {dtype}; cast `hidden` and `weight`."
 
+    def new_weight_gradient(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return uninitialised_like(weight, dtype)
+
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         del head, weight_gradient
         return 0
+
+    def memory_for_logits(self, head: Head, weight_gradient: torch.Tensor, rows: int) -> None:
+        del head, weight_gradient, rows
 
     def scale_(self, values: torch.Tensor, factor: torch.Tensor) -> None:
         """values *= factor, in plain PyTorch."""
@@ -191,7 +197,7 @@ class TorchBackend:
         return None
 
     def logprob(
-        self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+        self, head: Head, labels: torch.Tensor, keep: Gradients | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert keep is None, "kept_rows is 0"
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)

@@ -46,7 +46,7 @@ class TravellingRows(SharedBackend):
 
     name: ClassVar[str] = "rows"
 
-    def logprob(self, head: Head, labels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logprob(self, head: Head, labels: Tensor, keep: Gradients | None = None) -> tuple[Tensor, Tensor]:
         assert keep is None, "kept_rows is 0"
         logp = torch.zeros(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
         lse = torch.zeros_like(logp)

@@ -26,7 +26,7 @@ class Ring(SharedBackend):
 
     name: ClassVar[str] = "ring"
 
-    def logprob(self, head: Head, labels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def logprob(self, head: Head, labels: Tensor, keep: Gradients | None = None) -> tuple[Tensor, Tensor]:
         assert keep is None, "kept_rows is 0"
         lse = torch.full(labels.shape, -torch.inf, dtype=torch.float64, device=labels.device)
         target = torch.zeros_like(lse)

@@ -37,13 +37,18 @@ class SameRows(SharedBackend):
         del head, weight_gradient
         return self._kept_rows
 
-    def logprob(self, head: Head, labels: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def memory_for_logits(self, head: Head, weight_gradient: Tensor, rows: int) -> Tensor | None:
+        part = self._parts.own(head)
+        own = weight_gradient[: len(part.weight)]
+        return self._own.memory_for_logits(part, own, rows) if len(own) else None
+
+    def logprob(self, head: Head, labels: Tensor, keep: Gradients | None = None) -> tuple[Tensor, Tensor]:
         part = self._parts.own(head)
         lse = torch.full(labels.shape, -torch.inf, dtype=head.accumulator_dtype, device=labels.device)
         target = torch.zeros_like(lse)
         if len(part.weight):
             y = self._parts.labels(labels, self._parts.rank)
-            logp, lse = self._own.logprob(part, y, keep if keep is None else keep[: len(part.weight)])
+            logp, lse = self._own.logprob(part, y, None if keep is None else self._parts.own_gradients(keep))
             target = logit_of_label(y, logp, lse)
         both = collectives.gathered(self._parts.group, torch.stack([lse, target]))
         return merged(labels, both[:, 0], both[:, 1])

@@ -29,10 +29,17 @@ class SharedBackend:
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return self._own.unsupported_reason(device, dtype)
 
+    def new_weight_gradient(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._own.new_weight_gradient(weight, dtype)
+
     def kept_rows(self, head: Head, weight_gradient: Tensor) -> int:
         """None: a part of the head holds logits of one rank's rows only while no other rank's are multiplied by it."""
         del head, weight_gradient
         return 0
+
+    def memory_for_logits(self, head: Head, weight_gradient: Tensor, rows: int) -> Tensor | None:
+        del head, weight_gradient, rows
+        return None
 
     def scale_(self, values: Tensor, factor: Tensor) -> None:
         self._own.scale_(values, factor)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head, Wanted
+from infopo_kernels.backends.base import Gradients, Head, Wanted, uninitialised_like
 from infopo_kernels.backends.triton.support import unsupported_reason
 from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
 from infopo_kernels.packing import Rows
@@ -35,6 +35,9 @@ class TritonBackend:
         """None if inputs of this device and type can be served, else why not and what to do, as a sentence."""
         return unsupported_reason(device, dtype)
 
+    def new_weight_gradient(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return uninitialised_like(weight, dtype)
+
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         """How many rows' logits the memory of `weight_gradient` can hold: about 2 H in a float32 one beside 16-bit
         inputs, H in one of the input type."""
@@ -46,12 +49,15 @@ class TritonBackend:
         with on_device(weight_gradient.device):
             return kept_rows(prepare(head), weight_gradient)
 
+    def memory_for_logits(self, head: Head, weight_gradient: torch.Tensor, rows: int) -> None:
+        del head, weight_gradient, rows
+
     def logprob(
-        self, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+        self, head: Head, labels: torch.Tensor, keep: Gradients | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token log-probabilities l [N] and logsumexp [N]. One product.
 
-        `keep` holds logits afterwards (`kernels/kept.py`).
+        `keep.weight` holds logits afterwards (`kernels/kept.py`).
         """
         from infopo_kernels.backends.triton.gradients import logprob_keeping
         from infopo_kernels.backends.triton.kernels.logprob import launch_logprob
@@ -63,10 +69,10 @@ class TritonBackend:
             return logp, lse
         with on_device(labels.device):
             live = find_live_rows(labels, None, skip_zero=False, gain=False, cleared=(logp, lse))
-            if keep is None:
+            if keep is None or keep.weight is None:
                 launch_logprob(prepare(head), labels, live, logp, lse)
             else:
-                logprob_keeping(prepare(head), labels, live, keep, logp, lse)
+                logprob_keeping(prepare(head), labels, live, keep.weight, logp, lse)
         return logp, lse
 
     def logprob_and_grad(
