@@ -63,6 +63,8 @@ class Ours(Contender):
     name = "infopo_kernels"
     setting = "`linear_infopo_loss(..., average=True)`, default backend and workspace"
     skips_unscored = ("cpu", "cuda")
+    kernel: ClassVar[dict[str, Any]] = {}
+    """Options of the kernel; the default ones here."""
 
     def unsupported_reason(self, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
         try:
@@ -83,6 +85,7 @@ class Ours(Contender):
             is_chosen=batch.is_chosen,
             beta=batch.beta,
             average=True,
+            **self.kernel,
         ).loss
 
     def token_logps(self, batch: Batch) -> Tensor:

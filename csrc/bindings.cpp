@@ -170,9 +170,8 @@ int64_t numbers_for_logits_op(const Tensor& hidden, const Tensor& grad_weight, i
 // The store in `grad_weight` and in `logits`. Throws if it has too few slots for the rows that `labels` score.
 LogitStore check_store(const Gradients& to, const Head& head, const MaybeTensor& logits, const Tensor& labels) {
   if (logits) check_vector(*logits, "logits", logits->numel(), ScalarType::Short);
-  const LogitStore store =
-      LogitStore::in(select_kernels(head.hidden.dtype), to.weight, to.weight_dtype, head.V, head.H,
-                     logits ? logits->mutable_data_ptr() : nullptr, logits ? logits->numel() : 0);
+  const LogitStore store = LogitStore::in(select_kernels(head.hidden.dtype), to.weight, to.weight_dtype, head.V, head.H,
+                                          logits ? logits->mutable_data_ptr() : nullptr, logits ? logits->numel() : 0);
   const int64_t* y = integers(labels);
   const int64_t scored = head.N - std::count(y, y + head.N, kIgnoreIndex);
   if (scored > store.all_slots()) {

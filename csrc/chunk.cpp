@@ -157,7 +157,7 @@ void Chunk::form_logits(const Tile& tile, int64_t t, const BlockGradient& to) co
   }
 }
 
-void Chunk::weight_gradient(int64_t v0, int64_t v1, const BlockGradient& to) const {
+void Chunk::weight_gradient(int64_t v0, int64_t v1, const BlockGradient& to) {
   on_threads(sizes.threads, [&](int64_t t) {
     for_own_tiles(t, v0, v1, to.z, [&](const Tile& tile) {
       form_logits(tile, t, to);
@@ -176,13 +176,13 @@ void Chunk::weight_gradient(int64_t v0, int64_t v1, const BlockGradient& to) con
                     .accumulate = to.add,
                     .task_end = product_tasks(k, tile.rows, p.H)});
       }
-      pack_weight(tile, v0, v1);
+      if (packed_ != v0) pack_weight(tile, v0, v1);
     });
   });
+  packed_ = v0;
 }
 
-void Chunk::gradients(int64_t v0, int64_t v1, const BlockGradient& to, float* const* hidden,
-                      const TailReport& report) const {
+void Chunk::gradients(int64_t v0, int64_t v1, const BlockGradient& to, float* const* hidden, const TailReport& report) {
   if (p.tail_threshold > 0) return pooled_gradient(*this, v0, v1, to, hidden, report);
   weight_gradient(v0, v1, to);
   if (hidden) hidden_gradient(v0, v1, to.z, hidden);

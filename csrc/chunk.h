@@ -28,9 +28,9 @@ class Chunk {
 
  public:
   const Buffers b;
-  const int64_t* rows = nullptr;   // [live] indices of the chunk's rows in X
-  int64_t live = 0;                // number of rows
-  int64_t C = 0;                   // live rounded up to whole vectors
+  const int64_t* rows = nullptr;  // [live] indices of the chunk's rows in X
+  int64_t live = 0;               // number of rows
+  int64_t C = 0;                  // live rounded up to whole vectors
 
   // Packs chunk_rows[0 ... n), unless they are packed already. `chunk_slots`, if given, are the slots of their logits in a
   // store, ascending.
@@ -92,10 +92,10 @@ class Chunk {
   // The logits of a tile of the block: taken from the store, formed, or there already.
   void form_logits(const Tile&, int64_t t, const BlockGradient&) const;
 
-  void weight_gradient(int64_t v0, int64_t v1, const BlockGradient&) const;
+  void weight_gradient(int64_t v0, int64_t v1, const BlockGradient&);
 
   // `weight_gradient` and, if `hidden` is given, `hidden_gradient`; with a pooled tail if the head has a threshold.
-  void gradients(int64_t v0, int64_t v1, const BlockGradient&, float* const* hidden, const TailReport&) const;
+  void gradients(int64_t v0, int64_t v1, const BlockGradient&, float* const* hidden, const TailReport&);
 
   void pack_weight(const Tile&, int64_t v0, int64_t v1) const;
 
@@ -115,6 +115,8 @@ class Chunk {
   const Want want_;
   const int64_t* labels_;
   std::vector<Run> runs_;
+  int64_t packed_ =
+      -1;  // first entry of the block whose panels of W `weight_gradient` packed; the next chunk needs the same
 };
 
 // Calls f(first) for each chunk; `slots` are the rows' slots in a store, if they have any.

@@ -52,7 +52,8 @@ void from_stored_logits(const TileKernels& k, const Head& p, const int64_t* labe
     for_blocks(chunk, [&](int64_t v0, int64_t v1) {
       float* z = chunk.b.z + (store.exists() ? 0 : v0 * chunk.b.ld);
       float* dW = to.weight ? static_cast<float*>(to.weight) + v0 * p.H : nullptr;
-      chunk.gradients(v0, v1, {.z = z, .have_logits = !store.exists(), .dW = dW, .add = true, .db = to.bias, .store = store},
+      chunk.gradients(v0, v1,
+                      {.z = z, .have_logits = !store.exists(), .dW = dW, .add = true, .db = to.bias, .store = store},
                       to.hidden ? sums.rows(0) : nullptr, to.tail);
     });
     if (to.hidden) sums.round_into_result(0);

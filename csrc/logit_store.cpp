@@ -12,9 +12,8 @@
 namespace infopo {
 LogitStore LogitStore::in(const TileKernels& k, void* weight_gradient, Dtype dtype, int64_t V, int64_t H, void* beside,
                           int64_t numbers) {
-  LogitStore store{.data = static_cast<char*>(weight_gradient),
-                   .row_bytes = H * element_size(dtype),
-                   .size = k.packed_bytes};
+  LogitStore store{
+      .data = static_cast<char*>(weight_gradient), .row_bytes = H * element_size(dtype), .size = k.packed_bytes};
   store.slots = store.row_bytes % store.size == 0 ? store.row_bytes / store.size : 0;
   if (store.slots < kFewestKeptRows) store.slots = 0;
   if (store.size == sizeof(float) || !store.slots || V == 0) return store;

@@ -24,11 +24,11 @@ struct LogitStore {
 
   char* data = nullptr;  // memory of a gradient [V, H], contiguous; null for none
   int64_t row_bytes = 0;
-  int64_t size = 4;                // bytes of a logit
-  int64_t slots = 0;               // in a row of the gradient, then in a row beside it
+  int64_t size = 4;   // bytes of a logit
+  int64_t slots = 0;  // in a row of the gradient, then in a row beside it
   int64_t slots_beside = 0;
-  uint16_t* reference = nullptr;   // [groups, slots + slots_beside] bfloat16, for float16 logits
-  uint16_t* beside = nullptr;      // [V, slots_beside]
+  uint16_t* reference = nullptr;  // [groups, slots + slots_beside] bfloat16, for float16 logits
+  uint16_t* beside = nullptr;     // [V, slots_beside]
 
   // The store in a gradient of this type. `beside` has `numbers` 16-bit numbers: references and rows.
   static LogitStore in(const TileKernels&, void* weight_gradient, Dtype dtype, int64_t V, int64_t H, void* beside,

@@ -82,20 +82,15 @@ void store_row(const float* row, int64_t H, bool add, Dtype dtype, void* out) {
 }
 
 void narrow_logits(const float* z, const float* reference, int64_t n, uint16_t* out) {
-  constexpr float kLowest = -65504.f;  // exp of it is 0, as of what lies below
-  float part[kLanes];
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t width = least(kLanes, n - i);
-    if (width == kLanes) {
-      const Vec x = load(z + i) - load(reference + i);
-      store(part, x < broadcast(kLowest) ? broadcast(kLowest) : x);
-    } else {
-      for (int64_t j = 0; j < width; ++j) {
-        const float x = z[i + j] - reference[i + j];
-        part[j] = x < kLowest ? kLowest : x;
-      }
-    }
-    narrow_f16(part, width, out + i);
+  const Vec lowest = broadcast(-65504.f);  // exp of it is 0, as of what lies below
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec x = load(z + i) - load(reference + i);
+    store_f16(out + i, x < lowest ? lowest : x);
+  }
+  for (; i < n; ++i) {
+    const float x = z[i] - reference[i];
+    out[i] = float_to_half(x < lowest[0] ? lowest[0] : x);
   }
 }
 

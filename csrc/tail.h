@@ -115,6 +115,9 @@ int64_t pool(const LogitMap& map, const Tile& t, int64_t live, const int64_t* la
                           : pool_as<true>(map, t, live, labels, lse, coefficient, grad_bias, scratch, tail, to);
 }
 
+// Rows of W are read so many words ahead: they lie too far apart for the hardware prefetcher.
+constexpr int64_t kWordsAhead = 6;
+
 // out[h0 + j] = sum_i weight[i] W[word[i]][h0 + j] for kVectors vectors of columns. Their sums stay in registers.
 template <Dtype kDtype, int kVectors>
 void weighted_rows(const Matrix& W, int64_t n, const int64_t* word, const float* weight, int64_t h0, float* out) {
@@ -124,6 +127,11 @@ void weighted_rows(const Matrix& W, int64_t n, const int64_t* word, const float*
   for (int64_t i = 0; i < n; ++i) {
     const Vec factor = broadcast(weight[i]);
     const int64_t at = word[i] * W.stride + h0;
+    if (i + kWordsAhead < n) {
+      const int64_t size = kDtype == Dtype::kFloat32 ? 4 : 2;
+      prefetch(static_cast<const char*>(W.data) + (word[i + kWordsAhead] * W.stride + h0) * size, 0, 0, 1,
+               kVectors * kLanes * size);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sum[j] = fma(factor, load_vector<kDtype>(W.data, at + j * kLanes), sum[j]);
   }

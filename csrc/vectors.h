@@ -85,19 +85,21 @@ INFOPO_INLINE Vec widen_f16(const uint16_t* p) {
 #endif
 }
 
+INFOPO_INLINE void store_f16(uint16_t* to, Vec x) {
+#if INFOPO_LANES == 16
+  const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(to, &half, sizeof half);
+#elif INFOPO_LANES == 8
+  const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(to, &half, sizeof half);
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = float_to_half(x[i]);
+#endif
+}
+
 INFOPO_INLINE void narrow_f16(const float* from, int64_t n, uint16_t* to) {
   int64_t i = 0;
-#if INFOPO_LANES == 16
-  for (; i + kLanes <= n; i += kLanes) {
-    const __m256i x = _mm512_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT);
-    __builtin_memcpy(to + i, &x, sizeof x);
-  }
-#elif INFOPO_LANES == 8
-  for (; i + kLanes <= n; i += kLanes) {
-    const __m128i x = _mm256_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT);
-    __builtin_memcpy(to + i, &x, sizeof x);
-  }
-#endif
+  for (; i + kLanes <= n; i += kLanes) store_f16(to + i, load(from + i));
   for (; i < n; ++i) to[i] = float_to_half(from[i]);
 }
 

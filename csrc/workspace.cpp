@@ -11,12 +11,12 @@ namespace {
 // If the distance between rows of W is a multiple of this, they share a few cache sets, and W has to be packed.
 constexpr int64_t kPageBytes = 4096;
 
-// Words of a block of a pooled tail: whole tiles, the same number for each thread. If the logits of the whole vocabulary
-// are there, a block takes no memory for logits, and a large one has fewer waits between threads.
+// Words of a block of a pooled tail: whole tiles, the same number for each thread. A large block has fewer waits between
+// threads. If the logits of the whole vocabulary are there, it takes no memory for them, or little beside them.
 int64_t tail_block(int64_t Vb, int64_t threads, const Want& want) {
   constexpr int64_t kLargest = 3072;
   const int64_t unit = kTailTile * threads;
-  if (want.all_logits) Vb = kLargest;
+  if (want.all_logits || want.narrow_logits) Vb = kLargest;
   return Vb >= unit ? Vb / unit * unit : Vb >= kTailTile ? Vb / kTailTile * kTailTile : Vb;
 }
 

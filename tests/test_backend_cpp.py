@@ -187,6 +187,40 @@ def test_logits_kept_in_the_memory_of_the_weight_gradient(
         problem.assert_right(problem.run(False, wanted, weight_dtype, fit if keep is None else keep))
 
 
+@pytest.mark.parametrize(("name", "dtype"), [k for k in KERNELS if k[0] in PAIRS], ids=str)
+def test_the_workspace_keeps_the_rows_that_the_weight_gradient_does_not(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16-bit logits: H rows in the memory of a bfloat16 dW, the others beside it; also where some are not live."""
+    force_isa(name, monkeypatch)
+    for size in ({"N": 300, "H": 96, "V": 397}, {"N": 300, "H": 96, "V": 1000, "softcap": 3.0, "scale": -0.5}):
+        problem = Problem(dtype=dtype, workspace=4 * MIB, **size)  # type: ignore[arg-type]
+        dW = torch.empty_like(problem.head.weight)
+        assert BACKEND.kept_rows(problem.head, dW) > 300
+        head, gradients = with_memory_for_logits(BACKEND, problem.head, Gradients(None, dW, None), 300)
+        assert gradients.logits is not None
+        groups = -(-len(dW) // 96)
+        assert gradients.logits.numel() == groups * 300 + len(dW) * (300 - 96)
+        assert head.workspace_bytes == problem.head.workspace_bytes - gradients.logits.nbytes
+        for keep in (90, 97, 250, 300):
+            problem.assert_right(problem.run(False, ("hidden", "weight", "bias"), dtype, keep))
+
+
+def test_a_small_workspace_keeps_only_what_leaves_room_for_the_products() -> None:
+    """References of 16-bit logits lie in the workspace, half of which stays free."""
+    if isa(torch.bfloat16) not in PAIRS:
+        pytest.skip("products take float32 here, and logits are kept as float32")
+    problem = Problem(100, 96, 397, torch.bfloat16, workspace=MIB)
+    head, dW = problem.head, torch.empty_like(problem.head.weight)
+    rows = BACKEND.kept_rows(head, dW)
+    assert rows > 96
+    memory = BACKEND.memory_for_logits(head, dW, rows)
+    assert memory is not None
+    assert memory.nbytes <= head.workspace_bytes // 2
+    tiny = replace(head, workspace_bytes=3 * len(head.hidden) * 96 * 4)
+    assert BACKEND.kept_rows(tiny, dW) == 0, "sums of dX need it all"
+
+
 def test_kept_logits_leave_no_trace_where_nothing_is_added() -> None:
     problem = Problem(90, 96, 397, torch.float32)
     head, dW = problem.head, torch.full((397, 96), torch.nan)
@@ -401,14 +435,14 @@ def test_opcheck() -> None:
     common = (head.hidden, head.weight, head.bias, problem.labels)
     lse = ops.logprob(*common, None, None, None, 1.0, MIB)[1]
     buffers = (torch.zeros(6, 8), torch.zeros(20, 8), torch.zeros(20))
-    torch.library.opcheck(ops.logprob.default, (*common, None, None, 1.0, MIB))
+    torch.library.opcheck(ops.logprob.default, (*common, None, None, None, 1.0, MIB))
     for tail in ((None, None, 0.0), (torch.zeros(6), torch.zeros(2).double(), 0.01)):
         *report, threshold = tail
         torch.library.opcheck(
             ops.logprob_and_grad.default, (*common, problem.c, *buffers, *report, 3.0, 0.5, MIB, threshold)
         )
         torch.library.opcheck(
-            ops.backward.default, (*common, lse, problem.c, *buffers, *report, None, None, 1.0, MIB, threshold)
+            ops.backward.default, (*common, lse, problem.c, *buffers, *report, None, None, None, 1.0, MIB, threshold)
         )
 
 

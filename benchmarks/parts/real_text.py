@@ -36,6 +36,7 @@ from infopo_kernels.output import TailSummary
 
 RECORD = "real-text"
 THRESHOLD = 2.0**-13
+ROOM = 128
 PEERS = ("naive PyTorch", "torch.compile", "F.linear_cross_entropy", "Cut Cross-Entropy")
 ROUNDS = 5
 _PAIRS: Final = 14  # 1,180 scored tokens
@@ -47,18 +48,35 @@ class Pooled(Ours):
 
     name: ClassVar[str] = f"{OURS}, pooled tail"
     setting: ClassVar[str] = "`linear_infopo_loss(..., tail_threshold=2**-13)`"
+    kernel: ClassVar[dict[str, Any]] = {"tail_threshold": THRESHOLD}
 
     def report(self, batch: Batch) -> tuple[Tensor, TailSummary]:
         """The loss and what was pooled."""
         out = linear_infopo_loss(
             batch.hidden, batch.weight, batch.labels, cu_seqlens=self._bounds(batch), is_chosen=batch.is_chosen,
-            beta=batch.beta, average=True, tail_threshold=THRESHOLD, report_tail=True,
+            beta=batch.beta, average=True, report_tail=True, **self.kernel,
         )  # fmt: skip
         assert out.tail is not None
         return out.loss, out.tail
 
     def loss(self, batch: Batch) -> Tensor:
         return self.report(batch)[0]
+
+
+class Roomy(Ours):
+    """This library with a workspace that keeps the logits of all rows for the second pass, where the head is 16-bit."""
+
+    name: ClassVar[str] = f"{OURS}, {ROOM} MiB"
+    setting: ClassVar[str] = f"`linear_infopo_loss(..., workspace_mib={ROOM})`"
+    kernel: ClassVar[dict[str, Any]] = {"workspace_mib": ROOM}
+
+
+class RoomyPooled(Pooled):
+    """Both."""
+
+    name: ClassVar[str] = f"{OURS}, pooled tail, {ROOM} MiB"
+    setting: ClassVar[str] = f"`linear_infopo_loss(..., workspace_mib={ROOM}, tail_threshold=2**-13)`"
+    kernel: ClassVar[dict[str, Any]] = {**Roomy.kernel, **Pooled.kernel}
 
 
 def real_batch(dtype: torch.dtype) -> Batch:
@@ -136,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours = [CONTENDERS[OURS], Pooled()]
     for dtype in among("dtypes", args.dtypes, ("float32", "bfloat16")):
         batch = real_batch(DTYPES[dtype])
-        found = measure(f"step, {dtype}", batch, [*ours, *(CONTENDERS[name] for name in PEERS)], args.rounds)
+        roomy = [Roomy(), RoomyPooled()] if DTYPES[dtype].itemsize == 2 else []
+        found = measure(f"step, {dtype}", batch, [*ours, *roomy, *(CONTENDERS[name] for name in PEERS)], args.rounds)
         found += measure(f"frozen, {dtype}", _frozen(batch), ours, args.rounds)
         noise = make_batch(CASES["step"], SHAPES[MAIN_SHAPE], 2, 256, DTYPES[dtype], _CPU)
         found += measure(f"random weights, {dtype}", noise, ours, args.rounds)

@@ -217,7 +217,8 @@ class Backend(Protocol):
     ) -> None:
         """The gradients for row weights c and a known logsumexp. Three products (two if one buffer is None).
 
-        `kept` [N], if given, are the labels of the `logprob` call that kept logits in `gradients`. Rows scored there are scored in `labels` too, and take one product less. The call assigns `gradients.weight` then instead of
+        `kept` [N], if given, are the labels of the `logprob` call that kept logits in `gradients`. Rows scored there
+        are scored in `labels` too, and take one product less. The call assigns `gradients.weight` then instead of
         adding to it.
         """
         ...

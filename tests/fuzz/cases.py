@@ -117,7 +117,8 @@ def check(case: Case, backend: Backend) -> None:
         torch.set_num_threads(threads)
 
     name = case.backend.partition("-")[0]
-    operand, rounded = operand_rounding(name, case.dtype), kept_rounding(name, case.dtype) if case.way == "kept" else 0.0
+    operand = operand_rounding(name, case.dtype)
+    rounded = kept_rounding(name, case.dtype) if case.way == "kept" else 0.0
     truth, allowed = plain(head, labels, c), error_budget(head, labels, c, operand=operand, kept=rounded)
     added = accumulated(case.N, HALF_STEP[torch.float32])
     assert_within("l", l, truth.l, allowed.l)
