@@ -3,7 +3,7 @@
 #   make demo        the main job: InfoPO and DPO on a real language model, in a few minutes on two cores
 #   make test        every test that this machine can run
 #   make test-distributed  every way over 2 and 4 processes, against one (make test: a sample of it)
-#   make bench       benchmarks on the CPU (QUICK=1: in 3 minutes)
+#   make bench       benchmarks on the CPU, steps on real text among them (QUICK=1: a sample in 3 minutes)
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
 #   make kernels-versions  the sample of it with every Triton that is supported
 #   make first-contact     on a GPU: what is right and where the time goes, in ten minutes (ARGS=--dry-run: without one)
@@ -61,6 +61,7 @@ test-distributed: $(PACKAGE) $(TEST)
 
 bench: $(PACKAGE) $(TEST)
 	$(PY) -m benchmarks $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	$(if $(filter-out 0,$(QUICK)),,$(PY) -m benchmarks real-text)
 
 kernels: $(PACKAGE) $(TEST)
 	$(PY) -m benchmarks kernels $(ARGS)

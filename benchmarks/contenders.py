@@ -63,8 +63,6 @@ class Ours(Contender):
     name = "infopo_kernels"
     setting = "`linear_infopo_loss(..., average=True)`, default backend and workspace"
     skips_unscored = ("cpu", "cuda")
-    kernel: ClassVar[dict[str, Any]] = {}
-    """Options of the kernel; the default ones here."""
 
     def unsupported_reason(self, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
         try:
@@ -85,7 +83,6 @@ class Ours(Contender):
             is_chosen=batch.is_chosen,
             beta=batch.beta,
             average=True,
-            **self.kernel,
         ).loss
 
     def token_logps(self, batch: Batch) -> Tensor:

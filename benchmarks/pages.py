@@ -13,7 +13,15 @@ from typing import Final
 from benchmarks import plots, records, report
 from benchmarks.contenders import CONTENDERS
 from benchmarks.gpu import first_contact
-from benchmarks.parts import cpu_targets, distributed, long_context_training, packing, tuning_sweep
+from benchmarks.parts import (
+    cpu_targets,
+    distributed,
+    long_context_training,
+    packing,
+    real_text,
+    tail_training,
+    tuning_sweep,
+)
 from benchmarks.records import Record, Records
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -77,6 +85,8 @@ _BLOCKS: Final[dict[str, tuple[str, Callable[[Records], str]]]] = {
             (long_context_training.RECORD, long_context_training.table),
             (tuning_sweep.RECORD, tuning_sweep.table),
             (f"{tuning_sweep.RECORD}-long", tuning_sweep.table),
+            (real_text.RECORD, real_text.table),
+            (tail_training.RECORD, tuning_sweep.table),
             (first_contact.VARIANTS, first_contact.variants_table),
         )
     },

@@ -35,7 +35,8 @@ from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.output import TailSummary
 
 RECORD = "real-text"
-THRESHOLD = 2.0**-13
+EXPONENT = 13
+OTHER_EXPONENTS = (12, 14)
 ROOM = 128
 PEERS = ("naive PyTorch", "torch.compile", "F.linear_cross_entropy", "Cut Cross-Entropy")
 ROUNDS = 5
@@ -43,40 +44,36 @@ _PAIRS: Final = 14  # 1,180 scored tokens
 _CPU = torch.device("cpu")
 
 
-class Pooled(Ours):
-    """This library with a pooled tail."""
+class Setting(Ours):
+    """This library with options of its kernel; with a threshold it reports what was pooled."""
 
-    name: ClassVar[str] = f"{OURS}, pooled tail"
-    setting: ClassVar[str] = "`linear_infopo_loss(..., tail_threshold=2**-13)`"
-    kernel: ClassVar[dict[str, Any]] = {"tail_threshold": THRESHOLD}
+    options: ClassVar[dict[str, Any]]
 
-    def report(self, batch: Batch) -> tuple[Tensor, TailSummary]:
+    def report(self, batch: Batch) -> tuple[Tensor, TailSummary | None]:
         """The loss and what was pooled."""
         out = linear_infopo_loss(
             batch.hidden, batch.weight, batch.labels, cu_seqlens=self._bounds(batch), is_chosen=batch.is_chosen,
-            beta=batch.beta, average=True, report_tail=True, **self.kernel,
+            beta=batch.beta, average=True, report_tail="tail_threshold" in self.options, **self.options,
         )  # fmt: skip
-        assert out.tail is not None
         return out.loss, out.tail
 
     def loss(self, batch: Batch) -> Tensor:
         return self.report(batch)[0]
 
 
-class Roomy(Ours):
-    """This library with a workspace that keeps the logits of all rows for the second pass, where the head is 16-bit."""
+def setting(exponent: int | None = EXPONENT, workspace_mib: int | None = None) -> Setting:
+    """With the threshold 2^-exponent, or with more memory."""
+    wide = {} if workspace_mib is None else {"workspace_mib": workspace_mib}
+    pooled = {} if exponent is None else {"tail_threshold": 2.0**-exponent}
+    words = [f"tail pooled below 2^-{exponent}"] if pooled else []
+    words += [f"{workspace_mib} MiB"] if wide else []
 
-    name: ClassVar[str] = f"{OURS}, {ROOM} MiB"
-    setting: ClassVar[str] = f"`linear_infopo_loss(..., workspace_mib={ROOM})`"
-    kernel: ClassVar[dict[str, Any]] = {"workspace_mib": ROOM}
+    class Own(Setting):
+        name = f"{OURS}, {', '.join(words)}"
+        setting = f"`linear_infopo_loss(..., {', '.join(f'{k}={v}' for k, v in (pooled | wide).items())})`"
+        options: ClassVar[dict[str, Any]] = pooled | wide
 
-
-class RoomyPooled(Pooled):
-    """Both."""
-
-    name: ClassVar[str] = f"{OURS}, pooled tail, {ROOM} MiB"
-    setting: ClassVar[str] = f"`linear_infopo_loss(..., workspace_mib={ROOM}, tail_threshold=2**-13)`"
-    kernel: ClassVar[dict[str, Any]] = {**Roomy.kernel, **Pooled.kernel}
+    return Own()
 
 
 def real_batch(dtype: torch.dtype) -> Batch:
@@ -120,8 +117,8 @@ def measure(what: str, batch: Batch, contenders: Sequence[Contender], rounds: in
         row: dict[str, Any] = {"case": what, "contender": contender.name, "tokens": len(batch.labels)}
         for name, gradient in right.gradients.items():
             row[f"error_{name}"] = relative_error(getattr(batch, name).grad, gradient)
-        if isinstance(contender, Pooled):
-            row |= {name: float(value) for name, value in contender.report(batch)[1]._asdict().items()}
+        if isinstance(contender, Setting) and (pooled := contender.report(batch)[1]) is not None:
+            row |= {name: float(value) for name, value in pooled._asdict().items()}
         rows[contender.name], calls[contender.name] = row, partial(run, contender, batch)
     each = interleave(calls, rounds, float("inf"), _CPU)
     exact = median(each[OURS])
@@ -135,12 +132,21 @@ def table(record: records.Record) -> report.Table:
     rows = []
     for row in record.rows.to_dict("records"):
         errors = [f"{row[key]:.1e}" if row.get(key) == row.get(key) else "" for key in ("error_hidden", "error_weight")]
-        kept = f"{row['kept_share']:.1%}" if row.get("kept_share") == row.get("kept_share") else ""
-        rows.append([row["case"], row["contender"], f"{row['ratio']:.2f}", *errors, kept])
+        pooled = row.get("kept_share") == row.get("kept_share")
+        tail = [f"{row['mass_mean']:.1e} / {row['mass_max']:.2g}", f"{row['kept_share']:.1%}"] if pooled else ["", ""]
+        rows.append([row["case"], row["contender"], f"{row['ratio']:.2f}", *errors, *tail])
     m = record.machine
     torch_version = m["versions"]["torch"]
     title = f"{MAIN_SHAPE}, {m['cpu']}, {m['threads']} threads, torch {torch_version}; medians in one run."
-    heads = ["case", "implementation", "time / exact", "error of dX", "error of dW", "columns kept"]
+    heads = [
+        "case",
+        "implementation",
+        "time / exact",
+        "error of dX",
+        "error of dW",
+        "pooled mass, mean / max",
+        "columns kept",
+    ]
     return report.Table(record.part, title, heads, rows)
 
 
@@ -151,11 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args(argv)
     console, machine, record = report.console(), environment(), None
-    ours = [CONTENDERS[OURS], Pooled()]
+    ours = [CONTENDERS[OURS], setting()]
     for dtype in among("dtypes", args.dtypes, ("float32", "bfloat16")):
         batch = real_batch(DTYPES[dtype])
-        roomy = [Roomy(), RoomyPooled()] if DTYPES[dtype].itemsize == 2 else []
-        found = measure(f"step, {dtype}", batch, [*ours, *roomy, *(CONTENDERS[name] for name in PEERS)], args.rounds)
+        others = [setting(exponent) for exponent in OTHER_EXPONENTS]
+        if DTYPES[dtype].itemsize == 2:  # room for the logits of all rows, which spares the second product for them
+            others += [setting(None, ROOM), setting(EXPONENT, ROOM)]
+        peers = [CONTENDERS[name] for name in PEERS]
+        found = measure(f"step, {dtype}", batch, [*ours, *others, *peers], args.rounds)
         found += measure(f"frozen, {dtype}", _frozen(batch), ours, args.rounds)
         noise = make_batch(CASES["step"], SHAPES[MAIN_SHAPE], 2, 256, DTYPES[dtype], _CPU)
         found += measure(f"random weights, {dtype}", noise, ours, args.rounds)
