@@ -32,8 +32,8 @@ class Chunk {
   int64_t live = 0;               // number of rows
   int64_t C = 0;                  // live rounded up to whole vectors
 
-  // Packs chunk_rows[0 ... n), unless they are packed already. `chunk_slots`, if given, are the slots of their logits in a
-  // store, ascending.
+  // Packs chunk_rows[0 ... n), unless they are packed already. `chunk_slots`, if given, are the slots of their logits in
+  // a store, ascending.
   void load(const int64_t* chunk_rows, int64_t n, const int64_t* chunk_slots);
 
   // The logits of row c are in slot c of the store.
@@ -115,8 +115,7 @@ class Chunk {
   const Want want_;
   const int64_t* labels_;
   std::vector<Run> runs_;
-  int64_t packed_ =
-      -1;  // first entry of the block whose panels of W `weight_gradient` packed; the next chunk needs the same
+  int64_t packed_ = -1;  // the block whose panels of W `weight_gradient` packed; the next chunk needs the same
 };
 
 // Calls f(first) for each chunk; `slots` are the rows' slots in a store, if they have any.

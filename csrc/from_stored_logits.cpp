@@ -2,7 +2,8 @@
 //
 //     Z^T = W X^T        dW += G^T X        db += G^T 1        dX = G W
 //
-// With a pooled tail, kernels that round G to 16 bits store 16-bit logits (logit_store.h): twice the rows read W once.
+// With a pooled tail, kernels that round G to 16 bits store 16-bit logits (logit_store.h): a chunk has
+// twice the rows, and W is read half as often.
 #include <algorithm>
 #include <vector>
 

@@ -47,8 +47,8 @@ struct Gradients {
   }
 };
 
-// Number of rows whose logits fit in the memory of a weight gradient of that type, and beside it in the workspace; 0 where
-// keeping them does not pay.
+// Number of rows whose logits fit in the memory of a weight gradient of that type, and beside it in the workspace; 0
+// where keeping them does not pay.
 int64_t kept_rows(const Head&, Dtype weight_gradient);
 
 // If `keep` is given, `labels` score at most `keep.all_slots()` rows.
