@@ -67,9 +67,9 @@ class Plan:
     long_lengths: tuple[int, ...] = _size(tuple(2**k for k in range(10, 21)), "tokens of the long-context rows")
     long_seconds: float = _size(2.5, "the long-context part skips a row that would take longer than this")
     long_memory_gib: float | None = _size(None, "memory limit of a process there, if less than --memory-gib")
-    training_dtypes: tuple[str, ...] = _names(DTYPES, ("float32",), "types of the model in the training part")
+    training_dtypes: tuple[str, ...] = _names(DTYPES, ("float32", "bfloat16"), "types of the model in the training part")
     training_length: int = _size(96, "tokens of a sequence in the training part")
-    training_steps: int = _size(3, "timed steps of the training part")
+    training_steps: int = _size(5, "timed steps of the training part")
     memory_gib: float = _size(8.0, "memory limit of a process; an implementation that asks for more fails")
     fit_gib: float | None = _size(None, "use fewer tokens where a naive step needs more (None: the same everywhere)")
 
@@ -96,7 +96,7 @@ class Plan:
 
 
 def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
-    """A plan of about 13 minutes on 2 cores, of 3 minutes if `quick`; on a GPU the sizes are larger."""
+    """A plan of about 15 minutes on 2 cores, of 3 minutes if `quick`; on a GPU the sizes are larger."""
     on_gpu = device.startswith("cuda")
     plan = Plan(
         device=device,
@@ -132,6 +132,7 @@ def default_plan(device: str = "cpu", quick: bool = False) -> Plan:
             accuracy_lengths=(256,),
             long_lengths=(1024, 8192),
             long_seconds=1.0,
+            training_dtypes=("float32",),
             training_length=64,
             training_steps=1,
         )

@@ -234,7 +234,8 @@ def test_training_steps_take_turns_on_one_model(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(type(CONTENDERS["TRL"]), "loss", failing_second)
     monkeypatch.setattr(type(CONTENDERS["TRL"]), "unsupported_reason", lambda *_: None)
-    plan = replace(default_plan(), peers=(OURS, "naive PyTorch", "TRL"), training_length=12, training_steps=3)
+    peers = (OURS, "naive PyTorch", "TRL")
+    plan = replace(default_plan(quick=True), peers=peers, training_length=12, training_steps=3)
     ours, naive, failed = training.training(plan, lambda text: None)
     assert len(ours["each"]) == len(naive["each"]) == 3
     assert ours["losses"] == pytest.approx(naive["losses"], rel=1e-3)  # two small steps apart
