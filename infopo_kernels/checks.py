@@ -90,6 +90,39 @@ def head(
         raise ValueError(f"`{names['bias']}` must have shape [V] = [{weight.shape[0]}], got {_shape(bias)}.")
 
 
+def weight_gradient_buffer(buffer: object, weight: torch.Tensor, hidden: torch.Tensor) -> None:
+    """`grad_weight_into`: a plain tensor that dW can be added to in place, in the accumulator type."""
+    name, value = "grad_weight_into", tensor("grad_weight_into", buffer)
+    accumulator = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if value.dtype != accumulator:
+        raise TypeError(
+            f"`{name}` must be {accumulator}, in which gradients of {hidden.dtype} inputs are summed, got "
+            f"{value.dtype}; leave it out to get a gradient in the type of `weight`."
+        )
+    if value.shape != weight.shape:
+        raise ValueError(f"`{name}` must have the shape of `weight`, {_shape(weight)}, got {_shape(value)}.")
+    _same_device(name, value, hidden)
+    if not value.is_contiguous():
+        raise ValueError(
+            f"`{name}` must be contiguous, because it is added to in place, got strides {list(value.stride())}; pass "
+            f"the buffer itself, not a transpose or a slice of columns."
+        )
+    if value.requires_grad:
+        raise ValueError(
+            f"`{name}` must not require a gradient, because it is added to in place, got one that does; pass the "
+            f"buffer of the gradient, not the weight, or `{name}.detach()`."
+        )
+
+
+def trained_weight(weight: torch.Tensor) -> None:
+    """`weight` needs a gradient, which `grad_weight_into` is for."""
+    if not weight.requires_grad:
+        raise ValueError(
+            "`grad_weight_into` was given and `weight` needs no gradient (requires_grad is False); leave the buffer "
+            "out for a frozen head, or call weight.requires_grad_()."
+        )
+
+
 def layout(hidden: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor | None, ignore_index: object) -> None:
     """Shapes and types of labels and `cu_seqlens` against the hidden states."""
     tensor("labels", labels)

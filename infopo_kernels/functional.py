@@ -42,6 +42,7 @@ def linear_logps(
     vocab: VocabShard | None = None,
     sequence_group: ProcessGroup | None = None,
     tail_threshold: float = 0.0,
+    grad_weight_into: Tensor | None = None,
 ) -> Tensor:
     """Log-probabilities of labels under a language-model head: differentiable, without the logits in memory.
 
@@ -83,6 +84,12 @@ def linear_logps(
             dW adds up over the ranks. A rank may hold no scored row of a sequence, and with `cu_seqlens` no row at
             all. 16 bytes a sequence travel.
         tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
+        grad_weight_into: [V, H] float32 (float64 for float64 inputs), contiguous: a gradient buffer of your own, as
+            `weight.main_grad` of Megatron. Each backward pass adds dW to it, times the incoming gradient, and gives
+            `weight` no gradient:
+            ``grad_weight_into += torch.autograd.grad(loss, weight)[0].float()``, but summed and added in float32, never
+            rounded to the type of `weight`, and without V * H numbers beside the buffer. Not with a head that ranks
+            share; with `sequence_group` the buffers add up over the ranks. Ignored where no gradient is recorded.
 
     Returns:
         "none": the shape of `labels`, float32 (float64 for float64 inputs), nats, 0 where not scored. With `shift`,
@@ -101,8 +108,9 @@ def linear_logps(
     parallel = Parallel.of(vocab, sequence_group, weight)
     layout = _Layout(cu_seqlens, None, shift, ignore_index, parts=sequence_group is not None)
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
+    into = _checked_buffer(grad_weight_into, rows, weight, parallel)
     if reduction == "none":
-        return ops.logprob(rows, weight, bias, logit, kernel, parallel).reshape(labels.shape)
+        return ops.logprob(rows, weight, bias, logit, kernel, parallel, into).reshape(labels.shape)
     if rows.cu_seqlens is None or rows.segments is None:
         raise ValueError(
             f"`cu_seqlens` is missing: reduction={reduction!r} of packed `hidden` [N, H] needs the bounds [S + 1] of "
@@ -113,7 +121,7 @@ def linear_logps(
         counts: Tensor = ops.scored_tokens(rows.labels, rows.segments, S)
     else:
         counts = _whole_counts(rows, S, parallel, (weight, bias), logit, {"reduction": reduction})
-    sums = sequence_sums(ops.logprob(rows, weight, bias, logit, kernel, parallel), rows.segments, S)
+    sums = sequence_sums(ops.logprob(rows, weight, bias, logit, kernel, parallel, into), rows.segments, S)
     if parallel is not None:
         sums = parallel.whole_sequences(sums)
     if reduction == "mean":
@@ -155,6 +163,7 @@ def linear_infopo_loss(
     data_group: ProcessGroup | None = None,
     tail_threshold: float = 0.0,
     report_tail: bool = False,
+    grad_weight_into: Tensor | None = None,
 ) -> InfoPOOutput:
     """The InfoPO loss and its gradients from hidden states, head and labels, without the logits in memory.
 
@@ -214,6 +223,10 @@ def linear_infopo_loss(
             are scaled, so that the average over all ranks adds up the parts. The host waits for one number.
         tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
         report_tail: fill the output's `tail`.
+        grad_weight_into: a gradient buffer of your own, to which each backward pass adds dW; see `linear_logps`. The
+            forward pass then forms no gradient and the backward pass all of them, from logits of its own: four products
+            for rows with a weight, one for the others, no V * H numbers between the passes, and as many backward passes
+            as you like. Not with `report_tail`, whose figures would come too late.
 
     Returns:
         `InfoPOOutput`; only `loss` has a gradient. To put the log-probabilities into another loss, use `linear_logps`.
@@ -221,7 +234,8 @@ def linear_infopo_loss(
     Raises:
         ValueError, TypeError: see `infopo_kernels.checks`. On a GPU values (labels, bounds, references) are not
             checked, because the host would have to wait for the device: bad values make the loss NaN.
-        RuntimeError: backward() runs a second time through the same loss, or with create_graph=True.
+        RuntimeError: backward() runs a second time through the same loss (without `grad_weight_into`), or with
+            create_graph=True.
 
     Source: Xiao et al., NAACL 2025; equations in `infopo_kernels.objectives.infopo`.
     """
@@ -237,6 +251,7 @@ def linear_infopo_loss(
         LogitOptions(softcap, logit_scale, temperature),
         KernelOptions(backend, workspace_mib, tail_threshold, report_tail),
         Parallel.of(vocab, sequence_group, weight),
+        grad_weight_into,
     )
 
 
@@ -268,6 +283,7 @@ def linear_preference_loss(
     data_group: ProcessGroup | None = None,
     tail_threshold: float = 0.0,
     report_tail: bool = False,
+    grad_weight_into: Tensor | None = None,
 ) -> PreferenceOutput:
     """A preference loss and its gradients from hidden states, head and labels, without the logits in memory.
 
@@ -318,6 +334,7 @@ def linear_preference_loss(
             are scaled, so that the average over all ranks adds up the parts. The host waits for one number.
         tail_threshold: θ; words below this probability share a column of the gradient. 0 is exact (`KernelOptions`).
         report_tail: fill the output's `tail`.
+        grad_weight_into: a gradient buffer of your own, to which each backward pass adds dW; see `linear_infopo_loss`.
 
     Returns:
         `PreferenceOutput`; its documentation says what each field means for each objective. Only `loss` has a gradient.
@@ -326,7 +343,8 @@ def linear_preference_loss(
         ValueError, TypeError: see `infopo_kernels.checks`. On a GPU values (labels, bounds, references, weights, and
             whether chosen and rejected sequences are equal in number) are not checked, because the host would have to
             wait for the device: bad values make the loss NaN.
-        RuntimeError: backward() runs a second time through the same loss, or with create_graph=True.
+        RuntimeError: backward() runs a second time through the same loss (without `grad_weight_into`), or with
+            create_graph=True.
 
     Source: named in the objective's file in `infopo_kernels.objectives`.
     """
@@ -342,6 +360,7 @@ def linear_preference_loss(
         LogitOptions(softcap, logit_scale, temperature),
         KernelOptions(backend, workspace_mib, tail_threshold, report_tail),
         Parallel.of(vocab, sequence_group, weight),
+        grad_weight_into,
     )
 
 
@@ -513,6 +532,22 @@ def _checked_rows(
     return rows, weight, bias
 
 
+def _checked_buffer(buffer: Tensor | None, rows: Rows, weight: Tensor, parallel: Parallel | None) -> Tensor | None:
+    """`grad_weight_into`, checked; None where no gradient is recorded."""
+    if buffer is None:
+        return None
+    if parallel is not None and parallel.shares_head:
+        raise ValueError(
+            "`grad_weight_into` must go with a head that this rank holds as a whole, got one that ranks share "
+            "(`vocab`, or a DTensor `weight`); leave `grad_weight_into` out and add the gradient of `weight` yourself."
+        )
+    checks.weight_gradient_buffer(buffer, weight, rows.hidden)
+    if not torch.is_grad_enabled():
+        return None
+    checks.trained_weight(weight)
+    return buffer
+
+
 def _whole_counts(
     rows: Rows,
     S: int,
@@ -554,6 +589,7 @@ def _linear_preference(
     logit: LogitOptions,
     kernel: KernelOptions,
     parallel: Parallel | None,
+    grad_weight_into: Tensor | None,
 ) -> PreferenceOutput:
     """`linear_preference_loss` with its options as objects."""
     if kernel.report_tail and parallel is not None and parallel.shares_head:
@@ -561,7 +597,13 @@ def _linear_preference(
             "`report_tail=True` was given with a head that ranks share (`vocab`, or a DTensor `weight`): each rank "
             "pools the tail of its own part, and no rank knows the whole; leave `report_tail` out."
         )
+    if kernel.report_tail and grad_weight_into is not None:
+        raise ValueError(
+            "`report_tail=True` was given with `grad_weight_into`: the backward pass forms the gradients then, after "
+            "the output has been made; leave one of them out."
+        )
     rows, weight, bias = _checked_rows(hidden, weight, bias, labels, layout, parallel)
+    into = _checked_buffer(grad_weight_into, rows, weight, parallel)
     S = checks.pairs(labels, layout.cu_seqlens, layout.is_chosen, shares.num_pairs, shares.sequence_weights, objective)
     checks.reference(
         objective, reference.logps, reference.hidden, reference.weight, reference.bias, reference.skip_chosen
@@ -595,7 +637,12 @@ def _linear_preference(
         )
         sequences = replace(sequences, ref_logps=ref_logps)
     given = None if shares.num_pairs is None and shares.data_group is None else num_pairs
-    result = ops.linear_preference(rows, weight, bias, sequences, given, objective, logit, kernel, parallel)
+    result: ops.PreferenceResults | ops.ObjectiveResults
+    if into is None:
+        result = ops.linear_preference(rows, weight, bias, sequences, given, objective, logit, kernel, parallel)
+    else:
+        logp = ops.logprob(rows, weight, bias, logit, kernel, parallel, into)
+        result = ops.objective_of_logps(logp, rows, sequences, given, objective, kernel, parallel)
     loss = result.loss
     if parts > 1:  # the value stays; the average over the parts of a sequence has to be their sum
         loss = loss + (parts - 1) * (loss - loss.detach())
@@ -609,7 +656,7 @@ def _linear_preference(
         scored_tokens=sequences.counts,
         is_chosen=is_chosen,
         chosen_reference_skipped=False,
-        tail=TailSummary(*result.tail) if kernel.report_tail else None,
+        tail=TailSummary(*result.tail) if isinstance(result, ops.PreferenceResults) and kernel.report_tail else None,
     )
     return output.without_chosen_reference() if reference.skip_chosen else output
 

@@ -46,13 +46,21 @@ class Op(Generic[Inputs, Results]):
     """A custom op that takes one object of inputs and returns one object of results."""
 
     def __init__(
-        self, name: str, inputs: type[Inputs], results: type[Results], run: Callable[[Inputs], Results]
+        self,
+        name: str,
+        inputs: type[Inputs],
+        results: type[Results],
+        run: Callable[[Inputs], Results],
+        adds_to: tuple[str, ...] = (),
     ) -> None:
         self._inputs, self._results = inputs, results
         self.run = run
         self._names = tuple(field.name for field in dataclasses.fields(inputs))  # type: ignore[arg-type]
         self.raw = torch.library.custom_op(
-            name, lambda *flat: tuple(run(inputs(*flat))), mutates_args=(), schema=_schema(inputs, results)
+            name,
+            lambda *flat: tuple(run(inputs(*flat))),
+            mutates_args=adds_to,
+            schema=_schema(inputs, results, adds_to),
         )
 
     def __call__(self, inputs: Inputs) -> Results:
@@ -104,8 +112,10 @@ def _refuse_tangents(flat: tuple[Any, ...]) -> None:
         raise RuntimeError(f"A derivative {_FIRST_BACKWARD_ONLY.format(what=what)}")
 
 
-def _schema(inputs: type, results: type) -> str:
-    arguments = (f"{_TYPES[kind]} {name}" for name, kind in _fields(inputs).items())
+def _schema(inputs: type, results: type, adds_to: tuple[str, ...]) -> str:
+    arguments = (
+        f"{'Tensor(a!)' if name in adds_to else _TYPES[kind]} {name}" for name, kind in _fields(inputs).items()
+    )
     return f"({', '.join(arguments)}) -> ({', '.join('Tensor' for _ in _fields(results))})"
 
 
@@ -115,7 +125,7 @@ def _fields(cls: type) -> dict[str, Any]:
 
 
 def define(
-    name: str, inputs: type[Inputs], results: type[Results]
+    name: str, inputs: type[Inputs], results: type[Results], *, adds_to: tuple[str, ...] = ()
 ) -> Callable[[Callable[[Inputs], Results]], Op[Inputs, Results]]:
-    """Turn a function of an inputs object into an op called `name`."""
-    return lambda run: Op(name, inputs, results, run)
+    """Turn a function of an inputs object into an op called `name`; `adds_to` are the tensors that it changes."""
+    return lambda run: Op(name, inputs, results, run, adds_to)

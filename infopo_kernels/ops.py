@@ -7,8 +7,14 @@
     infopo_kernels::logprob_backward   its gradients
     infopo_kernels::linear_preference  an objective's loss and its gradients, formed in the forward pass; differentiable
 
-Each op over a head has a second form, `infopo_kernels::shared_...`, for a head or sequences that ranks share. Its
-schema has one argument more; the ops of one device keep theirs.
+and, where dW is added to a buffer of the caller in the backward pass (`grad_weight_into`),
+
+    infopo_kernels::logprob_into           `logprob`, whose backward pass is the next one
+    infopo_kernels::logprob_backward_into  `logprob_backward`, which adds dW to the buffer
+    infopo_kernels::objective              an objective's loss from token log-probabilities, differentiable
+
+The first three ops over a head have a second form, `infopo_kernels::shared_...`, for a head or sequences that ranks
+share. Its schema has one argument more; the ops of one device keep theirs.
 
 Each op finds its backend by name when it runs. This file checks values (on a CPU), `functional` checks shapes.
 """
@@ -266,7 +272,14 @@ def _logprob(inputs: HeadInputs) -> LogprobResults:
         return LogprobResults(*runner.logprob(head, inputs.labels))
 
 
+@dataclass
+class HeadIntoInputs(SharedHeadInputs):
+    weight_gradient: Tensor
+    """[V, H], accumulator type; the backward pass adds dW to it."""
+
+
 _shared_logprob = define("infopo_kernels::shared_logprob", SharedHeadInputs, LogprobResults)(_logprob.run)
+_logprob_into = define("infopo_kernels::logprob_into", HeadIntoInputs, LogprobResults)(_logprob.run)
 
 
 def _fake_logprob(inputs: HeadInputs) -> LogprobResults:
@@ -295,17 +308,37 @@ class SharedLogprobBackwardInputs(LogprobBackwardInputs):
     parallel: str
 
 
+@dataclass
+class LogprobBackwardIntoInputs(SharedLogprobBackwardInputs):
+    weight_gradient: Tensor
+    """[V, H], accumulator type; dW is added to it. `wanted` does not count it."""
+
+
 @define("infopo_kernels::logprob_backward", LogprobBackwardInputs, HeadGradients)
 def _logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
+    return _backward(inputs, None)
+
+
+def _backward(inputs: LogprobBackwardInputs, weight_gradient: Tensor | None) -> HeadGradients:
+    """The gradients that are wanted; dW is added to `weight_gradient`, if it is given."""
     runner, together = inputs.begin()
     head = inputs.head() if together is None else together.whole_head(inputs.head())
     gradients = schedule.zero_gradients(runner, head, Wanted(*inputs.wanted))
+    if weight_gradient is not None:
+        gradients = replace(gradients, weight=weight_gradient)
     with inputs.no_autocast():
         row_weight = inputs.row_weight.to(inputs.lse.dtype).contiguous()
         runner.backward(head, inputs.labels, inputs.lse, row_weight, gradients)
     if together is not None:
         gradients = together.finish(gradients)
+    if weight_gradient is not None:
+        gradients = replace(gradients, weight=None)
     return HeadGradients.of(gradients, inputs.hidden)
+
+
+@define("infopo_kernels::logprob_backward_into", LogprobBackwardIntoInputs, HeadGradients, adds_to=("weight_gradient",))
+def _logprob_backward_into(inputs: LogprobBackwardIntoInputs) -> HeadGradients:
+    return _backward(inputs, inputs.weight_gradient)
 
 
 _shared_logprob_backward = define(
@@ -318,13 +351,16 @@ def _fake_logprob_backward(inputs: LogprobBackwardInputs) -> HeadGradients:
 
 
 _logprob_backward.register_fake(_fake_logprob_backward)
+_logprob_backward_into.register_fake(_fake_logprob_backward)
 _shared_logprob_backward.register_fake(_fake_logprob_backward)
 
 
 def _save_logprob(ctx: Any, inputs: HeadInputs, results: LogprobResults) -> None:
     ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.labels, results.lse)
     ctx.settings = inputs.softcap, inputs.scale, inputs.backend, inputs.workspace_mib, inputs.tail_threshold
-    ctx.parallel = inputs.parallel if isinstance(inputs, SharedHeadInputs) else None
+    ctx.parallel = getattr(inputs, "parallel", "")
+    # Not among the saved tensors: every backward pass adds to it, which is no fault of the next one.
+    ctx.weight_gradient = getattr(inputs, "weight_gradient", None)
     ctx.mark_non_differentiable(results.lse)
     ctx.set_materialize_grads(False)
 
@@ -338,7 +374,11 @@ def _differentiate_logprob(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[T
     hidden, weight, bias, labels, lse = ctx.saved_tensors
     head = HeadInputs(hidden, weight, bias, labels, *ctx.settings).fields()
     more = {"lse": lse, "row_weight": grad, "wanted": wanted}
-    if ctx.parallel is None:
+    if ctx.weight_gradient is not None:
+        wanted[1] = False
+        into = {"weight_gradient": ctx.weight_gradient, "parallel": ctx.parallel}
+        results = _logprob_backward_into(LogprobBackwardIntoInputs(**head, **more, **into))
+    elif not ctx.parallel:
         results = _logprob_backward(LogprobBackwardInputs(**head, **more))
     else:
         shared = SharedLogprobBackwardInputs(**head, **more, parallel=ctx.parallel)
@@ -346,10 +386,9 @@ def _differentiate_logprob(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[T
     return tuple(g if want else None for g, want in zip(results, wanted, strict=True))
 
 
-_logprob.register_fake(_fake_logprob)
-_logprob.register_autograd(_save_logprob, _differentiate_logprob)
-_shared_logprob.register_fake(_fake_logprob)
-_shared_logprob.register_autograd(_save_logprob, _differentiate_logprob)
+for _op in (_logprob, _shared_logprob, _logprob_into):
+    _op.register_fake(_fake_logprob)
+    _op.register_autograd(_save_logprob, _differentiate_logprob)
 
 
 def logprob(
@@ -359,9 +398,17 @@ def logprob(
     logit: LogitOptions,
     kernel: KernelOptions,
     parallel: Parallel | None = None,
+    weight_gradient: Tensor | None = None,
 ) -> Tensor:
-    """Token log-probabilities of rows, [N] in the accumulator type, differentiable."""
+    """Token log-probabilities of rows, [N] in the accumulator type, differentiable.
+
+    The backward pass adds dW to `weight_gradient`, if it is given, and the weight gets no gradient.
+    """
     inputs = HeadInputs.of(rows, weight, bias, logit, kernel)
+    if weight_gradient is not None:
+        text = "" if parallel is None else parallel.to_text()
+        into = HeadIntoInputs(**inputs.fields(), parallel=text, weight_gradient=weight_gradient)
+        return _logprob_into(into).logp
     if parallel is None:
         return _logprob(inputs).logp
     return _shared_logprob(SharedHeadInputs(**inputs.fields(), parallel=parallel.to_text())).logp
@@ -371,7 +418,9 @@ def logprob(
 
 
 @dataclass
-class PreferenceInputs(HeadInputs):
+class ObjectiveFields:
+    """An objective and the sequences that it is of; `labels` are among the fields of the inputs that it is part of."""
+
     cu_seqlens: Tensor
     segments: Tensor
     counts: Tensor
@@ -384,6 +433,49 @@ class PreferenceInputs(HeadInputs):
     """Name of the objective."""
     options: list[float]
     """`Objective.to_flat`."""
+
+    @classmethod
+    def of_sequences(
+        cls, rows: Rows, sequences: Sequences, num_pairs: float | None, objective: Objective
+    ) -> dict[str, Any]:
+        """The fields of this class."""
+        assert rows.cu_seqlens is not None
+        assert rows.segments is not None
+        return {
+            "cu_seqlens": rows.cu_seqlens,
+            "segments": rows.segments,
+            "counts": sequences.counts,
+            "is_chosen": sequences.is_chosen,
+            "ref_logps": sequences.ref_logps,
+            "sequence_weights": sequences.weights,
+            "num_pairs": num_pairs,
+            "objective": objective.name,
+            "options": objective.to_flat(),
+        }
+
+    def check_sequences(self) -> None:
+        """Checks on a CPU the values of the sequences."""
+        if self.counts.device.type != "cpu":
+            return
+        checks.scored_sequences(self.counts)
+        checks.reference_values(self.ref_logps)
+        if self.sequence_weights is not None:
+            checks.sequence_weight_values(self.sequence_weights)
+        objective = from_flat(self.objective, self.options)
+        if objective.pairwise:
+            checks.pairing_values(self.is_chosen, objective)
+
+    def function(self) -> str:
+        """The public function that an error names."""
+        return "linear_infopo_loss" if self.objective == InfoPO.name else "linear_preference_loss"
+
+    def sequences(self) -> Sequences:
+        num_pairs = len(self.counts) / 2 if self.num_pairs is None else self.num_pairs
+        return Sequences(self.counts, self.is_chosen, self.ref_logps, num_pairs, self.sequence_weights)
+
+
+@dataclass
+class PreferenceInputs(ObjectiveFields, HeadInputs):  # the head's fields come first
     wanted: list[bool]
     """Which gradients are wanted: of hidden, weight and bias."""
     report_tail: bool
@@ -394,15 +486,7 @@ class PreferenceInputs(HeadInputs):
 
     def check_values(self, vocabulary: int) -> None:
         super().check_values(vocabulary)
-        if self.hidden.device.type != "cpu":
-            return
-        checks.scored_sequences(self.counts)
-        checks.reference_values(self.ref_logps)
-        if self.sequence_weights is not None:
-            checks.sequence_weight_values(self.sequence_weights)
-        objective = from_flat(self.objective, self.options)
-        if objective.pairwise:
-            checks.pairing_values(self.is_chosen, objective)
+        self.check_sequences()
 
     def call(self) -> Call:
         call, objective = super().call(), from_flat(self.objective, self.options)
@@ -414,10 +498,6 @@ class PreferenceInputs(HeadInputs):
             wanted=self.wanted,
             work=Work(logits=True, known=known, hidden=self.wanted[0], weight=self.wanted[1]),
         )
-
-    def sequences(self) -> Sequences:
-        num_pairs = len(self.counts) / 2 if self.num_pairs is None else self.num_pairs
-        return Sequences(self.counts, self.is_chosen, self.ref_logps, num_pairs, self.sequence_weights)
 
 
 class PreferenceResults(NamedTuple):
@@ -517,7 +597,7 @@ def _save_preference(ctx: Any, inputs: PreferenceInputs, results: PreferenceResu
     ctx.save_for_backward(results.hidden_gradient, results.weight_gradient, results.bias_gradient, results.lift)
     ctx.wanted, ctx.backend = inputs.wanted, inputs.backend
     ctx.parallel = inputs.parallel if isinstance(inputs, SharedPreferenceInputs) else None
-    ctx.name = "linear_infopo_loss" if inputs.objective == InfoPO.name else "linear_preference_loss"
+    ctx.name = inputs.function()
     ctx.mark_non_differentiable(*(result for result in results if result is not results.loss))
     ctx.set_materialize_grads(False)
 
@@ -562,23 +642,94 @@ def linear_preference(
 
     `num_pairs` replaces that of `sequences`; None: half of the number of sequences.
     """
-    assert rows.cu_seqlens is not None
-    assert rows.segments is not None
     grad = torch.is_grad_enabled()
     inputs = PreferenceInputs(
         **HeadInputs.of(rows, weight, bias, logit, kernel).fields(),
-        cu_seqlens=rows.cu_seqlens,
-        segments=rows.segments,
-        counts=sequences.counts,
-        is_chosen=sequences.is_chosen,
-        ref_logps=sequences.ref_logps,
-        sequence_weights=sequences.weights,
-        num_pairs=num_pairs,
-        objective=objective.name,
-        options=objective.to_flat(),
+        **ObjectiveFields.of_sequences(rows, sequences, num_pairs, objective),
         wanted=[grad and t is not None and t.requires_grad for t in (rows.hidden, weight, bias)],
         report_tail=kernel.report_tail,
     )
     if parallel is None:
         return _linear_preference(inputs)
     return _shared_linear_preference(SharedPreferenceInputs(**inputs.fields(), parallel=parallel.to_text()))
+
+
+# --- objective --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LogpInputs:
+    logp: Tensor
+    """[N] in the accumulator type."""
+    labels: Tensor
+    backend: str
+    parallel: str
+    """`Parallel.to_text`; "" on one device."""
+
+
+@dataclass
+class ObjectiveInputs(ObjectiveFields, LogpInputs):  # logp comes first
+    pass
+
+
+class ObjectiveResults(NamedTuple):
+    loss: Tensor
+    """[] in the accumulator type; the only differentiable result."""
+    mi_lower_bound: Tensor
+    """This and the next three as in `PreferenceResults`."""
+    logps: Tensor
+    rewards: Tensor
+    weights: Tensor
+    row_weight: Tensor
+    """[N] in the accumulator type: d loss / d logp."""
+
+
+@define("infopo_kernels::objective", ObjectiveInputs, ObjectiveResults)
+def _objective(inputs: ObjectiveInputs) -> ObjectiveResults:
+    inputs.check_sequences()
+    logp = inputs.logp
+    backend = dispatch.resolve(inputs.backend, logp.device, logp.dtype)
+    together = Together(Parallel.from_text(inputs.parallel), backend, None) if inputs.parallel else None
+    rows = Rows(logp[:, None], inputs.labels, inputs.cu_seqlens, inputs.segments)  # nothing reads hidden states here
+    objective = from_flat(inputs.objective, inputs.options)
+    result = schedule.evaluator(backend, rows, inputs.sequences(), objective, together)(logp)
+    return ObjectiveResults(result.loss.to(logp.dtype), *result[1:])
+
+
+def _fake_objective(inputs: ObjectiveInputs) -> ObjectiveResults:
+    logps, rewards, weights = (inputs.logp.new_empty(inputs.is_chosen.shape, dtype=torch.float64) for _ in range(3))
+    bound = inputs.logp.new_empty((), dtype=torch.float64)
+    return ObjectiveResults(inputs.logp.new_empty(()), bound, logps, rewards, weights, torch.empty_like(inputs.logp))
+
+
+def _save_objective(ctx: Any, inputs: ObjectiveInputs, results: ObjectiveResults) -> None:
+    ctx.save_for_backward(results.row_weight)
+    ctx.name = inputs.function()
+    ctx.mark_non_differentiable(*results[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_objective(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{ctx.name}: {_DOUBLE_BACKWARD}")
+    (row_weight,) = ctx.saved_tensors
+    return () if grad is None else (row_weight * grad,)
+
+
+_objective.register_fake(_fake_objective)
+_objective.register_autograd(_save_objective, _differentiate_objective)
+
+
+def objective_of_logps(
+    logp: Tensor,
+    rows: Rows,
+    sequences: Sequences,
+    num_pairs: float | None,
+    objective: Objective,
+    kernel: KernelOptions,
+    parallel: Parallel | None = None,
+) -> ObjectiveResults:
+    """An objective's loss from token log-probabilities [N], differentiable; the arguments of `linear_preference`."""
+    fields = ObjectiveFields.of_sequences(rows, sequences, num_pairs, objective)
+    text = "" if parallel is None else parallel.to_text()
+    return _objective(ObjectiveInputs(logp, rows.labels, kernel.backend, text, **fields))

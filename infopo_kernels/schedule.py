@@ -27,11 +27,17 @@ InfoPO: D chosen, U rejected. SFT: D chosen, Z rejected. DPO, IPO, SimPO: all ro
       with a dX whose float32     logprob_and_grad with unit weights for dX, then backward
       accumulator is too large    for dW only                                                 4 D + 2 U + 2 live + 2 Z
       and where no row is kept
+    head, added to a buffer of    logprob on all; the backward pass, which knows its
+    the caller's                  factor, calls backward on decided and live rows             4 D + U + 3 live + Z
 
 If all rows can be kept, they are, and everything takes 3 products at most. A 16-bit dW takes the float32 way if a
 float32 copy of it fits half of the workspace. With every weight known, a 16-bit dW may take a fourth product
 (`backends.base`). So DPO takes 4 products, 3 where logits are kept, and 2 with a frozen head. `linear_logps` and a loss
 by hand take 4, and 3 with a frozen head.
+
+A buffer of the caller's (`grad_weight_into`) may hold gradients of other calls already. So it can keep no logits, and
+nothing may be added to it before the factor is known, which is when the backward pass begins. The loss is then the
+objective of `linear_logps`; no gradient exists between the passes, and the memory of a weight gradient is saved.
 
 float16 gradients are formed relative to a scale of their own (`infopo_kernels.lift`).
 
@@ -55,6 +61,25 @@ from infopo_kernels.objectives import evaluate as evaluate_in_pytorch
 from infopo_kernels.objectives.base import weighted
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.packing import Rows
+
+Evaluate = Callable[[torch.Tensor], Evaluation]
+"""The objective from token log-probabilities [N]."""
+
+
+def evaluator(
+    backend: Backend, rows: Rows, sequences: Sequences, objective: Objective, together: Together | None
+) -> Evaluate:
+    """The objective of these sequences as a function of the log-probabilities of their tokens."""
+    if objective.pairwise:
+        sequences = sequences.paired()
+
+    def evaluate(logp: torch.Tensor) -> Evaluation:
+        if together is not None and together.parts_of_sequences:
+            return evaluate_in_pytorch(objective, logp, rows, sequences, together.whole_sequences)
+        result = backend.objective(objective, logp, rows, sequences)
+        return evaluate_in_pytorch(objective, logp, rows, sequences) if result is None else result
+
+    return evaluate
 
 
 def zero_gradients(backend: Backend, head: Head, wanted: Wanted) -> Gradients:
@@ -106,15 +131,7 @@ def _preference(
     together: Together | None,
     tail: TailReport | None,
 ) -> tuple[Evaluation, Gradients, torch.Tensor | None]:
-    if objective.pairwise:
-        sequences = sequences.paired()
-
-    def evaluate(logp: torch.Tensor) -> Evaluation:
-        if together is not None and together.parts_of_sequences:
-            return evaluate_in_pytorch(objective, logp, rows, sequences, together.whole_sequences)
-        result = backend.objective(objective, logp, rows, sequences)
-        return evaluate_in_pytorch(objective, logp, rows, sequences) if result is None else result
-
+    evaluate = evaluator(backend, rows, sequences, objective, together)
     if not (wanted.hidden or wanted.weight or wanted.bias):
         return evaluate(backend.logprob(head, rows.labels)[0]), Gradients(None, None, None), None
 
@@ -152,9 +169,6 @@ def _preference(
         gradients.weight.copy_(into.weight)
     return result, gradients, factor
 
-
-Evaluate = Callable[[torch.Tensor], Evaluation]
-"""The objective from token log-probabilities [N]."""
 
 Lifted = tuple[Evaluation, torch.Tensor | None]
 """The objective, and the factor of the gradients (`Lift`)."""

@@ -485,11 +485,23 @@ def _op_arguments(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     backward = ops.LogprobBackwardInputs(
         **frozen, lse=lse, row_weight=torch.ones(2 * B * T), wanted=[True, True, False]
     )
+    buffer = torch.zeros(V, H)
+    into = ops.HeadIntoInputs(**vars(softcapped), parallel="", weight_gradient=buffer)
+    backward_into = ops.LogprobBackwardIntoInputs(
+        **{**vars(backward), "wanted": [True, False, False]}, parallel="", weight_gradient=buffer
+    )
+    objective = ops.ObjectiveInputs(
+        torch.randn(2 * B * T).requires_grad_(), labels, backend, "", **given, sequence_weights=None, num_pairs=None,
+        objective="dpo", options=DPO().to_flat(),
+    )  # fmt: skip
     return {
         "row_segments": (ops.row_segments, (cu, 2 * B * T)),
         "scored_tokens": (ops.scored_tokens, (labels, segments, 2 * B)),
         "logprob": (ops._logprob.raw, ops._logprob.flat(softcapped)),
         "logprob_backward": (ops._logprob_backward.raw, ops._logprob_backward.flat(backward)),
+        "logprob_into": (ops._logprob_into.raw, ops._logprob_into.flat(into)),
+        "logprob_backward_into": (ops._logprob_backward_into.raw, ops._logprob_backward_into.flat(backward_into)),
+        "objective": (ops._objective.raw, ops._objective.flat(objective)),
         **{name: (ops._linear_preference.raw, ops._linear_preference.flat(inputs)) for name, inputs in loss.items()},
     }
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,18 @@ def test_logps_and_gradients(name: str, reduction: str) -> None:
     inputs = support.make(case, torch.float32)
     got = support.fused_logps(inputs, reduction, backend="triton")
     support.assert_result(got, support.plain_logps(inputs, reduction))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["bias", "packed-shift"])
+def test_the_weight_s_gradient_is_added_to_a_buffer_of_the_caller_s(name: str, dtype: torch.dtype) -> None:
+    """Two steps, in float32 for 16-bit inputs too."""
+    inputs = support.make(next(c for c in CASES if c.name == name), dtype)
+    weight = inputs.tensors["weight"]
+    assert weight is not None
+    buffer = torch.zeros(weight.shape)
+    got = [support.fused(inputs, backend="triton", grad_weight_into=buffer) for _ in range(2)][-1]
+    support.assert_result(replace(got, gradients={**got.gradients, "weight": buffer / 2}), support.plain(inputs))
 
 
 @pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids="+".join)

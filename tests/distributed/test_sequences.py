@@ -155,6 +155,31 @@ def test_log_probabilities(reduction: str) -> None:
         on_ranks(2, logps_case, reduction, cut)
 
 
+def buffer_case(objective: Objective | None, cut: str) -> None:
+    """dW goes to a buffer of each rank's own; they add up as gradients of the weight do."""
+    group, whole = dist.group.WORLD, problem()
+    arguments: dict[str, Any] = {"objective": objective, "is_chosen": torch.arange(S) % 2 == 0}
+
+    def loss(x: dict[str, Tensor], **more: Any) -> Tensor:
+        if objective is None:
+            return linear_logps(**x, reduction="mean", **more).square().sum()
+        return linear_preference_loss(**x, **arguments, **more).loss
+
+    loss(whole, backend="torch").backward()
+    own = part(whole, cut, group)
+    buffer = torch.zeros_like(own["weight"])
+    loss(own, sequence_group=group, grad_weight_into=buffer).backward()
+    assert own["weight"].grad is None
+    own["weight"].grad = buffer
+    assert_gradients(own, whole, cut, group, 1e-11)
+
+
+@pytest.mark.parametrize("objective", [None, InfoPO(sft_weight=0.5), DPO()], ids=str)
+def test_buffers_of_the_caller_s(objective: Objective | None) -> None:
+    for cut in ("zig-zag", "packed"):
+        on_ranks(2, buffer_case, objective, cut)
+
+
 def both_case() -> None:
     """Four ranks: the vocabulary in two parts, the sequences in two."""
     groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]

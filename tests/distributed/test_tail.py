@@ -32,6 +32,8 @@ def case(backend: str) -> None:
     torch.testing.assert_close(own.grad.double(), want.weight[80 * rank : 80 * (rank + 1)], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="`report_tail=True` was given with a head that ranks share"):
         linear_infopo_loss(x, own, labels, is_chosen=labels[:1] >= 0, vocab=vocab, report_tail=True)
+    with pytest.raises(ValueError, match="`grad_weight_into` must go with a head that this rank holds as a whole"):
+        linear_logps(x, own, labels, vocab=vocab, grad_weight_into=torch.zeros_like(own))
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
