@@ -6,8 +6,9 @@ before any log-probability (`Objective.known`):
     D       decided rows: their weight is known, and it is not 0
     Z       rows that are decided too, with weight 0
     U       undecided rows; `live` of them turn out to have a weight
-    K       rows whose logits stay in the memory of the weight gradient until the gradient is written, undecided rows
-            first; K counts those that are live and would otherwise need their logits twice
+    K       rows whose logits stay in the memory of the weight gradient, and in what the workspace can spare beside it,
+            until the gradient is written, undecided rows first; K counts those that are live and would otherwise need
+            their logits twice
 
 InfoPO: D chosen, U rejected. SFT: D chosen, Z rejected. DPO, IPO, SimPO: all rows are U.
 

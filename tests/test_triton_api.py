@@ -20,8 +20,8 @@ from tests import triton_support as ts
 
 from infopo_kernels import DPO, IPO, SFT, InfoPO, SimPO, linear_infopo_loss
 from infopo_kernels.backends import dispatch
-from infopo_kernels.backends.base import Head
-from infopo_kernels.backends.triton import TritonBackend, launch
+from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.triton import TritonBackend, gradients, launch
 from infopo_kernels.backends.triton import support as support_of_triton
 from infopo_kernels.objectives import Objective
 from tests import support
@@ -52,26 +52,30 @@ def test_loss_from_16_bit_inputs(name: str, dtype: torch.dtype) -> None:
     support.assert_result(got, support.plain(inputs))
 
 
-@pytest.mark.parametrize("length", [9, 32])
+@pytest.mark.parametrize(("length", "beside"), [(9, False), (32, False), (32, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_are_kept_until_the_weight_gradient_is_written(
-    dtype: torch.dtype, length: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, length: int, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rejected rows first; of the longer sequences the memory of dW has no room for all."""
-    kept, scored, own = [], [], TritonBackend.logprob
+    """Rejected rows first; of longer sequences the memory of dW has no room for all, the workspace beside it has."""
+    kept, scored, room, own = [], [], [], TritonBackend.logprob
 
     def counted(
-        self: TritonBackend, head: Head, labels: torch.Tensor, keep: torch.Tensor | None = None
+        self: TritonBackend, head: Head, labels: torch.Tensor, keep: Gradients | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (scored if keep is None else kept).append(int((labels != -100).sum()))
+        room.append(keep is not None and keep.logits is not None)
         return own(self, head, labels, keep)
 
     monkeypatch.setattr(TritonBackend, "logprob", counted)
+    if not beside:
+        monkeypatch.setattr(gradients, "rows_beside", lambda *_: 0)
     inputs = support.make(Case("kept", hidden=32, length=length, bias=True), dtype)
     got = support.fused(inputs, backend="triton")
     assert len(kept) == 1
     assert kept[0] >= 16
-    assert (sum(scored) > 0) == (length == 32)
+    assert (sum(scored) > 0) == (length == 32 and not beside)
+    assert any(room) == beside
     support.assert_result(got, support.plain(inputs))
 
 

@@ -48,8 +48,9 @@ def run_everything(problem: Problem, dtype: torch.dtype, workspace: int) -> None
         fresh, _ = ts.fresh_buffers(inputs, wanted, weight_dtype)
         assert fresh.weight is not None
         most = backend.kept_rows(inputs.head, fresh.weight)
-        if most:
-            ts.keep_and_backward(backend, inputs, fresh, most)
+        in_dw = min(most, kept.capacity(prepare(inputs.head), fresh.weight))
+        for number in {in_dw, most} - {0}:
+            ts.keep_and_backward(backend, inputs, fresh, number)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -86,7 +87,9 @@ MUTATIONS: list[tuple[Any, str, str, str]] = [
     (softmax_tile, "softmax_block", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (softmax_tile, "store_softmax_part", "tl.where(part < num_parts, C, 0)", "C"),
     (kept, "kept_rows_kernel", "inside = offs_n < N", "inside = offs_n >= 0"),
-    (kept, "kept_rows_kernel", "mask=live & known", "mask=inside"),
+    (kept, "kept_rows_kernel", "known & (slot < first)", "inside"),
+    (kept, "kept_rows_kernel", "known & (slot >= first)", "inside"),
+    (kept, "kept_gradient_kernel", "own = stored & (slot < first)", "own = stored"),
     (kept, "kept_gradient_kernel", "tl.where(part < parts, here, 0)", "here"),
     (kept, "kept_gradient_kernel", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
     (gradient_tile, "gradient_block", "row_ok = offs_n < here", "row_ok = offs_n >= 0"),
@@ -271,7 +274,7 @@ def test_kept_logits_beyond_two_to_the_31() -> None:
         softmax_tile.launch_softmax_tile(launch, live, q, part_max, part_sum, 0)
         logprob.launch_merge(launch, labels, live, part_max, part_sum, logp, lse, 0, store.target)
         _, expected = ts.backend().logprob(inputs.head, labels)
-        live, found = kept.find_kept_rows(launch, store, labels, labels, expected, inputs.c)
+        live, found = kept.find_kept_rows(launch, (store,), labels, labels, expected, inputs.c)
         kept.launch_kept_gradient(launch, labels, expected, inputs.c, live, found, g, torch.empty(0), 0, 320)
     there = int(live.kept)
     z = inputs.head.hidden.double() @ inputs.head.weight.double().T

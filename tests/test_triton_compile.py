@@ -183,6 +183,10 @@ KEPT_IN_16_BIT = 2 * 151936 * 4096 // (151936 // 64 * (64 * 2 + 4) + 4) // 16 * 
 """Rows of the peer's shape whose logits a 16-bit dW holds."""
 
 
+KEPT_BESIDE = 2176
+"""And those that 1024 MiB hold beside it, with sums of dX, gathered rows, and pieces of G of sqrt(870 V) columns."""
+
+
 def test_a_weight_gradient_keeps_the_rows_that_its_memory_and_the_workspace_hold() -> None:
     from infopo_kernels.backends.triton.gradients import kept_rows
 
@@ -214,25 +218,31 @@ def test_kept_rows_fit_any_shape(
     target: str, n: int, h: int, v: int, types: tuple[torch.dtype, torch.dtype], mib: int
 ) -> None:
     """All kept rows are in the first chunk, for all wanted gradients; a 16-bit dW has only one chunk."""
-    from infopo_kernels.backends.triton.gradients import kept_rows
-    from infopo_kernels.backends.triton.kernels.kept import capacity
+    from infopo_kernels.backends.triton.gradients import kept_rows, memory_for_logits
+    from infopo_kernels.backends.triton.kernels.kept import stores_in
 
-    launch = a_launch(target, n, h, v, types[0], mib << 20)
+    launch, limit = a_launch(target, n, h, v, types[0], mib << 20), mib << 20
     dw = torch.empty(v, h, dtype=types[1], device="meta")
     most = kept_rows(launch, dw)
     if most == 0:
         return
     assert most >= min(n, launch.tiles.logits.rows)
-    rows = kept_chunk(launch.sizes, capacity(launch, dw))
-    assert most <= rows <= n
+    beside = memory_for_logits(launch, dw, min(most, n))
+    if beside is not None:
+        limit -= beside.nbytes
+        launch = a_launch(target, n, h, v, types[0], limit)
+    places = sum(len(store.target) for store in stores_in(launch, (dw, beside)))
+    assert places >= min(most, n)
+    rows = kept_chunk(launch.sizes, places)
+    assert min(most, n) <= rows <= n
     assert types[1] == torch.float32 or rows == n
     block, size = launch.tiles.logits, types[0].itemsize
-    assert 4 * -(-v // block.part) * min(most, sums_chunk(launch.sizes)) <= mib << 20
+    assert 4 * -(-v // block.part) * min(most, sums_chunk(launch.sizes)) <= limit
     for hidden in (True, False):
         pieces = plan_pieces(launch.sizes, hidden=hidden, weight=True, bias=False, rows=rows)
         assert pieces.columns >= block.columns
         sums = 4 * h * pieces.slices if hidden else 0
-        assert rows * (pieces.columns * size + sums + h * size) <= mib << 20
+        assert rows * (pieces.columns * size + sums + h * size) <= limit
 
 
 def test_the_model_counts_the_products_that_are_promised() -> None:
@@ -260,13 +270,14 @@ def test_the_model_counts_the_products_that_are_promised() -> None:
             "default setting, rejected weights underflowed": 2.5 - KEPT_IN_16_BIT / 8192,
             "frozen head": 2,
             "no gradient (reference, evaluation)": 1,
-            "workspace_mib=1024, every weight live": 4 - KEPT_IN_16_BIT / 8192,
-            "workspace_mib=5120: a float32 dW lies in it": 3,
+            "workspace_mib=1024, every weight live": 4 - (KEPT_IN_16_BIT + KEPT_BESIDE) / 8192,
+            "workspace_mib=1640: every row's logits are kept": 3,
         }
     )
 
 
 def test_the_docs_show_what_the_model_says() -> None:
+    """And what it says is within 4 % of the record of an H100."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "roofline"],
         check=True, capture_output=True, text=True, env=_without_interpreter(),
@@ -274,3 +285,6 @@ def test_the_docs_show_what_the_model_says() -> None:
     shown = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text()
     missing = [line for line in done.stdout.splitlines() if line.startswith("|") and line not in shown]
     assert not missing, "run `python -m benchmarks roofline` and put its tables into docs/gpu.md"
+    differences = [float(line.split("|")[-2].strip(" %")) for line in done.stdout.splitlines() if line.endswith("% |")]
+    assert len(differences) == 6
+    assert max(map(abs, differences)) < 4

@@ -18,7 +18,7 @@ from tests.triton_support import KEPT_PROBLEMS, Problem
 # Triton is imported by the module above.
 
 from benchmarks.gpu import offline
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, with_memory_for_logits
 from infopo_kernels.backends.triton import gradients, workspace
 from infopo_kernels.backends.triton.kernels import kept
 from infopo_kernels.backends.triton.launch import prepare
@@ -46,8 +46,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def most_of(inputs: ts.Inputs, got: Gradients) -> int:
+    """Rows whose logits are kept in dW alone."""
     assert got.weight is not None
-    return ts.backend().kept_rows(inputs.head, got.weight)
+    return min(ts.backend().kept_rows(inputs.head, got.weight), kept.capacity(prepare(inputs.head), got.weight))
 
 
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: f"{types[0]}-{types[1]}")
@@ -73,6 +74,44 @@ def test_some_buffers_are_none(wanted: str) -> None:
     got, before = ts.fresh_buffers(inputs, wanted)
     with ts.FreshMemory():
         ts.keep_and_backward(ts.backend(), inputs, got, most_of(inputs, got))
+    ts.assert_gradients(inputs, truth, got, before, roundings=2, zero_rows=False)
+
+
+BESIDE = Problem("kept-beside", n=42, h=24, v=75, bias=True, softcap=3.0, scale=-0.7, size=3.0, ignored=0.1)
+"""dW holds the logits of 16 or 32 rows."""
+
+
+@pytest.mark.parametrize("types", TYPES, ids=lambda types: f"{types[0]}-{types[1]}")
+def test_the_workspace_holds_rows_beside(types: tuple[torch.dtype, torch.dtype]) -> None:
+    """Every row is kept. Nothing of the head is read after `logprob` but for dX, so that no logit is formed again."""
+    inputs = ts.make(BESIDE, types[0])
+    truth, backend = ts.plain(inputs), ts.backend()
+    got, before = ts.fresh_buffers(inputs, "wb", types[1])
+    assert got.weight is not None
+    assert 16 <= most_of(inputs, got) < inputs.scored.sum()
+    assert backend.kept_rows(inputs.head, got.weight) >= len(inputs.labels)
+    with ts.checked_addresses(), ts.FreshMemory():
+        head, got = with_memory_for_logits(backend, inputs.head, got, len(inputs.labels))
+        logp, lse = backend.logprob(head, inputs.labels, got)
+        gone = replace(head, weight=torch.full_like(head.weight, float("nan")))
+        backend.backward(gone, inputs.labels, lse, inputs.c, got, inputs.labels)
+    ts.assert_logp(inputs, truth, logp, lse)
+    ts.assert_gradients(inputs, truth, got, before, roundings=2, zero_rows=False)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_workspace_holds_some_rows_beside(dtype: torch.dtype) -> None:
+    """Rows in dW, beside it, and rows that are not kept, over several pieces of the vocabulary."""
+    inputs = ts.make(replace(BESIDE, n=70), dtype, 30_000)
+    truth, backend, (got, before) = ts.plain(inputs), ts.backend(), ts.fresh_buffers(inputs, "xwb", dtype)
+    assert got.weight is not None
+    most = backend.kept_rows(inputs.head, got.weight)
+    assert 16 <= most_of(inputs, got) < most < inputs.scored.sum()
+    with ts.FreshMemory() as memory:
+        logp, lse = ts.keep_and_backward(backend, inputs, got, most)
+        assert memory.peak <= 30_000 + 12 * 4 * 70  # l, lse, lists of rows, slots, ...
+    ts.assert_logp(inputs, truth, logp, lse)
     ts.assert_gradients(inputs, truth, got, before, roundings=2, zero_rows=False)
 
 
@@ -135,7 +174,7 @@ def test_parts_lie_in_front_of_the_rows_that_they_become(h: int, v: int) -> None
         rows = kept.capacity(launch, dw)
         if rows == 0:
             continue
-        store = kept.store_in(launch, dw)
+        (store,) = kept.stores_in(launch, (dw, None))
         part = launch.tiles.logits.part
         e, parts = dtype.itemsize, -(-v // part)
         step = store.q.stride(0) * e

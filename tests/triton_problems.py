@@ -11,7 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infopo_kernels.backends.base import Backend, Gradients, Head
+from infopo_kernels.backends.base import Backend, Gradients, Head, with_memory_for_logits
 from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from tests import primitives
 from tests.budget import HALF_STEP, accumulated, assert_within, error_budget, operand_rounding
@@ -146,9 +146,11 @@ def first_rows(labels: torch.Tensor, most: int) -> torch.Tensor:
 def keep_and_backward(
     backend: Backend, inputs: Inputs, gradients: Gradients, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """l, lse and the gradients. The logits of the first `most` scored rows stay in dW's memory until the gradients."""
-    head, labels = inputs.head, inputs.labels
+    """l, lse and the gradients. The logits of the first `most` scored rows stay in dW's memory until the gradients, and
+    those for which it has no room beside it."""
+    labels = inputs.labels
     kept = first_rows(labels, most)
+    head, gradients = with_memory_for_logits(backend, inputs.head, gradients, min(most, len(labels)))
     logp, lse = backend.logprob(head, kept, gradients)
     others = backend.logprob(head, torch.where(kept == IGNORE_INDEX, labels, IGNORE_INDEX))
     logp, lse = logp + others[0], lse + others[1]

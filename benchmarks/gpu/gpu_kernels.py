@@ -54,10 +54,10 @@ def job_of(work: roofline.Work, head: Head, labels: torch.Tensor) -> Callable[[]
     dw = None
     if not work.frozen:
         dw = torch.zeros(v, dtype=head.weight.dtype if work.sixteen else torch.float32, device="cuda")
-    gradients = Gradients(torch.zeros_like(head.hidden), dw, None)
+    most, head, gradients = roofline.kept(work, head, Gradients(torch.zeros_like(head.hidden), dw, None))
     _, lse = TritonBackend().logprob(head, labels)
     jobs = []
-    for step in roofline.steps(work, head, dw):
+    for step in roofline.steps(work, head, most):
         c = torch.full((n,), 1e-3, device="cuda")
         c[step.dead.start : step.dead.stop] = 0.0
         of_rows = {}

@@ -3,35 +3,46 @@
 The backend runs on tensors without storage; every launch that it asks for is counted from its own arguments (rows,
 columns, tiles, slices), and a device is the figures of `DEVICES`, of which `source` says what was measured. Per launch
 
-    time = max(operations / (rate * share of the last wave that is filled), bytes / bandwidth)
-           + waves * (epilogue of a tile + FILL_SECONDS) + LAUNCH_SECONDS
+    time = max(operations / (rate * share of the last wave that is filled), bytes / bandwidth, SERIAL of the kernel)
+           + SUMS_SHOWN * bytes of sums / bandwidth + waves * (epilogue of a tile + FILL_SECONDS)
+
+and for the work START_SECONDS + LAUNCH_SECONDS * launches in which the device idles.
 
 - The rate of a product is the bare products' for the library, and `Device.triton` of it for a Triton kernel. Such a
   rate was measured with the operands' traffic from L2, so that has no term of its own; operands that do not stay in L2
   are read from memory as often as their tiles are passed over.
+- Sums are what a product of the library adds to: it reads them before its first and writes them behind its last step.
 - An epilogue is the instructions behind the loop over the sum (EPILOGUE), one an issue slot and cycle: one program has
   a multiprocessor to itself, so that nothing hides them. FILL_SECONDS is what a program waits for its first operands.
   Logits by descriptors have neither: `Device.described` was measured with both.
 - The bare products' time has none of these terms.
+
+Where a term was measured, RECORD is the file, and "it" below one H100. `recorded` holds the model against it. The
+clocks of one work's profile there are not those of another's: a row of `logprob_kernel` took 1.60 us in the first
+profile and 1.76 us in the later ones, which are the device under load. Terms are of the latter.
 
     python -m benchmarks roofline [--rows 8192 --hidden 4096 --vocabulary 151936] [--details H100]
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Final
+from unittest import mock
 
 import torch
 
 from benchmarks import records, report
 from benchmarks.gpu import offline
 from benchmarks.gpu.offline import Launched
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, with_memory_for_logits
 from infopo_kernels.backends.triton import TritonBackend
+from infopo_kernels.backends.triton import gradients as gradients_from
 from infopo_kernels.backends.triton.tiles import TARGETS
 from infopo_kernels.schedule import hidden_gradient_apart
 
@@ -41,8 +52,26 @@ SHARE_OF_PEAK = 3 * 2 * 8192 * 151936 * 4096 / 42e-3 / 989e12
 Taken for every device, for want of a measurement of each.
 """
 
-LAUNCH_SECONDS = 2e-6
-"""Between two kernels of a stream, the host being ahead; assumed."""
+RECORD: Final = records.RESULTS / "nvidia-h100-80gb-hbm3" / "first-contact.json"
+"""What an H100 showed, with PyTorch 2.11 and Triton 3.6."""
+
+BANDWIDTH = 2.98 / 3.35
+"""Share of a data sheet's bandwidth: a copy of 1 GiB on it (2.98 TB/s); taken for every device."""
+
+LAUNCH_SECONDS = 3.5e-6
+START_SECONDS = 3.7e-4
+"""Idle time, between kernels and before the host is ahead: a line through its six "idle" figures, from 0.38 ms for 5
+launches to 1.55 ms for 310. A product of the library is two launches where it has a workspace to clear (`Memset`)."""
+
+SUMS_SHOWN = 0.6
+"""Share of the pass over float32 sums that a product of the library does not hide. It took 8.32 ms for 50 pieces of
+3072 words and 4096 rows, where the operations are 7.0 ms and the passes 2.25."""
+
+SERIAL: Final = {"merge": 4.5e-5}
+"""Seconds of a kernel that few rows take as well: 11 launches of `merge` took 0.48 ms, where their bytes take 0.1."""
+
+ONE_PROGRAM = 18e9
+"""Bytes a second of a kernel of one program: `live_rows` 0.0085 ms for 8192 rows, `kept_rows` 0.027."""
 
 FILL_SECONDS = 1e-6
 """Start of a program and latency of its first loads from memory; assumed."""
@@ -76,14 +105,17 @@ class Device:
     """Rate of a plain Triton product over the library's."""
     source: str
     """Of `triton`, and of `described` where there is one."""
-    described: float = 1.0
-    """Rate of logits by descriptors over the library's product, with all that follows a tile."""
+    described: Mapping[str, float] = field(default_factory=dict)
+    """By kernel, the rate of logits by descriptors over the library's product, with all that follows a tile."""
 
+
+DESCRIBED: Final = {"logprob": 0.98, "softmax_tile": 0.98, "gradient_tile": 0.92}
+"""7.43 and 7.44 ms for 4224 rows, 6.93 and 6.94 for 3968, 7.90 for 4224: under load, over 14.0 ms for 8192."""
 
 DEVICES = [
     Device("A100", "sm_80", 312, 2.039, 1.41, 40, 0.96, "measured elsewhere: triton-lang/triton issue 6523"),
-    Device("H100", "sm_90", 989, 3.35, 1.83, 50, 0.87, "measured: benchmarks/results, first-contact", 1.02),
-    Device("H200", "sm_90", 989, 4.8, 1.83, 50, 0.87, "as H100", 1.02),
+    Device("H100", "sm_90", 989, 3.35, 1.83, 50, 0.87, "measured: RECORD", DESCRIBED),
+    Device("H200", "sm_90", 989, 4.8, 1.83, 50, 0.87, "as H100", DESCRIBED),
     Device("B200", "sm_100", 2250, 8.0, 1.85, 126, 0.45, "assumed"),
     Device("MI300X", "gfx942", 1307, 5.3, 2.1, 256, 0.8, "assumed"),
 ]
@@ -101,6 +133,9 @@ class Cost:
     again: float = 0.0
     """Bytes of an operand that is read once more for every `passes` over it, if it does not stay in L2."""
     passes: int = 0
+    sums: float = 0.0
+    """Of the bytes, those of sums that are added to."""
+    launches: int = 1
 
 
 @dataclass(frozen=True)
@@ -206,7 +241,9 @@ def library_hidden(a: dict[str, Any], live: Live) -> Cost:
     """As `hidden_product`, of exactly the live rows and without slices."""
     rows, columns = _here(a, live), a["columns"]
     operands = (rows + a["H"]) * columns * _size(a["g_ptr"]) * (rows > 0)
-    return Cost(2 * rows * columns * a["H"], operands + 4 * rows * a["H"] * (2 if a["ADD"] else 1))
+    written = 4 * rows * a["H"]
+    size, sums = operands + written * (2 if a["ADD"] else 1), 2 * written if a["ADD"] else 0
+    return Cost(2 * rows * columns * a["H"], size, sums=sums, launches=2)
 
 
 def library_weight(a: dict[str, Any], live: Live) -> Cost:
@@ -217,7 +254,10 @@ def library_weight(a: dict[str, Any], live: Live) -> Cost:
     x = rows * a["H"] * _size(a["g_ptr"])
     result = columns * a["H"] * _size(a["dw_ptr"]) * (2 if a["ADD"] else 1)
     operands = rows * columns * _size(a["g_ptr"]) + x
-    return Cost(2 * rows * columns * a["H"], operands + result, again=x, passes=ceil(columns / 2048))
+    return Cost(
+        2 * rows * columns * a["H"], operands + result, again=x, passes=ceil(columns / 2048),
+        sums=result if a["ADD"] else 0, launches=2,
+    )  # fmt: skip
 
 
 def live_rows(a: dict[str, Any], live: Live) -> Cost:
@@ -263,13 +303,15 @@ class Assumed:
     epilogue: Mapping[str, float] = field(default_factory=lambda: EPILOGUE)
     descriptors: bool = True
     """Where the table has them."""
+    live: bool = False
+    """Whether `backward` plans its pieces for the rows that are live, as if the host knew them."""
 
 
 def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: Assumed | None = None) -> Prediction:
     """Sum over launches; each list comes with the rows that are live in it."""
     assumed = assumed or Assumed()
     bare_rate, result = device.tflops * 1e12 * SHARE_OF_PEAK, Prediction()
-    slots = TARGETS[device.target].multiprocessors
+    slots, bandwidth = TARGETS[device.target].multiprocessors, device.terabytes * 1e12 * BANDWIDTH
     for launches, live in calls:
         for launched in launches:
             name = launched.name.removesuffix("_kernel")
@@ -277,24 +319,28 @@ def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: A
             waves = ceil(cost.programs / slots)
             filled = cost.programs / (waves * slots) if cost.programs else 1.0
             described = launched.arguments.get("DESCRIPTORS", False)
-            share = 1.0 if name.startswith("library") else device.described if described else device.triton
+            share = 1.0 if name.startswith("library") else device.described[name] if described else device.triton
             rate = bare_rate * share
             compute = cost.operations / (rate * filled)
             again = cost.again * max(0, cost.passes - 1) if cost.again > device.l2_mib * 2**20 / 2 else 0.0
-            memory = (cost.bytes + again) / (device.terabytes * 1e12)
+            memory = (cost.bytes + again) / (bandwidth if cost.programs != 1 else min(bandwidth, ONE_PROGRAM))
             tail = 0.0
             if cost.operations and cost.elements and not described:
                 # 8 warps on 4 schedulers: 2 cycles an instruction.
                 cycles = 2 * assumed.epilogue[name] * cost.elements / (128 * 256)
                 tail = waves * (cycles / (device.gigahertz * 1e9) + FILL_SECONDS)
-            seconds = max(compute, memory) + tail + LAUNCH_SECONDS
+            compute += SUMS_SHOWN * cost.sums / bandwidth
+            seconds = max(compute, memory, SERIAL.get(name, 0.0) if cost.bytes else 0.0) + tail
             result.seconds += seconds
-            result.launches += 1
+            result.launches += cost.launches
             result.cost.operations += cost.operations
             result.cost.bytes += cost.bytes + again
             entry = result.by_kernel[name]
             for i, x in enumerate((1, cost.operations, cost.bytes + again, compute, memory, seconds)):
                 entry[i] += x
+    idle = START_SECONDS + LAUNCH_SECONDS * result.launches
+    result.seconds += idle
+    result.by_kernel["idle"] = [0, 0, 0, 0, 0, idle]
     return result
 
 
@@ -313,6 +359,8 @@ class Work:
     """No rejected row has a weight."""
     workspace_mib: int = 256
     """What the call may take, less a float32 copy of dW where that lies in it."""
+    beside: bool = True
+    """Whether the workspace keeps logits beside dW."""
 
 
 WORK = [
@@ -321,9 +369,16 @@ WORK = [
     Work("frozen head", 2, "logprob_and_grad", frozen=True),
     Work("no gradient (reference, evaluation)", 1, "logprob"),
     Work("workspace_mib=1024, every weight live", 3, "infopo", sixteen=True, workspace_mib=1024),
-    Work("workspace_mib=5120: a float32 dW lies in it", 3, "infopo", workspace_mib=5120 - 2374),
+    Work("workspace_mib=1640: every row's logits are kept", 3, "infopo", sixteen=True, workspace_mib=1640),
 ]
 """Rows that a user reaches: a step of `linear_infopo_loss` on bfloat16 inputs, first as it is by default."""
+
+RECORDED = [
+    *WORK[:4],
+    replace(WORK[4], beside=False),
+    Work("workspace_mib=5120: a float32 dW lies in it", 3, "infopo", workspace_mib=5120 - 2374, beside=False),
+]
+"""What the record measured, before logits were kept beside dW."""
 
 
 @dataclass(frozen=True)
@@ -348,16 +403,22 @@ class Step:
         return Live(count(self.rows), count(self.kept) if self.primitive == "backward" else 0)
 
 
-def steps(work: Work, head: Head, weight_gradient: torch.Tensor | None) -> list[Step]:
-    """The calls that `work` takes; chosen rows come first, as they do in a padded batch."""
+def kept(work: Work, head: Head, gradients: Gradients) -> tuple[int, Head, Gradients]:
+    """How many rows' logits are kept, the head with the rest of the workspace, and buffers with memory for them."""
+    backend, weight = TritonBackend(), gradients.weight
+    with nullcontext() if work.beside else mock.patch(f"{gradients_from.__name__}.rows_beside", return_value=0):
+        most = 0 if weight is None else backend.kept_rows(head, weight)
+    return most, *with_memory_for_logits(backend, head, gradients, min(most, len(head.hidden)))
+
+
+def steps(work: Work, head: Head, most: int) -> list[Step]:
+    """The calls that `work` takes where `most` rows can be kept; chosen rows come first, as in a padded batch."""
     n = len(head.hidden)
     every = (range(n),)
     if work.what != "infopo":
         return [Step(work.what, every, weight=not work.frozen)]
-    assert weight_gradient is not None
     chosen, rejected = range(n // 2), range(n // 2, n)
     dead = rejected if work.underflowed else range(0)
-    most = TritonBackend().kept_rows(head, weight_gradient)
     if work.sixteen and hidden_gradient_apart(head, most):
         return [
             Step("logprob_and_grad", every, weight=False),
@@ -386,7 +447,9 @@ def call(
 ) -> None:  # fmt: skip
     """Make the call; `labels` gives those of some rows."""
     backend = TritonBackend()
-    wanted = Gradients(gradients.hidden if step.hidden else None, gradients.weight if step.weight else None, None)
+    wanted = replace(
+        gradients, hidden=gradients.hidden if step.hidden else None, weight=gradients.weight if step.weight else None
+    )
     if step.primitive == "logprob":
         backend.logprob(head, labels(step.rows), gradients if step.kept else None)
     elif step.primitive == "logprob_and_grad":
@@ -396,11 +459,12 @@ def call(
 
 
 def calls(
-    work: Work, device: Device, n: int, h: int, v: int, *, descriptors: bool = True
+    work: Work, device: Device, n: int, h: int, v: int, assumed: Assumed | None = None
 ) -> list[tuple[list[Launched], Live]]:
     """The launches of `work` on `device`, with the live rows of each call."""
+    assumed = assumed or Assumed()
     target = TARGETS[device.target]
-    target = replace(target, descriptors=target.descriptors and descriptors)
+    target = replace(target, descriptors=target.descriptors and assumed.descriptors)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
@@ -412,10 +476,15 @@ def calls(
     gradients = Gradients(empty(n, h, dtype=half), weight, None)
     result = []
     with offline.recorded(target):
-        which = steps(work, head, weight)
+        most, head, gradients = kept(work, head, gradients)
+        which = steps(work, head, most)
     for step in which:
+        rows = step.live.rows if assumed.live and step.primitive == "backward" else n
+        assert gradients.hidden is not None
+        own, to = replace(head, hidden=head.hidden[:rows]), replace(gradients, hidden=gradients.hidden[:rows])
+        y, c = labels[:rows], vector[:rows]
         with offline.recorded(target) as launches:
-            call(step, head, lambda rows: labels, vector, vector, gradients)
+            call(step, own, lambda rows, y=y: y, c, c, to)  # type: ignore[misc]
         result.append((launches, step.live))
     return result
 
@@ -449,7 +518,21 @@ LEVERS: Final = (
     ("lean epilogues", "triton", Assumed(descriptors=False)),
     ("dX and dW by the library", "library", Assumed(descriptors=False)),
     ("logits by descriptors, tile after tile: as it is", "library", Assumed()),
+    ("pieces planned for the live rows: not built", "library", Assumed(live=True)),
 )
+
+
+def recorded() -> report.Table:
+    """The works of RECORD by the model, and as they were measured."""
+    rows = json.loads(RECORD.read_text())["rows"]
+    seen = {row["kernel"].removesuffix(": all"): row for row in rows if str(row.get("kernel")).endswith(": all")}
+    h100 = next(device for device in DEVICES if device.name == "H100")
+    cells = []
+    for work in RECORDED:
+        model, row = 1e3 * predict(h100, calls(work, h100, 8192, 4096, 151936)).seconds, seen[work.name]
+        cells.append([work.name, f"{row['ms']:.1f}", f"{model:.1f}", f"{model / row['ms'] - 1:+.1%}"])
+    title = "The record of an H100 against the model of what ran then"
+    return report.Table("roofline", title, ["work", "measured, ms", "model, ms", "difference"], cells)
 
 
 def levers(device: Device, shape: tuple[int, int, int]) -> report.Table:
@@ -458,8 +541,7 @@ def levers(device: Device, shape: tuple[int, int, int]) -> report.Table:
     for name, products, assumed in LEVERS:
         with offline.products(products):
             each = [
-                predict(device, calls(work, device, *shape, descriptors=assumed.descriptors), assumed).seconds
-                / bare(device, work, *shape)
+                predict(device, calls(work, device, *shape, assumed), assumed).seconds / bare(device, work, *shape)
                 for work in WORK
             ]
         rows.append([name, *(f"{ratio:.2f}" for ratio in each)])
@@ -486,7 +568,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--details", choices=[d.name for d in DEVICES], help="count every kernel on this device")
     arguments = parser.parse_args(argv)
     shape = (arguments.rows, arguments.hidden, arguments.vocabulary)
-    tables = [overview(shape), levers(next(d for d in DEVICES if d.name == "H100"), shape)]
+    tables = [overview(shape), recorded(), levers(next(d for d in DEVICES if d.name == "H100"), shape)]
     for device in DEVICES:
         if device.name == arguments.details:
             tables += [details(work, device, shape) for work in WORK]

@@ -24,7 +24,7 @@ class TritonBackend:
     Beyond the protocol's contract: a 16-bit `gradients.weight` costs `backward` a fourth product where the float32 sums
     of dX for all rows do not fit the workspace (`gradients.gradients_from_lse`), and keeps no logits then, because it
     would be rounded twice. `kept_rows` is less than the memory of `gradients.weight` holds where the workspace has no
-    room for the sums of dX of so many rows.
+    room for the sums of dX of so many rows, and more where it has room for the logits of further ones.
     """
 
     name: ClassVar[str] = "triton"
@@ -39,8 +39,8 @@ class TritonBackend:
         return uninitialised_like(weight, dtype)
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
-        """How many rows' logits the memory of `weight_gradient` can hold: about 2 H in a float32 one beside 16-bit
-        inputs, H in one of the input type."""
+        """How many rows' logits the memory of `weight_gradient` can hold (about 2 H in a float32 one beside 16-bit
+        inputs, H in one of the input type), and with it what wide pieces of G leave of the workspace."""
         from infopo_kernels.backends.triton.gradients import kept_rows
         from infopo_kernels.backends.triton.launch import on_device, prepare
 
@@ -49,15 +49,20 @@ class TritonBackend:
         with on_device(weight_gradient.device):
             return kept_rows(prepare(head), weight_gradient)
 
-    def memory_for_logits(self, head: Head, weight_gradient: torch.Tensor, rows: int) -> None:
-        del head, weight_gradient, rows
+    def memory_for_logits(self, head: Head, weight_gradient: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """Bytes for those of the rows that the memory of `weight_gradient` has no room for."""
+        from infopo_kernels.backends.triton.gradients import memory_for_logits
+        from infopo_kernels.backends.triton.launch import on_device, prepare
+
+        with on_device(weight_gradient.device):
+            return memory_for_logits(prepare(head), weight_gradient, rows)
 
     def logprob(
         self, head: Head, labels: torch.Tensor, keep: Gradients | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token log-probabilities l [N] and logsumexp [N]. One product.
 
-        `keep.weight` holds logits afterwards (`kernels/kept.py`).
+        `keep.weight` and `keep.logits` hold logits afterwards (`kernels/kept.py`).
         """
         from infopo_kernels.backends.triton.gradients import logprob_keeping
         from infopo_kernels.backends.triton.kernels.logprob import launch_logprob
@@ -72,7 +77,7 @@ class TritonBackend:
             if keep is None or keep.weight is None:
                 launch_logprob(prepare(head), labels, live, logp, lse)
             else:
-                logprob_keeping(prepare(head), labels, live, keep.weight, logp, lse)
+                logprob_keeping(prepare(head), labels, live, (keep.weight, keep.logits), logp, lse)
         return logp, lse
 
     def logprob_and_grad(

@@ -3,6 +3,8 @@ logits of some rows may have been kept in the memory of dW."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from infopo_kernels.backends.base import Gradients, Wanted
@@ -11,10 +13,12 @@ from infopo_kernels.backends.triton.kernels.gradient_tile import launch_gradient
 from infopo_kernels.backends.triton.kernels.hidden_product import launch_store_hidden
 from infopo_kernels.backends.triton.kernels.kept import (
     Kept,
+    Room,
+    bytes_of_row,
     capacity,
     find_kept_rows,
     launch_kept_gradient,
-    store_in,
+    stores_in,
 )
 from infopo_kernels.backends.triton.kernels.logprob import launch_merge
 from infopo_kernels.backends.triton.kernels.rows import LiveRows, launch_gather_rows, room_for_rows, rows_in
@@ -22,11 +26,13 @@ from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS, 
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
 from infopo_kernels.backends.triton.products import products_of
 from infopo_kernels.backends.triton.workspace import (
+    ROW_MULTIPLE,
     PiecePlan,
     TilePlan,
     carve,
     kept_chunk,
     plan_pieces,
+    rows_beside,
     sums_chunk,
     tile_layouts,
 )
@@ -72,35 +78,54 @@ def gradients_from_tiles(
 
 
 def kept_rows(launch: Launch, weight_grad: torch.Tensor) -> int:
-    """Rows whose logits the memory of `weight_grad` holds, and whose sums of dX a chunk holds.
+    """Rows whose logits the memory of `weight_grad` and the workspace hold, and whose sums of dX a chunk holds.
 
     0 where that is less than a block of rows, which is not worth a launch of its own, or where a 16-bit dW would be
     rounded twice: the kept rows make its first chunk, so that all rows of the call have to be in it.
     """
-    most = capacity(launch, weight_grad)
-    chunk = kept_chunk(launch.sizes, most)
-    most = min(most, chunk)
-    pays = most >= min(launch.rows, launch.tiles.logits.rows) and sums_chunk(launch.sizes) > 0
+    held = capacity(launch, weight_grad)
+    beside = _rows_beside(launch, held)
+    rest = replace(launch.sizes, workspace_bytes=launch.sizes.workspace_bytes - beside * bytes_of_row(launch))
+    chunk = kept_chunk(rest, held + beside)
+    most = min(held + beside, chunk)
+    pays = most >= min(launch.rows, launch.tiles.logits.rows) and sums_chunk(rest) > 0
     once = weight_grad.dtype == torch.float32 or chunk >= launch.rows
     return most if pays and once else 0
 
 
+def memory_for_logits(launch: Launch, weight_grad: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """Uninitialised bytes of the workspace for those of the rows that the memory of `weight_grad` has no room for."""
+    held = capacity(launch, weight_grad)
+    beside = min(_rows_beside(launch, held), ceil_div(max(0, rows - held), ROW_MULTIPLE) * ROW_MULTIPLE)
+    size = beside * bytes_of_row(launch)
+    return torch.empty(size, dtype=torch.uint8, device=weight_grad.device) if size else None
+
+
+def _rows_beside(launch: Launch, held: int) -> int:
+    """Rows whose logits the workspace holds where a weight gradient's memory holds those of `held` rows."""
+    return rows_beside(launch.sizes, held, bytes_of_row(launch)) if held else 0
+
+
 def logprob_keeping(
-    launch: Launch, labels: torch.Tensor, live: LiveRows, keep: torch.Tensor, logp: torch.Tensor, lse: torch.Tensor
+    launch: Launch, labels: torch.Tensor, live: LiveRows, room: Room, logp: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    """l and lse of the live rows, whose logits stay in the memory of `keep` [V, H]. One product."""
-    store = store_in(launch, keep)
-    parts, rows = len(store.q), min(kept_rows(launch, keep), launch.rows)
-    c = min(rows, sums_chunk(launch.sizes))
+    """l and lse of the live rows, whose logits stay in `room`. One product."""
+    stores = stores_in(launch, room)
+    places = sum(len(store.target) for store in stores)
+    most = min(places, kept_chunk(launch.sizes, places))
+    parts, c, first = len(stores[0].q), min(most, sums_chunk(launch.sizes)), 0
     sums = torch.empty(parts * c, dtype=torch.float32, device=labels.device)
     memory = room_for_rows(launch, c)
-    for row0 in range(0, rows, c):
-        chunk = slice(row0, min(row0 + c, rows))
-        part_sum = sums[: parts * (chunk.stop - row0)].view(parts, -1)
-        q, part_max, target = store.q[:, chunk], store.part_max[:, chunk], store.target[chunk]
-        gathered = rows_in(launch, live, memory, row0, chunk.stop - row0)
-        launch_softmax_tile(launch, live, q, part_max, part_sum, row0, gathered)
-        launch_merge(launch, labels, live, part_max, part_sum, logp, lse, row0, target)
+    for store in stores:
+        rows = min(len(store.target), most - first)
+        for begin in range(0, rows, c):
+            chunk, row0 = slice(begin, min(begin + c, rows)), first + begin
+            part_sum = sums[: parts * (chunk.stop - begin)].view(parts, -1)
+            q, part_max, target = store.q[:, chunk], store.part_max[:, chunk], store.target[chunk]
+            gathered = rows_in(launch, live, memory, row0, chunk.stop - begin)
+            launch_softmax_tile(launch, live, q, part_max, part_sum, row0, gathered)
+            launch_merge(launch, labels, live, part_max, part_sum, logp, lse, row0, target)
+        first += rows
 
 
 def gradients_from_kept(
@@ -117,9 +142,10 @@ def gradients_from_kept(
     """
     hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
     assert weight is not None
-    rows = kept_chunk(launch.sizes, capacity(launch, weight))
+    stores = stores_in(launch, (weight, gradients.logits))
+    rows = kept_chunk(launch.sizes, sum(len(store.target) for store in stores))
     plan = plan_pieces(launch.sizes, hidden=hidden is not None, weight=True, bias=bias is not None, rows=rows)
-    live, kept = find_kept_rows(launch, store_in(launch, weight), labels, kept_labels, lse, row_weight)
+    live, kept = find_kept_rows(launch, stores, labels, kept_labels, lse, row_weight)
     _by_rows(launch, plan, labels, lse, row_weight, live, gradients, kept)
 
 

@@ -28,6 +28,9 @@ from infopo_kernels.backends.triton.launch import Sizes, ceil_div
 ALIGNMENT = 256
 """Bytes: every temporary starts on a boundary that all vector accesses accept."""
 
+ROW_MULTIPLE = 16
+"""Rows with kept logits are a multiple of this: every part, and what is in it, then begins on 16 bytes or more."""
+
 SPARE = 4096
 """Bytes kept back for alignment."""
 
@@ -268,6 +271,23 @@ def kept_chunk(sizes: Sizes, most: int) -> int:
     if pieces.fits(sizes.rows, pieces.wide):
         return sizes.rows
     return _largest(sizes.rows, most, lambda r: pieces.fits(r, pieces.wide)) or 0
+
+
+@lru_cache(maxsize=256)
+def rows_beside(sizes: Sizes, held: int, row_bytes: int) -> int:
+    """Rows, of `row_bytes` each, whose logits the workspace holds where dW's memory holds those of `held` rows.
+
+    As many as are missing, or as leave room for pieces of sqrt(PASS_ROWS V) columns: with C columns a piece, the passes
+    over the sums of dX take as long as the product of V PASS_ROWS / C columns, which one column more makes less by
+    V PASS_ROWS / C^2; the logits of rows, of as many bytes, spare the product of one column. 0 where that is less than
+    a block of rows, or where not all rows are in one chunk.
+    """
+    pieces, block = _Pieces(sizes, hidden=True, weight=True, bias=sizes.bias), sizes.tiles.logits
+    tiles = min(pieces.tiles, ceil_div(math.isqrt(PASS_ROWS * sizes.vocabulary), block.columns))
+    spare = pieces.budget - pieces.of_rows(sizes.rows) - pieces.of_tile(sizes.rows) * tiles
+    missing = ceil_div(sizes.rows - held, ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = min(missing, spare // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+    return rows if rows >= min(missing, block.rows) and rows > 0 else 0
 
 
 def sums_chunk(sizes: Sizes) -> int:

@@ -12,6 +12,8 @@ that the part stands for, so that the parts before the word v all lie before row
 therefore taken from the last to the first: rows of dW are written when their own part and those behind it have been
 turned into G, and never reach one that is still needed, whatever V is a multiple of.
 
+Bytes of the workspace may hold the logits of further rows, in the same layout. Nothing is written over them.
+
 With the logsumexp, for the kept rows that have a weight, at the head of the list of live rows,
 
     l_i  = z_iy - lse_i
@@ -30,15 +32,16 @@ from infopo_kernels.backends.triton.kernels.logits import IN_ANOTHER_PART, load_
 from infopo_kernels.backends.triton.kernels.rows import BLOCK, LiveRows, gain_of, largest_weight, new_list
 from infopo_kernels.backends.triton.kernels.softmax_tile import normalised
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
+from infopo_kernels.backends.triton.workspace import ROW_MULTIPLE
 from infopo_kernels.options import IGNORE_INDEX
 
-ROW_MULTIPLE = 16
-"""Rows that can be kept are a multiple of this: every part, and what is in it, then begins on 16 bytes or more."""
+Room = tuple[torch.Tensor, torch.Tensor | None]
+"""The memory of a weight gradient, and bytes beside it for further rows."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """The memory of a weight gradient, seen as kept logits."""
+    """The memory of a weight gradient, or bytes beside it, seen as kept logits."""
 
     q: torch.Tensor
     """[P, R, PART], the input type."""
@@ -52,28 +55,44 @@ class Store:
 class Kept:
     """What the kept rows of a list are made of."""
 
-    store: Store
+    stores: tuple[Store, ...]
+    """One, or two: the second holds the rows behind the first."""
     slot: torch.Tensor
-    """[N] int32: place in the store of each kept row of the list."""
+    """[N] int32: place in the stores of each kept row of the list."""
     logp: torch.Tensor
     """[N] float32 log-probabilities by row number; defined for kept rows of the list only."""
 
 
 def capacity(launch: Launch, weight_grad: torch.Tensor) -> int:
     """R: rows that the memory of `weight_grad` [V, H] holds; 0 where it does not begin on 16 bytes."""
+    return 0 if weight_grad.data_ptr() % 16 else rows_in_bytes(launch, weight_grad.numel() * weight_grad.element_size())
+
+
+def bytes_of_row(launch: Launch) -> int:
+    """Bytes of a row's Q, maxima and target."""
     part, e = launch.tiles.logits.part, launch.head.hidden.element_size()
-    parts = ceil_div(launch.vocabulary, part)
-    rows = weight_grad.numel() * weight_grad.element_size() // (parts * (part * e + 4) + 4)
-    return 0 if weight_grad.data_ptr() % 16 else rows // ROW_MULTIPLE * ROW_MULTIPLE
+    return ceil_div(launch.vocabulary, part) * (part * e + 4) + 4
 
 
-def store_in(launch: Launch, weight_grad: torch.Tensor) -> Store:
-    """Views of the memory of `weight_grad`."""
-    part, dtype, r = launch.tiles.logits.part, launch.head.hidden.dtype, capacity(launch, weight_grad)
+def rows_in_bytes(launch: Launch, size: int) -> int:
+    """Rows that `size` bytes hold."""
+    return size // bytes_of_row(launch) // ROW_MULTIPLE * ROW_MULTIPLE
+
+
+def stores_in(launch: Launch, room: Room) -> tuple[Store, ...]:
+    """Views of the memory of a weight gradient, and of what is beside it."""
+    weight_grad, beside = room
+    own = store_in(launch, weight_grad, capacity(launch, weight_grad))
+    return (own,) if beside is None else (own, store_in(launch, beside, rows_in_bytes(launch, beside.numel())))
+
+
+def store_in(launch: Launch, memory: torch.Tensor, r: int) -> Store:
+    """Views of `memory` as the logits of r rows."""
+    part, dtype = launch.tiles.logits.part, launch.head.hidden.dtype
     parts = ceil_div(launch.vocabulary, part)
     own = r * part * dtype.itemsize
     size = own + 4 * r
-    memory = weight_grad.view(-1).view(torch.uint8)
+    memory = memory.view(-1).view(torch.uint8)
     q, part_max = memory[: parts * size].view(dtype), memory[own : parts * size].view(torch.float32)
     return Store(
         q.as_strided((parts, r, part), (size // dtype.itemsize, part, 1)),
@@ -82,13 +101,14 @@ def store_in(launch: Launch, weight_grad: torch.Tensor) -> Store:
     )
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "first"])
 def kept_rows_kernel(
     labels_ptr,
     kept_labels_ptr,
     lse_ptr,
     c_ptr,
     target_ptr,
+    beside_target_ptr,
     rows_ptr,
     slot_ptr,
     logp_ptr,
@@ -96,13 +116,16 @@ def kept_rows_kernel(
     kept_ptr,
     gain_ptr,
     N,
+    first,
     V,
     IGNORE: tl.constexpr,
     GAIN: tl.constexpr,
+    BESIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """rows = [t scored with c_t != 0]: first those whose logits are kept, then the others, each ascending; their
-    numbers; slot[i] = rank of row i among all that are kept; l_t (NaN for a label outside the vocabulary)."""
+    numbers; slot[i] = rank of row i among all that are kept; l_t (NaN for a label outside the vocabulary). The first
+    `first` slots lie in dW, the others BESIDE it."""
     count = 0
     slots = 0
     largest = 0.0
@@ -122,7 +145,11 @@ def kept_rows_kernel(
         tl.store(slot_ptr + place, slot, mask=live)
         # Before any row of dW is written: the last ones lie over the target logits.
         known = ((label >= 0) & (label < V)) | (label == IN_ANOTHER_PART)
-        target = tl.load(target_ptr + slot, mask=live & known, other=float("nan"))
+        known = live & known
+        target = tl.load(target_ptr + slot, mask=known & (slot < first), other=float("nan"))
+        if BESIDE:
+            behind = tl.load(beside_target_ptr + slot - first, mask=known & (slot >= first), other=float("nan"))
+            target = tl.where(slot < first, target, behind)
         lse = tl.load(lse_ptr + offs_n, mask=live, other=0.0)
         tl.store(logp_ptr + offs_n, target - lse, mask=live)
         count += tl.sum(flag, axis=0)
@@ -145,10 +172,12 @@ def kept_rows_kernel(
         tl.store(gain_ptr, gain_of(largest))
 
 
-@triton.jit(do_not_specialize=["C", "part0", "parts", "stride_mt"])
+@triton.jit(do_not_specialize=["C", "part0", "parts", "first", "stride_mt", "beside_stride_mt"])
 def kept_gradient_kernel(
     q_ptr,
     max_ptr,
+    beside_q_ptr,
+    beside_max_ptr,
     logp_ptr,
     lse_ptr,
     c_ptr,
@@ -162,8 +191,11 @@ def kept_gradient_kernel(
     C,
     part0,
     parts,
+    first,
     stride_qt,
     stride_mt,
+    beside_stride_qt,
+    beside_stride_mt,
     ld,
     V,
     softcap,
@@ -171,6 +203,7 @@ def kept_gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
+    BESIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART: tl.constexpr,
 ):
@@ -193,9 +226,16 @@ def kept_gradient_kernel(
     label = load_labels(labels_ptr, row, row_ok, V)
     # The last tile of the vocabulary may hold parts that do not exist: products want zeros up to its end.
     stored = offs_n < tl.where(part < parts, here, 0)
-    part_max = tl.load(max_ptr + part.to(tl.int64) * stride_mt + slot, mask=stored, other=float("-inf"))
+    own = stored & (slot < first)
+    part_max = tl.load(max_ptr + part.to(tl.int64) * stride_mt + slot, mask=own, other=float("-inf"))
     offs_q = part.to(tl.int64) * stride_qt + slot.to(tl.int64)[:, None] * PART + offs_k[None, :]
-    q = tl.load(q_ptr + offs_q, mask=stored[:, None], other=0.0)
+    q = tl.load(q_ptr + offs_q, mask=own[:, None], other=0.0)
+    if BESIDE:
+        away, behind = stored & (slot >= first), slot - first
+        offs_m = part.to(tl.int64) * beside_stride_mt + behind
+        part_max = tl.where(away, tl.load(beside_max_ptr + offs_m, mask=away, other=float("-inf")), part_max)
+        offs_q = part.to(tl.int64) * beside_stride_qt + behind.to(tl.int64)[:, None] * PART + offs_k[None, :]
+        q = tl.where(away[:, None], tl.load(beside_q_ptr + offs_q, mask=away[:, None], other=0.0), q)
     g = normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP)
     offs_g = pid_t * PART + offs_k
     if BIAS_GRAD:
@@ -208,7 +248,7 @@ def kept_gradient_kernel(
 
 def find_kept_rows(
     launch: Launch,
-    store: Store,
+    stores: tuple[Store, ...],
     labels: torch.Tensor,
     kept_labels: torch.Tensor,
     lse: torch.Tensor,
@@ -216,13 +256,15 @@ def find_kept_rows(
 ) -> tuple[LiveRows, Kept]:
     """The list of live rows, those with kept logits first."""
     live, n = new_list(labels), labels.numel()
-    kept = Kept(store, torch.empty_like(live.index), torch.empty_like(lse))
+    kept = Kept(stores, torch.empty_like(live.index), torch.empty_like(lse))
+    own, beside = stores[0], stores[-1]
     kept_rows_kernel[(1,)](
         labels,
         kept_labels,
         lse,
         row_weight,
-        store.target,
+        own.target,
+        beside.target,
         live.index,
         kept.slot,
         kept.logp,
@@ -230,9 +272,11 @@ def find_kept_rows(
         live.kept,
         live.gain,
         n,
+        len(own.target),
         launch.vocabulary,
         IGNORE=IGNORE_INDEX,
         GAIN=launch.head.hidden.dtype == torch.float16,
+        BESIDE=len(stores) > 1,
         BLOCK=BLOCK,
         num_warps=8,
         **FUSED,
@@ -253,11 +297,14 @@ def launch_kept_gradient(
     columns: int,
 ) -> None:
     """G [C, ld] of the kept rows, which come first in the list, for columns v0 .. v0 + columns, and its column sums."""
-    head, tile, (c, ld), store = launch.head, launch.tiles.logits, g.shape, kept.store
+    head, tile, (c, ld) = launch.head, launch.tiles.logits, g.shape
+    own, beside = kept.stores[0], kept.stores[-1]
     whole = ceil_div(columns, tile.columns) * tile.columns
     kept_gradient_kernel[(ceil_div(c, tile.rows) * (whole // tile.part),)](
-        store.q,
-        store.part_max,
+        own.q,
+        own.part_max,
+        beside.q,
+        beside.part_max,
         kept.logp,
         lse,
         row_weight,
@@ -270,9 +317,12 @@ def launch_kept_gradient(
         bias_part,
         c,
         v0 // tile.part,
-        store.q.shape[0],
-        store.q.stride(0),
-        store.part_max.stride(0),
+        own.q.shape[0],
+        len(own.target),
+        own.q.stride(0),
+        own.part_max.stride(0),
+        beside.q.stride(0),
+        beside.part_max.stride(0),
         ld,
         launch.vocabulary,
         1.0 if head.softcap is None else head.softcap,
@@ -280,6 +330,7 @@ def launch_kept_gradient(
         HAS_SOFTCAP=head.softcap is not None,
         HAS_GAIN=g.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
+        BESIDE=len(kept.stores) > 1,
         BLOCK_N=tile.rows,
         PART=tile.part,
         num_warps=8,
