@@ -1,0 +1,44 @@
+"""A head that a group of one rank shares: every way gives what the whole head gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from infopo_kernels import linear_infopo_loss, linear_logps
+from infopo_kernels.distributed import VocabShard
+from infopo_kernels.distributed.parallel import Way
+
+
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", get_args(Way))
+@pytest.mark.parametrize("loss", ["logps", "infopo"])
+def test_every_way(loss: str, way: Way, alone: dist.ProcessGroup) -> None:
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(4, 7, 16), torch.randn(53, 16), torch.randint(50, (4, 7))
+
+    def run(rows: int, vocab: VocabShard | None) -> list[torch.Tensor]:
+        leaves = [hidden.clone().requires_grad_(), weight[:rows].clone().requires_grad_()]
+        if loss == "logps":
+            value = linear_logps(*leaves, labels, reduction="mean", backend="torch", vocab=vocab).sum()
+        else:
+            value = linear_infopo_loss(*leaves, labels, backend="torch", vocab=vocab).loss
+        value.backward()
+        return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    whole, shared = run(50, None), run(53, VocabShard(alone, vocabulary=50, way=way))
+    assert shared[2][50:].eq(0).all(), "rows beyond the vocabulary are padding"
+    for one, other in zip([*shared[:2], shared[2][:50]], whole, strict=True):
+        torch.testing.assert_close(one, other)
