@@ -357,6 +357,37 @@ def test_report(backend: Backend) -> None:
     assert out.tail is None
 
 
+@pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",)], ids="+".join)
+def test_report_where_sums_of_dx_do_not_fit(trained: tuple[str, ...], backend: Backend) -> None:
+    """dX is formed in parts then, before dW: each of these passes pools."""
+    made = make(Problem("turns", rows=700, hidden=512, vocab=701), torch.bfloat16, backend, workspace_mib=1)
+    got, (_, lse) = buffers(made, trained), backend.logprob(made.head, made.labels)
+    backend.backward(made.head, made.labels, lse, made.row_weight, got)
+    assert got.tail is not None
+    assert torch.equal((~got.tail.mass.isnan()).nonzero().squeeze(1), made.live)
+    kept, columns = got.tail.columns.tolist()
+    assert 0 < kept < columns
+    assert columns % 701 == 0
+    assert 0 < float(got.tail.summary()[0]) < 1
+
+
+def test_report_of_no_rows(backend: Backend) -> None:
+    """Nothing could be pooled: 0, 0 and 1, as the contract has it."""
+    made = make(PROBLEMS[0], torch.float32, backend)
+    for labels, weights in (
+        (made.labels.new_full(made.labels.shape, IGNORE_INDEX), made.row_weight),
+        (made.labels, torch.zeros_like(made.row_weight)),
+    ):
+        for known in (True, False):
+            got = buffers(made, ("hidden", "weight"))
+            if known:
+                backend.logprob_and_grad(made.head, labels, weights, got)
+            else:
+                backend.backward(made.head, labels, backend.logprob(made.head, labels)[1], weights, got)
+            assert got.tail is not None
+            assert got.tail.summary().tolist() == [0, 0, 1]
+
+
 def test_a_backend_without_pools_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = dispatch.load("torch")
     monkeypatch.setattr(type(loaded), "tail_block", 0)

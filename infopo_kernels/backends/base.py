@@ -115,7 +115,8 @@ class TailReport:
         """
         rows = ~self.mass.isnan()
         mass = torch.where(rows, self.mass, 0).double()
-        kept = torch.where(self.columns[1] > 0, self.columns[0] / self.columns[1].clamp(min=1), 1.0)
+        pooled = rows.any() & (self.columns[1] > 0)
+        kept = torch.where(pooled, self.columns[0] / self.columns[1].clamp(min=1), 1.0)
         most = torch.cat([mass, mass.new_zeros(1)]).amax()
         return torch.stack([mass.sum() / rows.sum().clamp(min=1), most, kept])
 

@@ -83,7 +83,7 @@ class CppBackend:
 
     name: ClassVar[str] = "cpp"
     tail_block: ClassVar[int] = 96
-    """`kTile` of csrc/workspace.h. A workspace that does not hold a block of 96 words has smaller ones."""
+    """`kTailTile` of csrc/tile_kernels.h. A workspace that does not hold a block of 96 words has smaller ones."""
     tail_exact_above: ClassVar[float] = 0.75
     """`kExactAbove` of csrc/pooled_tail.cpp."""
 

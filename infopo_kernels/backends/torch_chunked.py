@@ -12,7 +12,7 @@ where glibc keeps freed memory, which is its default.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -51,6 +51,11 @@ class _Tiles:
             vocab -= vocab % TAIL_BLOCK if vocab >= TAIL_BLOCK else 0
         rows = max(1, min(rows, workspace_bytes // 2 // (4 * vocab * element)))  # logits and three temporaries
         return cls(rows, vocab)
+
+
+def _chunks(rows: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """Parts of `size` rows; none of no rows, where torch.split gives an empty one."""
+    return torch.split(rows, size) if len(rows) else ()
 
 
 def _vocab_tiles(head: Head, size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
@@ -204,7 +209,7 @@ class TorchBackend:
         out_logp = torch.zeros(labels.shape, dtype=head.accumulator_dtype, device=labels.device)
         out_lse = torch.zeros_like(out_logp)
         tiles = _Tiles.within(head.workspace_bytes, head)
-        for chunk in torch.split(rows, tiles.rows):
+        for chunk in _chunks(rows, tiles.rows):
             x, y = head.hidden[chunk].to(head.accumulator_dtype), labels[chunk]
             lse = torch.full(chunk.shape, -torch.inf, dtype=x.dtype, device=x.device)
             target = torch.where(y == ELSEWHERE, 0.0, torch.full_like(lse, torch.nan))  # NaN: outside the vocabulary
@@ -241,7 +246,7 @@ class TorchBackend:
         out_lse = torch.zeros_like(out_logp)
         rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
         tiles = _Tiles.within(head.workspace_bytes // 2, head)
-        for chunk in torch.split(rows, min(stored, tiles.rows)):
+        for chunk in _chunks(rows, min(stored, tiles.rows)):
             x, y, c = head.hidden[chunk].to(head.accumulator_dtype), labels[chunk], row_weight[chunk]
             z = x.new_empty(len(chunk), head.weight.shape[0])
             lse = torch.full(chunk.shape, -torch.inf, dtype=x.dtype, device=x.device)
@@ -288,11 +293,10 @@ class TorchBackend:
         # A 16-bit dX needs an accumulator, and the workspace does not hold it for all rows. So take a part of the rows
         # at a time for dX, then all rows for dW and db. Each is still rounded only once.
         part = max(1, head.workspace_bytes // 4 // (head.hidden.shape[1] * accumulator.itemsize))
-        for some in torch.split(rows, part):
-            self._backward_rows(head, labels, lse, row_weight, Gradients(gradients.hidden, None, None), some)
+        for some in _chunks(rows, part):
+            self._backward_rows(head, labels, lse, row_weight, replace(gradients, weight=None, bias=None), some)
         if gradients.weight is not None or gradients.bias is not None:
-            rest = Gradients(None, gradients.weight, gradients.bias)
-            self._backward_rows(head, labels, lse, row_weight, rest, rows)
+            self._backward_rows(head, labels, lse, row_weight, replace(gradients, hidden=None), rows)
 
     def _backward_rows(
         self,
