@@ -204,7 +204,8 @@ class Result:
 
     @classmethod
     def of(cls, loss: Tensor, leaves: dict[str, Tensor | None], factor: float) -> Result:
-        (loss * factor).backward()
+        if loss.requires_grad:  # a gradient that is wanted and missing shows in the comparison
+            (loss * factor).backward()
         return cls(loss.detach(), {k: None if v is None else v.grad for k, v in leaves.items()})
 
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from infopo_kernels.backends.base import Backend, Gradients, Head, with_memory_for_logits
-from infopo_kernels.options import IGNORE_INDEX
-from tests.budget import HALF_STEP, accumulated, assert_within, error_budget, kept_rounding, operand_rounding
-from tests.primitives import plain
+from infopo_kernels import LogitOptions, naive
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, with_memory_for_logits
+from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
+from tests.budget import (
+    HALF_STEP,
+    SMALLEST,
+    Budget,
+    accumulated,
+    assert_within,
+    error_budget,
+    kept_rounding,
+    operand_rounding,
+)
+from tests.primitives import Plain, plain
 
+_NEAR = 1.02
+"""Room for roundings of what is pooled: kept logits of float16 (at most 1 %), mean rows of W of bfloat16."""
 RED_ZONE = 64
 """Numbers before and after each result that a kernel must not write."""
 
@@ -40,6 +52,10 @@ class Case:
     weight_size: float
     c_size: float
     ignored: float
+    elsewhere: float
+    """Share of the labels that lie in another part of the vocabulary."""
+    threshold: float
+    """Of the pooled tail; 0 for exact gradients."""
     strided: bool
     workspace: int
     threads: int
@@ -64,6 +80,7 @@ def draw(seed: int, backends: list[str]) -> Case:
     high = 2 if dtype == torch.float16 else 12
     wanted = "".join(letter for letter in "xwb" if r.random() < 0.7) or "x"
     way = r.choice(["known", "lse", "kept"])
+    pools = not small and not wild and r.random() < 0.4  # of wild logits no bound says which words are pooled
     return Case(
         seed=seed,
         backend=backend,
@@ -81,6 +98,8 @@ def draw(seed: int, backends: list[str]) -> Case:
         weight_size=size(-high / 4, high),
         c_size=10 ** r.uniform(-9, 2) if r.random() < 0.5 else 1.0,
         ignored=r.choice([0.0, 0.3, 0.95, 1.0]),
+        elsewhere=r.choice([0.0, 0.0, 0.0, 0.5]),
+        threshold=10 ** r.uniform(-6, -0.1) if pools else 0.0,
         strided=r.random() < 0.3,
         workspace=r.choice([1 << 20, 1 << 20, 1 << 25]),
         threads=r.choice([1, 2, 3]),
@@ -120,6 +139,10 @@ def check(case: Case, backend: Backend) -> None:
     operand = operand_rounding(name, case.dtype)
     rounded = kept_rounding(name, case.dtype) if case.way == "kept" else 0.0
     truth, allowed = plain(head, labels, c), error_budget(head, labels, c, operand=operand, kept=rounded)
+    exact, tail = allowed, None if got.tail is None else _Tail.of(head, labels, c, truth)
+    if tail is not None and got.tail is not None:
+        tail.check_report(got.tail, bool(scored.any()), case.V)
+        allowed = tail.widened(allowed)
     added = accumulated(case.N, HALF_STEP[torch.float32])
     assert_within("l", l, truth.l, allowed.l)
     assert_within("lse", lse, truth.lse, allowed.lse)
@@ -132,11 +155,89 @@ def check(case: Case, backend: Backend) -> None:
         if value is not None and first is not None:
             limit = getattr(allowed, key) + added * first.abs()
             _assert_in_range(f"d{key}", value, first + getattr(truth, key), limit)
+            if tail is not None and key == "weight":
+                tail.check_sums(value, first + truth.weight, exact.weight + (added + operand) * first.abs(), operand)
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What a pooled tail may change, whatever the chunks (which depend on backend, workspace and threads).
+
+    A word v with p_tv >= θ, or the label of t, is kept in the chunk of row t. So row t pools at most
+    Q_t = sum of p_tv over all other words. With the words' exact gradients dX, dW, each pooled one differs by
+
+        |dX_t|        at most  2 |c_t scale| Q_t max_v |W_v|
+        |dW_v|        at most  sum_t |c_t scale| (p_tv + Q_t) |X_t|
+        sum_v dW_v    by 0, and sum_v |dW_v| at most 2 sum_t |c_t scale| Q_t |X_t|:  a row of G keeps its sum
+    """
+
+    live: Tensor
+    """[N]: rows with a gradient."""
+    p: Tensor
+    """[N, V], 0 for words that are kept for sure."""
+    pull: Tensor
+    """[N]: |c_t scale|, 0 for rows without a gradient."""
+    hidden: Tensor
+    """[N, H] |X|, 0 for rows without a gradient."""
+    widest: Tensor
+    """[H]: max_v |W_v|."""
+
+    @classmethod
+    def of(cls, head: Head, labels: Tensor, c: Tensor, truth: Plain) -> _Tail:
+        live = (labels != IGNORE_INDEX) & (c != 0)
+        x = torch.where(live[:, None], head.hidden.double(), 0.0)
+        z = naive.logits(x, head.weight.double(), None if head.bias is None else head.bias.double(), _logit(head))
+        p = torch.where(live[:, None], (z - truth.lse[:, None]).exp(), 0.0)
+        p[p >= head.tail_threshold * _NEAR] = 0.0  # rounding may put a word on the other side of θ
+        own = (live & (labels >= 0)).nonzero().squeeze(1)
+        p[own, labels[own]] = 0.0
+        pull = torch.where(live, c.double().abs() * abs(head.scale), 0.0)
+        return cls(live, p, pull, x.abs(), head.weight.double().abs().amax(0))
+
+    @property
+    def most(self) -> Tensor:
+        """Q [N]."""
+        return self.p.sum(1)
+
+    def check_report(self, report: TailReport, scored: bool, vocabulary: int) -> None:
+        kept, columns = report.columns.tolist()
+        assert 0 <= kept <= columns, f"{kept} of {columns} columns kept"
+        assert columns % vocabulary == 0, f"{columns} columns of a vocabulary of {vocabulary}"
+        assert bool(self.live.any()) <= (columns > 0) <= scored, "columns without rows, or rows without columns"
+        assert torch.equal(report.mass.isnan(), ~self.live), "mass: rows that take no part were written, or others not"
+        mass, most = report.mass[self.live].double(), self.most[self.live]
+        assert ((mass >= 0) & (mass <= most * _NEAR + 1e-6)).all(), "more was pooled than the threshold allows"
+
+    def widened(self, exact: Budget) -> Budget:
+        """The budget of exact gradients, with room for the pools."""
+        pooled = self.pull * self.most
+        dX = _NEAR * 2 * pooled[:, None] * self.widest
+        dW = _NEAR * (self.pull[:, None] * self.p + pooled[:, None]).T @ self.hidden
+        db = _NEAR * (self.pull @ self.p + pooled.sum())
+        return replace(exact, hidden=exact.hidden + dX, weight=exact.weight + dW, bias=exact.bias + db)
+
+    def check_sums(self, got: Tensor, truth: Tensor, exact: Tensor, operand: float) -> None:
+        """The two bounds of sums over the vocabulary, for `got` and `truth` [V, H]."""
+        if not _fits(got, truth, exact).all():
+            return
+        error, pooled = got.double() - truth, (self.pull * self.most) @ self.hidden
+        rounding = (exact + HALF_STEP[got.dtype] * (truth.abs() + error.abs()) + SMALLEST[got.dtype]).sum(0)
+        moved = float((error.sum(0).abs() - rounding - (1e-5 + 2 * operand) * pooled).max())
+        assert moved <= 0, f"dweight: the sum over the vocabulary is off by {moved:.3g} more than rounding"
+        assert (error.abs().sum(0) <= rounding + 2 * _NEAR * pooled).all(), "dweight: pools moved more than they hold"
+
+
+def _logit(head: Head) -> LogitOptions:
+    return LogitOptions(head.softcap, head.scale)
+
+
+def _fits(got: Tensor, truth: Tensor, allowed: Tensor) -> Tensor:
+    """Entries that fit the type of the result and of the sums that lead to it."""
+    return truth.abs() + allowed < min(torch.finfo(got.dtype).max, 1e37) / 2
 
 
 def _assert_in_range(name: str, got: Tensor, truth: Tensor, allowed: Tensor) -> None:
-    """Entries that fit the type of the result and of the sums that lead to it."""
-    fits = truth.abs() + allowed < min(torch.finfo(got.dtype).max, 1e37) / 2
+    fits = _fits(got, truth, allowed)
     assert_within(name, got[fits], truth[fits], allowed[fits])
 
 
@@ -145,6 +246,7 @@ def _inputs(case: Case) -> tuple[Head, Tensor, Tensor]:
     hidden = torch.randn(case.N, case.H, generator=g) * case.hidden_size
     weight = torch.randn(case.V, case.H, generator=g) * (case.weight_size / case.H**0.5)
     labels = torch.randint(case.V, (case.N,), generator=g)
+    labels[torch.rand(case.N, generator=g) < case.elsewhere] = ELSEWHERE
     labels[torch.rand(case.N, generator=g) < case.ignored] = IGNORE_INDEX
     hidden[labels == IGNORE_INDEX] = torch.nan  # never read
     c = torch.randn(case.N, generator=g) * case.c_size
@@ -159,7 +261,7 @@ def _inputs(case: Case) -> tuple[Head, Tensor, Tensor]:
     rows = (hidden.to(case.dtype), weight.to(case.dtype))
     if case.strided:
         rows = tuple(_apart(x) for x in rows)
-    return Head(rows[0], rows[1], bias, case.softcap, case.scale, case.workspace), labels, c
+    return Head(rows[0], rows[1], bias, case.softcap, case.scale, case.workspace, case.threshold), labels, c
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -177,7 +279,11 @@ class _Zones:
         weight = self._cut(case.V, case.H, dtype=case.weight_dtype, fill=1 / 16) if "w" in case.wanted else None
         bias = self._cut(case.V, dtype=torch.float32, fill=1 / 16) if "b" in case.wanted else None
         hidden = self._cut(case.N, case.H, dtype=case.dtype, fill=torch.nan) if "x" in case.wanted else None
-        self.gradients = Gradients(hidden, weight, bias)
+        report = None
+        if case.threshold > 0:
+            mass = self._cut(case.N, dtype=torch.float32, fill=torch.nan)
+            report = TailReport(mass, self._cut(2, dtype=torch.float64, fill=0.0))
+        self.gradients = Gradients(hidden, weight, bias, report)
 
     def _cut(self, *shape: int, dtype: torch.dtype, fill: float) -> Tensor:
         n = torch.Size(shape).numel()

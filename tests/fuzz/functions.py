@@ -1,17 +1,24 @@
-"""Random calls of the public functions, and their check against float64: layouts, shift, objectives, reductions."""
+"""Random calls of the public functions, and their check against float64: layouts, shift, objectives, reductions, pooled
+tails, nothing to train, a head that a group of one rank shares."""
 
 from __future__ import annotations
 
+import contextlib
 import random
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 
 from infopo_kernels import DPO, IPO, SFT, InfoPO, LogitOptions, SimPO, naive
+from infopo_kernels.distributed import VocabShard
+from infopo_kernels.distributed.parallel import Way
 from infopo_kernels.objectives import Objective
 from infopo_kernels.options import IGNORE_INDEX
 from tests import support
+from tests.budget import HALF_STEP, SMALLEST
 
 LAYOUTS = ["padded", "padded, any order", "packed", "packed [1, N]"]
 
@@ -44,6 +51,10 @@ class Call:
     factor: float
     hidden_size: float
     weight_size: float
+    way: str | None
+    """How the ranks of a group that share the head compute together; None: the head is whole."""
+    padding: int
+    """Rows of NaN behind a shared head's vocabulary."""
     kernel: dict[str, Any] = field(default_factory=dict)
 
 
@@ -73,7 +84,7 @@ def draw(seed: int, backends: list[str]) -> Call:
     else:
         odd = not objective.pairwise and r.random() < 0.3
         lengths = tuple(r.randint(least, longest) for _ in range(S + odd))
-    trained = tuple(name for name in ("hidden", "weight", "bias") if r.random() < 0.7) or ("hidden",)
+    trained = tuple(name for name in ("hidden", "weight", "bias") if r.random() < 0.7)
     bias = r.random() < 0.5
     weights = r.random() < 0.3
     return Call(
@@ -86,7 +97,7 @@ def draw(seed: int, backends: list[str]) -> Call:
         V=r.choice([1, 2, r.randint(1, 100), r.randint(1, 100 if small else 1200)]),
         reduction=r.choice([None, None, None, "none", "sum", "mean"]),
         objective=objective,
-        trained=trained if bias or trained != ("bias",) else ("hidden",),
+        trained=trained if bias else tuple(name for name in trained if name != "bias"),
         bias=bias,
         shift=shift,
         softcap=r.choice([None, None, 10 ** r.uniform(-0.5, 2)]),
@@ -99,7 +110,12 @@ def draw(seed: int, backends: list[str]) -> Call:
         factor=r.choice([1.0, 1.0, 2.0 ** r.randint(-8, 16), 10 ** r.uniform(-3, 3)]),
         hidden_size=10 ** r.uniform(-1, 0.5),
         weight_size=10 ** r.uniform(-1, 1.5 if r.random() < 0.3 else 0.3),
-        kernel=r.choice([{}, {"workspace_mib": 1}, {"workspace_mib": 4}]),
+        way=r.choice(get_args(Way)) if r.random() < 0.15 else None,
+        padding=r.choice([0, r.randint(1, 70)]),
+        kernel={
+            **r.choice([{}, {"workspace_mib": 1}, {"workspace_mib": 4}]),
+            **({} if small or r.random() < 0.75 else {"tail_threshold": 10 ** r.uniform(-6, -0.1)}),
+        },
     )
 
 
@@ -107,16 +123,76 @@ def check(call: Call, backend: str) -> None:
     """Run the call. Raises AssertionError if a value or a gradient exceeds its budget."""
     inputs = _inputs(call)
     _check_rows(call, inputs)
-    if call.reduction is None:
-        got, truth = support.fused(inputs, backend, **call.kernel), support.plain(inputs)
-    else:
-        got = support.fused_logps(inputs, call.reduction, backend, **call.kernel)
-        truth = support.plain_logps(inputs, call.reduction)
+    got, known = _run(call, inputs, backend), inputs
+    if not call.trained:  # the truth's budget follows from gradients
+        assert not got.loss.requires_grad
+        known = replace(inputs, case=replace(inputs.case, trained=("hidden",)))
+    truth = support.plain(known) if call.reduction is None else support.plain_logps(known, call.reduction)
     fits = all(g is None or float(g.abs().max() if g.numel() else 0) < 3e4 for g in truth.gradients.values())
-    if fits or call.dtype != torch.float16:
-        support.assert_result(got, truth)
-    else:  # float16 overflows where float64 rounded to it does; entries near its end may go either way
+    if not call.trained or not (fits or call.dtype != torch.float16):
+        # float16 overflows where float64 rounded to it does; entries near its end may go either way
         support.assert_value(got, truth)
+    elif "tail_threshold" in call.kernel:
+        support.assert_value(got, truth)
+        _check_pooled(got, truth)
+    else:
+        support.assert_result(got, truth)
+
+
+def _run(call: Call, inputs: support.Inputs, backend: str) -> support.Result:
+    """The fused value and its gradients; those of a shared head without its padding, which must be 0."""
+    with contextlib.ExitStack() as stack:
+        options = dict(call.kernel)
+        if call.way is not None:
+            group = stack.enter_context(_one_rank())
+            options["vocab"] = VocabShard(group, vocabulary=call.V, way=call.way)  # type: ignore[arg-type]
+            inputs = replace(inputs, tensors=_padded(inputs.tensors, call.padding))
+        if call.reduction is None:
+            got = support.fused(inputs, backend, **options)
+        else:
+            got = support.fused_logps(inputs, call.reduction, backend, **options)
+    for name in ("weight", "bias"):
+        gradient = got.gradients[name]
+        if gradient is not None:
+            assert gradient[call.V :].eq(0).all(), f"gradient of {name}: padding counts"
+            got.gradients[name] = gradient[: call.V]
+    return got
+
+
+@contextlib.contextmanager
+def _one_rank() -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone, while the context lasts."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _padded(tensors: dict[str, torch.Tensor | None], rows: int) -> dict[str, torch.Tensor | None]:
+    def pad(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x if name == "hidden" else torch.cat([x, x.new_full((rows, *x.shape[1:]), torch.nan)])
+
+    return {name: None if x is None else pad(name, x) for name, x in tensors.items()}
+
+
+def _check_pooled(got: support.Result, truth: support.Truth) -> None:
+    """What a pooled tail leaves as it is: the sums of the gradients over the vocabulary. (`cases` bounds the rest.)"""
+    allowed, largest = truth.budgets(2 * got.operand), truth.largest_factor
+    for name, gradient in truth.gradients.items():
+        other = got.gradients[name]
+        assert (other is None) == (gradient is None), f"gradient of {name}"
+        if other is None or gradient is None:
+            continue
+        assert other.isfinite().all(), f"gradient of {name}"
+        if name == "hidden":
+            continue
+        # Each entry is rounded, into its type and as a part of its pool.
+        size = other.double().abs() + gradient.abs() + allowed[name]
+        limit = allowed[name] + 3 * HALF_STEP[other.dtype] * size + 3 * SMALLEST[other.dtype] * max(1.0, largest)
+        error, limit = (other.double() - gradient).sum(0).abs(), (limit + support.FLUSHED).sum(0)
+        worst = float((error / limit).max())
+        assert (error <= limit).all(), f"gradient of {name}: its sum over the vocabulary is off, {worst:.2f} times"
 
 
 def _check_rows(call: Call, inputs: support.Inputs) -> None:

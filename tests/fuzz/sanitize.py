@@ -1,15 +1,18 @@
 """The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: python tests/fuzz/sanitize.py LIBRARY.
 
 LIBRARY is an extension that was built with INFOPO_KERNELS_SANITIZE=1 (`make sanitize` does both). A fixed set of cases
-runs through the ops: every instruction set, type, way and kind of size. Each tensor has its own allocation, so that the
-sanitizer's red zones surround it. The first fault ends the process with a report.
+runs through the ops: every instruction set, type, way and kind of size, exact gradients and pooled tails. Each tensor
+has its own allocation, so that the sanitizer's red zones surround it. The first fault ends the process with a report.
+tests/test_fuzz.py runs one size with the extension as it is, so that the calls here stay those of the ops.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from typing import Any
 
 SIZES = [
     # N, H, V, softcap, scale, bytes of workspace
@@ -21,6 +24,8 @@ SIZES = [
     (90, 96, 97, None, 1.0, 1 << 22),
 ]
 WANTED = ["xwb", "x", "w", "b", "xb"]
+THRESHOLDS = [0.0, 0.01]
+"""Of the pooled tail; 0 for exact gradients."""
 
 
 def preload() -> str:
@@ -65,7 +70,7 @@ def main(library: str) -> int:
     return 0
 
 
-def run(ops: object, dtype: object, N: int, H: int, V: int, softcap: float | None, scale: float, workspace: int) -> int:
+def run(ops: Any, dtype: Any, N: int, H: int, V: int, softcap: float | None, scale: float, workspace: int) -> int:
     """Run all ways through the primitives for one size. Returns the number of calls."""
     import torch
 
@@ -76,25 +81,29 @@ def run(ops: object, dtype: object, N: int, H: int, V: int, softcap: float | Non
     y[torch.rand(N, generator=g) < 0.3] = -100
     y[0], y[-1], c[N // 2] = V + 3, V - 1, 0.0  # a label outside the vocabulary reads nothing
     options = (softcap, scale, workspace)
-    for threads in (1, 3):
+    for threads, threshold in itertools.product((1, 3), THRESHOLDS):
         torch.set_num_threads(threads)
-        _, lse = ops.logprob(x, w, b, y, None, *options)  # type: ignore[attr-defined]
+        _, lse = ops.logprob(x, w, b, y, None, None, *options)
         lse = lse.nan_to_num(0)
+        pool = (torch.full((N,), torch.nan), torch.zeros(2, dtype=torch.float64)) if threshold else (None, None)
         for weight_dtype in [dtype] if dtype == torch.float32 else [dtype, torch.float32]:
             for wanted in WANTED:
                 dX = torch.zeros_like(x) if "x" in wanted else None
                 dW = torch.zeros(V, H, dtype=weight_dtype) if "w" in wanted else None
                 db = torch.zeros(V) if "b" in wanted else None
-                ops.logprob_and_grad(x, w, b, y, c, dX, dW, db, *options)  # type: ignore[attr-defined]
-                ops.backward(x, w, b, y, lse, c, dX, dW, db, None, *options)  # type: ignore[attr-defined]
+                ops.logprob_and_grad(x, w, b, y, c, dX, dW, db, *pool, *options, threshold)
+                ops.backward(x, w, b, y, lse, c, dX, dW, db, *pool, None, None, *options, threshold)
                 calls += 2
             dW = torch.empty(V, H, dtype=weight_dtype)
-            most = ops.kept_rows(x, dW, workspace)  # type: ignore[attr-defined]
+            most = ops.kept_rows(x, dW, workspace)
             if most:
                 scored = y != -100
                 kept = torch.where(scored & (scored.cumsum(0) <= most), y, -100)
-                ops.logprob(x, w, b, kept, dW, *options)  # type: ignore[attr-defined]
-                ops.backward(x, w, b, y, lse, c, torch.zeros_like(x), dW, None, kept, *options)  # type: ignore[attr-defined]
+                numbers = ops.numbers_for_logits(x, dW, most)
+                logits = torch.empty(numbers, dtype=torch.int16) if numbers else None
+                dX = torch.zeros_like(x)
+                ops.logprob(x, w, b, kept, dW, logits, *options)
+                ops.backward(x, w, b, y, lse, c, dX, dW, None, *pool, kept, logits, *options, threshold)
                 calls += 2
     return calls
 
