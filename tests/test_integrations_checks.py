@@ -13,7 +13,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from infopo_kernels import DPO, InfoPO  # noqa: E402
+from infopo_kernels import DPO, InfoPO, KernelOptions  # noqa: E402
 from infopo_kernels.integrations import step  # noqa: E402
 from infopo_kernels.integrations.collators import PackedPreferenceCollator, PreferenceCollator  # noqa: E402
 from infopo_kernels.integrations.randomness import disable_dropout, random_parts  # noqa: E402
@@ -266,6 +266,21 @@ def test_a_loss_that_is_not_finite_stops_before_a_weight_is_changed(
         assert torch.equal(parameter, before[name]), name
     capped = trainer(tmp_path, tiny_model(), made=made, infopo=InfoPO(max_log_weight=2.0))
     assert first_log(capped)["rejected_weight/capped"] > 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_pooled_tail_is_reported(tmp_path: Path, accumulate: int) -> None:
+    """Of training: an evaluation forms no gradient, so it pools nothing."""
+    args = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 4 // accumulate}
+    kernel = KernelOptions(tail_threshold=0.05)
+    run = trainer(tmp_path, args=args, kernel=kernel, eval_dataset=features(4, seed=1), reference_free=True)
+    entry = first_log(run)
+    assert 0 < entry["tail/mass_mean"] < entry["tail/mass_max"] < 1
+    assert 0 < entry["tail/kept_share"] < 1
+    assert not [name for name in run.evaluate() if "tail/" in name]
+    exact = first_log(trainer(tmp_path, args=args, reference_free=True))
+    assert not [name for name in exact if "tail/" in name]
+    assert exact["loss"] == pytest.approx(entry["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])

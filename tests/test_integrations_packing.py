@@ -21,6 +21,7 @@ from infopo_kernels.integrations.collators import (  # noqa: E402
 )
 from infopo_kernels.integrations.preferences import PreferenceError  # noqa: E402
 from infopo_kernels.integrations.step import (  # noqa: E402
+    merged,
     metric_sums,
     metrics,
     reference_logps,
@@ -321,6 +322,22 @@ def test_metrics_against_their_definition() -> None:
     }  # fmt: skip
     for name, value in expected.items():
         assert values[name] == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_metrics_of_the_tail_against_their_definition() -> None:
+    hidden, weight = torch.randn(6, 5, 8, requires_grad=True), 6 * torch.randn(600, 8)
+    labels = torch.randint(0, 600, (6, 5))
+
+    def output(threshold: float, **options: Any) -> Any:
+        return linear_infopo_loss(hidden, weight, labels, backend="torch", tail_threshold=threshold, **options)
+
+    few, many, exact = output(1e-6, report_tail=True), output(0.05, report_tail=True), output(0.05)
+    sums = torch.stack([metric_sums(each, InfoPOOptions()) for each in (few, exact, many)])
+    for values in (metrics(sums), metrics(merged(sums)[None])):
+        assert values["tail/mass_mean"] == pytest.approx(float(few.tail.mass_mean + many.tail.mass_mean) / 2)
+        assert values["tail/kept_share"] == pytest.approx(float(few.tail.kept_share + many.tail.kept_share) / 2)
+        assert values["tail/mass_max"] == float(many.tail.mass_max) > float(few.tail.mass_max)
+    assert not [name for name in metrics(sums[1:2]) if name.startswith("tail/")]
 
 
 class Visited(torch.utils.data.Dataset):

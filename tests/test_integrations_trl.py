@@ -131,6 +131,15 @@ def test_bfloat16_checkpointing_and_evaluation(start: Path, tmp_path: Path) -> N
     assert trainer.state.log_history[0]["rejected_weight/capped"] == 1  # e^-1 lies above e^-2
 
 
+def test_a_pooled_tail_is_reported(start: Path, tmp_path: Path) -> None:
+    args = config(tmp_path, max_steps=2, tail_threshold=0.02)  # 259 words, nearly alike: 1 / 259 each
+    trainer = InfoPOTrainer(str(start), args=args, train_dataset=dataset(), processing_class=byte_tokenizer())
+    trainer.train()
+    for entry in trainer.state.log_history[:2]:
+        assert 0 < entry["tail/mass_mean"] < entry["tail/mass_max"] <= 1
+        assert 0 < entry["tail/kept_share"] < 1
+
+
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "mean"])
 def test_references_ahead_of_time_change_nothing(start: Path, tmp_path: Path, average: bool) -> None:
     given = {"train_dataset": dataset(), "processing_class": byte_tokenizer()}

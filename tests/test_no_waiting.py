@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from infopo_kernels import InfoPO, functional, infopo_loss, linear_infopo_loss
-from infopo_kernels.output import PreferenceOutput
+from infopo_kernels.output import PreferenceOutput, TailSummary
 
 
 def empty(*size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -35,7 +35,8 @@ def test_loss_from_log_probabilities() -> None:
     assert infopo_loss(empty(3), empty(3), average=True, sft_weight=0.1, **lengths).loss.device.type == "meta"
 
 
-def test_metrics_of_the_trainers() -> None:
+@pytest.mark.parametrize("tail", [None, TailSummary(empty(), empty(), empty())], ids=["exact", "pooled"])
+def test_metrics_of_the_trainers(tail: TailSummary | None) -> None:
     step = pytest.importorskip("infopo_kernels.integrations.step")
     S, numbers = 6, [empty(6) for _ in range(4)]
     out = PreferenceOutput(
@@ -45,8 +46,9 @@ def test_metrics_of_the_trainers() -> None:
         empty(S, dtype=torch.int64),
         empty(S, dtype=torch.bool),
         chosen_reference_skipped=False,
+        tail=tail,
     )
-    assert step.metric_sums(out, InfoPO(max_log_weight=1.0)).shape == (16,)
+    assert step.metric_sums(out, InfoPO(max_log_weight=1.0)).shape == (20,)
 
 
 def test_reading_a_value_fails_here() -> None:

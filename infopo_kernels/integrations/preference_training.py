@@ -29,6 +29,7 @@ from infopo_kernels.integrations.step import (
     check_finite,
     counted_once,
     mean_loss,
+    merged,
     metric_sums,
     metrics,
     number_of_chosen,
@@ -347,10 +348,8 @@ class PreferenceTraining:
         return output
 
     def _gathered(self, batches: list[Tensor]) -> Tensor:
-        """[R, 16]"""
-        stacked = torch.stack(batches)
-        own = torch.cat([stacked[:, :-1].sum(0), stacked[:, -1:].amax(0)])
-        gathered: Tensor = self.accelerator.gather(own[None])
+        """[R, 20]"""
+        gathered: Tensor = self.accelerator.gather(merged(torch.stack(batches))[None])
         return gathered
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -28,6 +28,8 @@ _TOKEN_KEYS: Final = (
 """Keys that hold one row for each sequence, so that we know how to cut them."""
 SCORED_TOKENS: Final = 12
 """Where `metric_sums` holds the number of scored tokens."""
+MAXIMA: Final = 2
+"""The last entries of `metric_sums`: they do not add up, the largest counts."""
 _PACK_KEYS: Final = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 Inputs = dict[str, Any]
@@ -233,7 +235,8 @@ def counted_once(inputs: Inputs, unique: int, pairs: float) -> Inputs:
 def metric_sums(
     output: PreferenceOutput, objective: Objective, model_inputs: Inputs | None = None, known: Inputs | None = None
 ) -> Tensor:
-    """The sums of a batch for `metrics`, [16] float64. They add over batches and ranks; the last one is a maximum.
+    """The sums of a batch for `metrics`, [20] float64. They add over batches and ranks, but the last `MAXIMA`. The host
+    does not wait for the device.
 
     Args:
         output: of the batch's loss.
@@ -260,7 +263,7 @@ def metric_sums(
     rewards, logps = split(output.rewards), split(output.logps)
     size = output.weights if weights is None else output.weights / torch.where(counts, weights, 1.0)
     pull = split(size)[1]
-    margins = rewards[0][partner] - rewards[1]
+    margins, tail = rewards[0][partner] - rewards[1], output.tail
     values = [
         counts[:B].sum(),
         counts[B:].sum(),
@@ -277,7 +280,11 @@ def metric_sums(
         torch.where(counts, output.scored_tokens, 0).sum(),
         output.loss * pairs,
         pairs,
+        tail.mass_mean if tail else 0.0,
+        tail.kept_share if tail else 0.0,
+        1.0 if tail else 0.0,
         pull.max() if len(pull) else 0.0,
+        tail.mass_max if tail else 0.0,
     ]
     return torch.stack(
         [
@@ -289,8 +296,13 @@ def metric_sums(
     )
 
 
+def merged(batches: Tensor) -> Tensor:
+    """The `metric_sums` of several batches, [R, 20], as those of one, [20]."""
+    return torch.cat([batches[:, :-MAXIMA].sum(0), batches[:, -MAXIMA:].amax(0)])
+
+
 def metrics(sums: Tensor) -> dict[str, float]:
-    """The metrics of a step from `metric_sums` of each batch and process, [R, 16]; names of TRL where it has one.
+    """The metrics of a step from `metric_sums` of each batch and process, [R, 20]; names of TRL where it has one.
 
     rewards/chosen, /rejected      ``beta * (logps - ref_logps)``, mean
     rewards/accuracies, /margins   share of rejected responses with a lower reward than the chosen one of their prompt
@@ -301,10 +313,14 @@ def metrics(sums: Tensor) -> dict[str, float]:
     rejected_weight/underflowed    share of rejected sequences whose weight is zero in float32
     rejected_weight/capped         share whose weight is at the cap
     scored_tokens                  in the batches, over all processes
+    tail/mass_mean, /mass_max      probability that a token gives to pooled words: mean over batches of `TailSummary`'s
+                                   mean, and the largest of all tokens
+    tail/kept_share                share of the gradient's columns that were kept, mean over batches
 
-    Without the chosen reference, the metrics that need it are left out; so is the bound where there is none.
+    Without the chosen reference, the metrics that need it are left out; so is the bound where there is none, and the
+    tail without a `tail_threshold`.
     """
-    total = sums[:, :-1].sum(0).tolist()
+    total = merged(sums).tolist()
     chosen, rejected = max(total[0], 1.0), max(total[1], 1.0)
     values = {
         "rewards/chosen": total[2] / chosen,
@@ -315,18 +331,21 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "logps/rejected": total[7] / rejected,
         "mi_lower_bound": total[8] / total[14],
         "rejected_weight/mean": total[9] / rejected,
-        "rejected_weight/max": float(sums[:, -1].max()),
+        "rejected_weight/max": total[18],
         "rejected_weight/underflowed": total[10] / rejected,
         "rejected_weight/capped": total[11] / rejected,
         "scored_tokens": total[SCORED_TOKENS],
     }
+    if total[17] > 0:
+        values["tail/mass_mean"], values["tail/kept_share"] = total[15] / total[17], total[16] / total[17]
+        values["tail/mass_max"] = total[19]
     if total[2] != total[2]:
         del values["rewards/accuracies"]  # a comparison with NaN is not NaN
     return {name: value for name, value in values.items() if value == value}
 
 
 def mean_loss(sums: Tensor) -> float:
-    """The loss over all pairs of `metric_sums`, [R, 16]."""
+    """The loss over all pairs of `metric_sums`, [R, 20]."""
     return float(sums[:, 13].sum() / sums[:, 14].sum())
 
 

@@ -186,7 +186,8 @@ def attach_linear_logps(model: Any, *, logit: LogitOptions | None = None, kernel
     Args:
         model: an `AutoModelForCausalLM`, a vision-language model with a language head, or a `PeftModel` around one.
         logit: softcap and scale; None reads them from the configuration. `temperature` divides the logits further.
-        kernel: backend and workspace; "auto" if None.
+        kernel: backend, workspace and `tail_threshold`; "auto" and exact gradients if None. With a threshold and
+            with gradients the loss's output reports what was pooled (`out.infopo.tail`), unless ranks share the head.
 
     Returns:
         `model`, changed in place. Attaching again replaces `logit` and `kernel`.
@@ -363,6 +364,7 @@ def _forward(
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
     kernel = asdict(attachment.kernel)
     report_tail = kernel.pop("report_tail")
+    pools = kernel["tail_threshold"] > 0 and torch.is_grad_enabled()
     shared = {
         "shift": rows is None and shift_labels is None, "cu_seqlens": cu_seqlens, "sequence_group": sequence_group,
         **asdict(attachment.logit), **kernel,
@@ -377,7 +379,7 @@ def _forward(
             hidden, weight, y, bias=bias, objective=objective, is_chosen=is_chosen, num_pairs=num_pairs,
             sequence_weights=unsealed("sequence_weights", sequence_weights, hidden.device),
             ref_logps=unsealed("ref_logps", ref_logps, hidden.device), skip_chosen_reference=skip_chosen_reference,
-            data_group=data_group, report_tail=report_tail, **shared, vocab=vocab,
+            data_group=data_group, report_tail=report_tail or (pools and vocab is None), **shared, vocab=vocab,
         )  # fmt: skip
         return (*loss[:_TENSORS], *(loss.tail or ()))
 
@@ -385,7 +387,7 @@ def _forward(
     aux_loss = getattr(own, "aux_loss", None)
     if linear_logps is not None:
         return LinearLogpsOutput(logps=answer[0], aux_loss=aux_loss, exact=Sealed((None, answer[0], None)))
-    tail = TailSummary(*answer[_TENSORS:]) if report_tail else None
+    tail = TailSummary(*answer[_TENSORS:]) if len(answer) > _TENSORS else None
     output = PreferenceOutput._make((*answer[:_TENSORS], skip_chosen_reference, tail))
     loss = output.loss
     if isinstance(aux_loss, Tensor):

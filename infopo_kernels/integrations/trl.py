@@ -174,7 +174,8 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
     datasets that hold `ref_chosen_logps` and `ref_rejected_logps` (only the latter with `skip_chosen_reference`).
 
     Logged beside TRL's `rewards/*`, `logps/*`, `num_tokens` and `aux_loss`: `mi_lower_bound`, `rejected_weight/mean`,
-    `/max`, `/underflowed`, `/capped`, `scored_tokens`. TRL's `entropy`, `logits/*` and `mean_token_accuracy` are not:
+    `/max`, `/underflowed`, `/capped`, `scored_tokens`, and with a `tail_threshold` `tail/mass_mean`, `/mass_max`,
+    `/kept_share`. TRL's `entropy`, `logits/*` and `mean_token_accuracy` are not:
     they need the whole distribution of every token, which is never formed.
 
     Raises:
