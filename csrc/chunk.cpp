@@ -67,12 +67,11 @@ void Chunk::pick_targets(const Tile& tile) const {
   }
 }
 
-// An infinite lse comes from an infinite logit; then no probability is defined.
+// If all logits are -inf, so is lse. If one is +inf, s is NaN.
 void Chunk::write_logprob(int64_t c, double m, double s, float* l, float* lse) const {
   const double value = m + std::log(s);
-  b.lse[c] = std::isfinite(value) ? static_cast<float>(value) : kNaN;
-  lse[rows[c]] = b.lse[c];
-  l[rows[c]] = std::isfinite(value) ? static_cast<float>(b.target[c] - value) : kNaN;
+  lse[rows[c]] = b.lse[c] = static_cast<float>(value);
+  l[rows[c]] = static_cast<float>(b.target[c] - value);
 }
 
 void Chunk::merge_threads(float* l, float* lse) const {

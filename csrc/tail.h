@@ -41,7 +41,7 @@ int64_t pool_as(const LogitMap& map, const Tile& t, int64_t live, const int64_t*
   const Vec inverse_range = broadcast(inverse);
   bool labelled[kMostRowsOfTile] = {}, bad = false;
   for (int64_t c = 0; c < live; ++c) {
-    bad |= lse[c] != lse[c];
+    bad |= !(lse[c] > -__builtin_inff());  // its p is NaN
     const int64_t v = labels[c] - t.v0;
     if (v < 0 || v >= t.rows) continue;
     const float tanh_a = kSoftcap ? t.z[v * t.ld + c] * inverse : 0.f;  // z may be -inf without a softcap

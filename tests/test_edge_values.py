@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -121,7 +121,10 @@ def test_labels_in_another_part_of_the_vocabulary(
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("where", ["hidden", "weight", "bias", "every bias"])
 def test_infinity_is_nan(backend: Backend, where: str, softcap: float | None, value: float) -> None:
-    """l, lse and the gradients that follow from them are NaN, never a plausible number or an infinity."""
+    """l, lse and the gradients that follow from them are NaN, never a plausible number or an infinity.
+
+    One exception: the lse of nothing but entries at -inf is -inf.
+    """
     head, labels, c = make(torch.float32, softcap)
     scored, hit = labels != IGNORE_INDEX, torch.ones(N, dtype=torch.bool)
     assert head.bias is not None
@@ -141,10 +144,30 @@ def test_infinity_is_nan(backend: Backend, where: str, softcap: float | None, va
         head.bias.fill_(value)
     for way, got in ways(backend, head, labels, c):
         assert torch.equal(got.l.isnan(), hit & scored), way
-        assert torch.equal(got.lse.isnan(), hit & scored), way
+        empty = where == "every bias" and value < 0 and softcap is None
+        assert torch.equal(got.lse.isneginf() if empty else got.lse.isnan(), hit & scored), way
         assert got.hidden[hit & scored].isnan().any(1).all(), way
         if where == "hidden":
             assert got.hidden[~hit].isfinite().all(), way
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.01], ids=["exact", "pooled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_part_of_the_vocabulary_that_the_bias_removes(backend: Backend, dtype: torch.dtype, threshold: float) -> None:
+    """It adds nothing to the lse of the whole vocabulary, and with that lse it has gradients of 0."""
+    head, labels, c = make(dtype)
+    head = replace(head, tail_threshold=threshold)
+    assert head.bias is not None
+    head.bias.fill_(-torch.inf)
+    labels[labels != IGNORE_INDEX] = ELSEWHERE
+    scored = labels != IGNORE_INDEX
+    _, lse = backend.logprob(head, labels)
+    assert lse[scored].isneginf().all()
+    to = Gradients(torch.full_like(head.hidden, torch.nan), torch.zeros(V, H), torch.zeros(V))
+    backend.backward(head, labels, torch.full_like(lse, 2.5), c, to)
+    for gradient in (to.hidden, to.weight, to.bias):
+        assert gradient is not None
+        assert gradient[scored if gradient is to.hidden else slice(None)].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

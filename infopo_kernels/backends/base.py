@@ -25,8 +25,8 @@ chunk C of rows that get a gradient (c_t is not 0), a block B of consecutive wor
 So rows of G still sum to what they sum to without a threshold. If δ_t = sum_{v in T} |p_tv - pi_v sum_{v' in T} p_tv'|,
 the error of dX_t is at most |c_t scale| δ_t max_{v in T} |W_v - sum_{v' in T} pi_v' W_v'| for each block, without a
 softcap. A backend chooses the chunks. It keeps all of B if K is more than `tail_exact_above` of B, because the exact
-product is faster there, and if the lse of some row is NaN, so that a bad row spoils no other row. `logprob_and_grad`
-may keep all words where it forms dX alone: in one pass, without lse, the exact dX may be as fast.
+product is faster there, and if the lse of some row is NaN or -inf, so that a bad row spoils no other.
+`logprob_and_grad` may keep all words where it forms dX alone: in one pass, without lse, the exact dX may be as fast.
 
 Contract, the same for every backend:
 
@@ -37,7 +37,8 @@ Contract, the same for every backend:
   before the softmax. NaN or infinity in a row that is read makes that row's l NaN, never a plausible number.
 - With a softcap, an infinite a_tv becomes NaN, because tanh would turn it into a plausible number.
 - Without a softcap, a logit of -inf (from a bias of -inf) has probability exactly 0. A label with that logit has
-  l = -inf and finite gradients. If all logits of a row are -inf, or one is +inf, its l and lse are NaN.
+  l = -inf and finite gradients. If one logit of a row is +inf, its l and lse are NaN. If all are -inf, its lse is -inf
+  and its l NaN: in a part of a vocabulary, a word that counts nothing must not spoil the sum over the parts.
 - In gradients, exp(z_tv - lse_t) is as exact as lse (a relative error of |lse_t| 2^-24) and never exceeds 1. It could
   exceed 1 otherwise: lse is rounded, and z may be formed again with another order of sums.
 - A row whose label is `ELSEWHERE` has its label in another rank's part of the vocabulary: l = -lse, and g has no 1.

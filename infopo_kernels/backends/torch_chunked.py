@@ -220,8 +220,7 @@ class TorchBackend:
                 picked = z.gather(1, local.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
                 target = torch.where(inside, picked, target)
                 lse = torch.logaddexp(lse, z.logsumexp(1))
-            # An infinite logsumexp comes from an infinite logit; then no probability is defined.
-            lse = torch.where(lse.isinf(), torch.nan, lse)
+            lse = torch.where(lse.isposinf(), torch.nan, lse)  # a logit of +inf: then no probability is defined
             out_logp[chunk], out_lse[chunk] = target - lse, lse
         return out_logp, out_lse
 
@@ -254,7 +253,7 @@ class TorchBackend:
                 tile = _logits(head, x, weight, bias)
                 z[:, start : start + tiles.vocab] = tile
                 lse = torch.logaddexp(lse, tile.logsumexp(1))
-            lse = torch.where(lse.isinf(), torch.nan, lse)
+            lse = torch.where(lse.isposinf(), torch.nan, lse)
             inside = (y >= 0) & (y < z.shape[1])
             target = z.gather(1, y.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
             target = torch.where(inside, target, torch.where(y == ELSEWHERE, 0.0, torch.nan))

@@ -57,8 +57,12 @@ class Parts:
 
 
 def logit_of_label(labels: Tensor, logp: Tensor, lse: Tensor) -> Tensor:
-    """z_y = l + lse where the label lies in the part, NaN if it lies in none, else 0; `labels` are the part's."""
-    return torch.where(labels == ELSEWHERE, 0.0, logp + lse)
+    """z_y = l + lse where the label lies in the part, NaN if it lies in none, else 0; `labels` are the part's.
+
+    If all logits of the part are -inf, l is NaN, and z_y is -inf as they are.
+    """
+    z = torch.where((labels >= 0) & lse.isneginf(), lse, logp + lse)
+    return torch.where(labels == ELSEWHERE, 0.0, z)
 
 
 def merged(labels: Tensor, lse: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

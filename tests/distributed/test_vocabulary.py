@@ -118,6 +118,38 @@ def test_log_probabilities(reduction: str) -> None:
     on_ranks(2, logps_case, reduction)
 
 
+def masked_part_case(way: str, backend: str, label: bool) -> None:
+    """The bias removes the whole part of the last rank; a rejected response has a label there, or none has."""
+    size = dist.get_world_size()
+    first = BOUNDS[size][-2]
+    tensors, (labels, ref_logps) = head(), batch()
+    with torch.no_grad():
+        tensors["bias"][first:] = -torch.inf
+    labels = torch.where(labels >= first, labels % first, labels)
+    if label:
+        labels[-1, 5] = first + 1
+    whole = {name: value.detach().clone().requires_grad_() for name, value in tensors.items()}
+    truth = linear_infopo_loss(**whole, labels=labels, ref_logps=ref_logps, backend="torch")
+    truth.loss.backward()
+    assert truth.loss.isfinite()
+    assert bool(truth.logps[-1].isneginf()) == label
+    floats = {name: value.detach().float().requires_grad_() for name, value in tensors.items()}
+    own, vocab = part(floats, 0)
+    vocab = replace(vocab, way=way, average=way != "same_rows")  # type: ignore[arg-type]
+    got = linear_infopo_loss(**own, labels=labels, ref_logps=ref_logps, vocab=vocab, backend=backend)  # type: ignore[arg-type]
+    got.loss.backward()
+    assert (got.loss - truth.loss).abs() <= 2e-5 * truth.loss.abs().clamp(min=1)
+    assert torch.equal(got.logps.isneginf(), truth.logps.isneginf())
+    assert_parts(own, whole, 2e-5)
+
+
+@pytest.mark.parametrize("label", [False, True], ids=["no-label-there", "a-label-there"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("way", ["same_rows", "rows", "ring", "gather"])
+def test_a_part_that_the_bias_removes(way: str, backend: str, label: bool) -> None:
+    on_ranks(2, masked_part_case, way, backend, label)
+
+
 def frozen_case(trained: str) -> None:
     labels, _ = batch()
     whole = head()
