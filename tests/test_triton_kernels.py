@@ -14,6 +14,7 @@ from tests.triton_support import PROBLEMS, Problem
 # Triton is imported by the module above.
 
 from infopo_kernels.backends.triton.launch import prepare
+from infopo_kernels.options import ELSEWHERE
 
 # isort: split
 # Triton is imported by the module above.
@@ -191,6 +192,23 @@ def test_bias_of_minus_infinity_takes_a_word_out() -> None:
         ts.backend().logprob_and_grad(inputs.head, labels, inputs.c, ts.buffers(inputs, "xw")),
     ):
         torch.testing.assert_close(logp.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_the_vocabulary_that_the_bias_removes() -> None:
+    """Its lse is -inf, not NaN, and with the lse of the whole vocabulary its gradients are 0."""
+    inputs = ts.make(Problem("removed", h=40, bias=True, ignored=0.0), torch.float32)
+    head, labels, backend = inputs.head, torch.full_like(inputs.labels, ELSEWHERE), ts.backend()
+    assert head.bias is not None
+    head.bias.fill_(float("-inf"))
+    got, before = ts.buffers(inputs, "xwb"), ts.buffers(inputs, "wb")
+    _, lse = backend.logprob(head, labels)
+    assert lse.isneginf().all()
+    backend.backward(head, labels, torch.full_like(lse, 2.5), inputs.c, got)
+    assert got.hidden is not None
+    assert got.hidden[inputs.c != 0].eq(0).all()
+    assert torch.equal(got.weight, before.weight)  # type: ignore[arg-type]
+    assert torch.equal(got.bias, before.bias)  # type: ignore[arg-type]
+    assert backend.logprob_and_grad(head, labels, inputs.c, got)[1].isneginf().all()
 
 
 def test_a_label_at_minus_infinity_has_finite_gradients() -> None:
