@@ -178,7 +178,7 @@ def _padded(tensors: dict[str, torch.Tensor | None], rows: int) -> dict[str, tor
 
 def _check_pooled(got: support.Result, truth: support.Truth) -> None:
     """What a pooled tail leaves as it is: the sums of the gradients over the vocabulary. (`cases` bounds the rest.)"""
-    allowed, largest = truth.budgets(2 * got.operand), truth.largest_factor
+    allowed, largest = truth.budgets(2 * got.operand, got.kept), truth.largest_factor
     for name, gradient in truth.gradients.items():
         other = got.gradients[name]
         assert (other is None) == (gradient is None), f"gradient of {name}"
