@@ -67,7 +67,9 @@ class Plan:
     long_lengths: tuple[int, ...] = _size(tuple(2**k for k in range(10, 21)), "tokens of the long-context rows")
     long_seconds: float = _size(2.5, "the long-context part skips a row that would take longer than this")
     long_memory_gib: float | None = _size(None, "memory limit of a process there, if less than --memory-gib")
-    training_dtypes: tuple[str, ...] = _names(DTYPES, ("float32", "bfloat16"), "types of the model in the training part")
+    training_dtypes: tuple[str, ...] = _names(
+        DTYPES, ("float32", "bfloat16"), "types of the model in the training part"
+    )
     training_length: int = _size(96, "tokens of a sequence in the training part")
     training_steps: int = _size(5, "timed steps of the training part")
     memory_gib: float = _size(8.0, "memory limit of a process; an implementation that asks for more fails")
