@@ -152,14 +152,19 @@ std::tuple<Tensor, Tensor> row_results(const Tensor& hidden) {
 
 float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-int64_t kept_rows_op(const Tensor& hidden, const Tensor& grad_weight, int64_t workspace_bytes) {
+int64_t kept_rows_op(const Tensor& hidden, const Tensor& weight, const Tensor& grad_weight, int64_t workspace_bytes,
+                     double tail_threshold) {
   Head head{};
-  head.hidden.dtype = dtype_of(hidden, "hidden");
+  head.hidden = check_matrix(hidden, "hidden");
+  head.weight = check_matrix(weight, "weight");
   head.N = hidden.size(0);
   head.V = grad_weight.size(0);
   head.H = grad_weight.size(1);
   head.workspace_bytes = workspace_bytes;
-  return kept_rows(head, dtype_of(grad_weight, "grad_weight"));
+  head.tail_threshold = static_cast<float>(tail_threshold);
+  return kept_rows(head, {.hidden = const_cast<void*>(hidden.const_data_ptr()),  // wanted, and not touched
+                          .weight = const_cast<void*>(grad_weight.const_data_ptr()),
+                          .weight_dtype = dtype_of(grad_weight, "grad_weight")});
 }
 
 int64_t numbers_for_logits_op(const Tensor& hidden, const Tensor& grad_weight, int64_t rows) {
@@ -254,7 +259,8 @@ STABLE_TORCH_LIBRARY(infopo_kernels_cpp, m) {
       "Tensor(e!)? tail_columns, Tensor? kept, Tensor? logits, float? softcap, float scale, int workspace_bytes, "
       "float tail_threshold) -> ()");
   m.def("numbers_for_logits(Tensor hidden, Tensor grad_weight, int rows) -> int");
-  m.def("kept_rows(Tensor hidden, Tensor grad_weight, int workspace_bytes) -> int");
+  m.def(
+      "kept_rows(Tensor hidden, Tensor weight, Tensor grad_weight, int workspace_bytes, float tail_threshold) -> int");
   m.def("prefer_large_pages(Tensor(a!) x) -> ()");
   m.def("isa(ScalarType dtype) -> str");
 }

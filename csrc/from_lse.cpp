@@ -37,6 +37,13 @@ Want backward_want(const Head& p, const Gradients& to, int64_t n, bool rows_outs
 
 }  // namespace
 
+bool from_lse_fits(const TileKernels& k, const Head& p, const Gradients& to, int64_t n) {
+  Sizes sizes{};
+  Want want = backward_want(p, to, n, !to.weight && !to.bias);
+  want.weight_block |= to.weight != nullptr;
+  return find_sizes(k, p, n, want, sizes);
+}
+
 void from_lse(const TileKernels& k, const Head& p, const int64_t* labels, const LiveRows& rows, const float* lse,
               const float* row_weight, const Gradients& to, bool assign) {
   const int64_t n = rows.count(), H = p.H;

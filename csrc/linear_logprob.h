@@ -47,9 +47,9 @@ struct Gradients {
   }
 };
 
-// Number of rows whose logits fit in the memory of a weight gradient of that type, and beside it in the workspace; 0
-// where keeping them does not pay.
-int64_t kept_rows(const Head&, Dtype weight_gradient);
+// Number of rows whose logits fit in the memory of the weight gradient, and beside it in the workspace; 0 where keeping
+// them does not pay. Reads no memory.
+int64_t kept_rows(const Head&, const Gradients&);
 
 // If `keep` is given, `labels` score at most `keep.all_slots()` rows.
 void logprob(const Head&, const int64_t* labels, const LogitStore& keep, float* l, float* lse);

@@ -74,8 +74,8 @@ class Block {
       return chunk_.hidden_gradient(v0_, v1_, to_.z, out);
     }
     const int64_t K = all_kept ? v1_ - v0_ : close_gaps();
-    for (int64_t k0 = 0; k0 < K; k0 += kPiece) {
-      const int64_t n = std::min(kPiece, K - k0);
+    for (int64_t k0 = 0; k0 < K; k0 += b_.tail.piece) {
+      const int64_t n = std::min(b_.tail.piece, K - k0);
       on_threads(chunk_.sizes.threads, [&](int64_t t) {
         const Range own = part(n, chunk_.sizes.threads, t, k_.block);
         if (b_.tail.panels && all_kept) {

@@ -33,7 +33,8 @@ void clear_weightless(const Head& p, const std::vector<int64_t>& rows, const flo
 
 }  // namespace
 
-int64_t kept_rows(const Head& p, Dtype weight_gradient) {
+int64_t kept_rows(const Head& p, const Gradients& to) {
+  const Dtype weight_gradient = to.weight_dtype;
   // With dX and dW one after the other, a row takes five products and a kept row three; without keeping, each takes
   // four.
   const bool apart = weight_gradient != Dtype::kFloat32 && sums_too_large(p, p.N);
@@ -46,7 +47,12 @@ int64_t kept_rows(const Head& p, Dtype weight_gradient) {
   const int64_t numbers = std::max(int64_t{0}, p.workspace_bytes - reserve) / 2;
   const TileKernels& k = select_kernels(p.hidden.dtype);
   const int64_t slots = LogitStore::in(k, nullptr, weight_gradient, p.V, p.H, nullptr, numbers).all_slots();
-  return slots < kFewestKeptRows || (apart && 2 * slots <= p.N) ? 0 : slots;
+  if (slots < kFewestKeptRows || (apart && 2 * slots <= p.N)) return 0;
+  Head rest = p;
+  rest.workspace_bytes -= 2 * LogitStore::numbers_beside(k, weight_gradient, p.V, p.H, std::min(slots, p.N));
+  const bool fits = p.N == 0 || (from_lse_fits(k, rest, apart ? to.without_hidden() : to, p.N) &&
+                                 (!apart || from_lse_fits(k, rest, {.hidden = to.hidden}, p.N)));
+  return fits ? slots : 0;
 }
 
 void logprob(const Head& p, const int64_t* labels, const LogitStore& keep, float* l, float* lse) {

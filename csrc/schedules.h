@@ -45,6 +45,9 @@ struct LiveRows {
   int64_t count() const { return static_cast<int64_t>(kept.size() + others.size()); }
 };
 
+// Whether `from_lse` has room for n rows, at least one at a time.
+bool from_lse_fits(const TileKernels&, const Head&, const Gradients&, int64_t n);
+
 // Forms gradients for a known logsumexp. If dW or db is wanted, the vocabulary is outside, else the rows are. `assign`:
 // dW holds no sum to add to (but it may hold logits).
 void from_lse(const TileKernels&, const Head&, const int64_t* labels, const LiveRows&, const float* lse,

@@ -71,8 +71,9 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   tail.means = arena.take<float>(tiles_of_block * p.H);
   const bool in_place = k.packed_bytes == sizeof(float);
   tail.stride = in_place ? round_up(p.H, k.lanes) + k.lanes : p.H;  // rows spread over the cache sets
-  tail.gathered = arena.take<char>(kPiece * tail.stride * (in_place ? 4 : element_size(p.weight.dtype)));
-  tail.panels = in_place ? nullptr : panels(kPiece, p.H);
+  tail.piece = std::min(kPiece, rows_of_block);
+  tail.gathered = arena.take<char>(tail.piece * tail.stride * (in_place ? 4 : element_size(p.weight.dtype)));
+  tail.panels = in_place ? nullptr : panels(tail.piece, p.H);
 }
 
 int64_t bytes_of(const TileKernels& k, const Head& p, const Sizes& s, const Want& want) {

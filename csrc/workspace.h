@@ -68,7 +68,7 @@ struct Want {
   bool tail = false;            // what a pooled tail needs
 };
 
-// Rows of W that are gathered for dX at a time.
+// Rows of W that are gathered for dX at a time, at most.
 constexpr int64_t kPiece = 384;
 
 // Buffers of a pooled tail. "Compact rows" are the kept rows of G^T and the pools, at the front of a thread's part.
@@ -78,7 +78,8 @@ struct TailBuffers {
   float** out;     // [Vb] the row of dW, or of `pools`, to which a compact row adds
   float* pools;    // [tiles of a block, H] gradients of the pools' mean rows
   float* means;    // [tiles of a block, H] mean rows of W
-  void* gathered;  // [kPiece, stride] floats, or [kPiece, H] of the type of W if there are panels
+  int64_t piece;   // rows that are gathered at a time: kPiece, or the rows of a smaller block
+  void* gathered;  // [piece, stride] floats, or [piece, H] of the type of W if there are panels
   int64_t stride;
   float* panels;    // of `gathered`, unless products read it in place
   float* rows;      // [threads, 2, C]

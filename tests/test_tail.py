@@ -302,6 +302,27 @@ def test_smallest_workspace(dtype: torch.dtype, trained: tuple[str, ...], backen
         assert error > 0 or name == "hidden", f"{name}: nothing was pooled"  # a call may form dX alone and exactly
 
 
+@pytest.mark.parametrize("vocab", [7, 49, 254])
+def test_a_wide_head_fits_the_smallest_workspace(vocab: int, backend: Backend) -> None:
+    """A head that a MiB holds without a threshold, it holds with one, kept logits or not."""
+    if backend.name == "triton":
+        pytest.skip("its smallest workspace depends on the device")
+    for rows, dtype in ((1, torch.float32), (68, torch.bfloat16)):
+        made = make(Problem("wide", rows=rows, hidden=1024, vocab=vocab, unscored=0, weightless=0), dtype, backend)
+        head = replace(made.head, workspace_bytes=1 << 20, tail_threshold=0.01)
+        gradients = buffers(replace(made, head=head), ("hidden", "weight", "bias"))
+        assert gradients.weight is not None
+        kept, most = None, min(backend.kept_rows(head, gradients.weight), rows)
+        if most:
+            kept = torch.where(torch.arange(rows) < most, made.labels, IGNORE_INDEX)
+            head, gradients = with_memory_for_logits(backend, head, gradients, most)
+            backend.logprob(head, kept, gradients)
+        _, lse = backend.logprob(head, made.labels)
+        backend.backward(head, made.labels, lse, made.row_weight, gradients, kept)
+        assert gradients.hidden is not None
+        assert gradients.hidden.isfinite().all()
+
+
 def test_a_bad_row_spoils_no_other(backend: Backend) -> None:
     problem = PROBLEMS[0]
     made = make(problem, torch.float32, backend)

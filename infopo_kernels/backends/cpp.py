@@ -101,7 +101,9 @@ class CppBackend:
         return gradient
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
-        rows: int = _call(_OPS.kept_rows, head.hidden, weight_gradient, head.workspace_bytes)
+        rows: int = _call(
+            _OPS.kept_rows, head.hidden, head.weight, weight_gradient, head.workspace_bytes, head.tail_threshold
+        )
         return rows
 
     def memory_for_logits(self, head: Head, weight_gradient: torch.Tensor, rows: int) -> torch.Tensor | None:
