@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from infopo_kernels.backends.base import Gradients, Head
+from infopo_kernels.backends.base import Gradients, Head, with_memory_for_logits
 from infopo_kernels.backends.triton import launch
 from infopo_kernels.backends.triton.backend import TritonBackend
 from infopo_kernels.backends.triton.products import LibraryProducts
@@ -109,9 +109,12 @@ def run(shape: Shape) -> None:
     ):
         backend.logprob_and_grad(head, labels, c, gradients)
         backend.backward(head, labels, lse, c, gradients)
-        if gradients.weight is not None and backend.kept_rows(head, gradients.weight):
-            backend.logprob(head, labels, gradients)
-            backend.backward(head, labels, lse, c, gradients, labels)
+        for room in (head, replace(head, workspace_bytes=1 << 36)):  # logits in dW, and beside it
+            most = 0 if gradients.weight is None else backend.kept_rows(room, gradients.weight)
+            if most:
+                own, into = with_memory_for_logits(backend, room, gradients, min(most, n))
+                backend.logprob(own, labels, into)
+                backend.backward(own, labels, lse, c, into, labels)
     backend.scale_(hidden, c)
     backend.scale_(hidden, empty())
     rows = Rows(head.hidden, labels, empty(9, dtype=torch.int32), None)
