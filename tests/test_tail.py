@@ -211,6 +211,16 @@ def test_known_weights_are_the_definition(problem: Problem, dtype: torch.dtype, 
         assert_gradients(made, got, exact if all_kept else want, backend, kept_rounding(backend.name, dtype))
 
 
+@pytest.mark.parametrize("trained", [("hidden", "weight", "bias"), ("weight",)], ids="+".join)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_rows_of_weight_0_choose_no_words(dtype: torch.dtype, trained: tuple[str, ...], backend: Backend) -> None:
+    """With weights known beforehand they are in the chunk: their words and their labels count nothing all the same."""
+    made = make(Problem("weightless", weightless=15), dtype, backend)
+    got = buffers(made, trained)
+    backend.logprob_and_grad(made.head, made.labels, made.row_weight, got)
+    assert_gradients(made, got, truth(made, backend), backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_kept_logits_are_the_definition(dtype: torch.dtype, backend: Backend) -> None:
     """Rows whose logits stay in the memory of dW make a chunk of their own, before the others."""
