@@ -18,7 +18,8 @@ def empty(*size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
-def test_loss_from_hidden_states(packed: bool, shift: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("into", [False, True], ids=["weight.grad", "a buffer"])
+def test_loss_from_hidden_states(into: bool, packed: bool, shift: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "_autocast", lambda *tensors: tensors)  # which does not know these tensors
     hidden, weight = (empty(*s, dtype=torch.float32).requires_grad_() for s in ((4, 9, 8), (50, 8)))
     labels, layout = empty(4, 9, dtype=torch.int64), {}
@@ -26,6 +27,7 @@ def test_loss_from_hidden_states(packed: bool, shift: bool, monkeypatch: pytest.
     if packed:
         rows = hidden.flatten(0, 1), labels.flatten()
         layout = {"cu_seqlens": empty(5, dtype=torch.int32), "is_chosen": empty(4, dtype=torch.bool)}
+    layout |= {"grad_weight_into": empty(50, 8, dtype=torch.float32)} if into else {}
     out = linear_infopo_loss(rows[0], weight, rows[1], ref_logps=empty(4), shift=shift, **layout)
     assert out.loss.device.type == "meta"
 
