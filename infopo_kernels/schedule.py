@@ -136,7 +136,10 @@ def _preference(
     if not (wanted.hidden or wanted.weight or wanted.bias):
         return evaluate(backend.logprob(head, rows.labels)[0]), Gradients(None, None, None), None
 
-    lift = Lift(head, rows.labels, None if together is None else together.bounds)
+    if together is None:
+        lift = Lift(head, rows.labels)
+    else:
+        lift = Lift(together.without_padding(head), rows.labels, together.bounds)
 
     alone = together is None or together.own_backend
     at_once = together is None or together.known_weights_pay

@@ -29,6 +29,10 @@ class GatheredHead:
             head, weight=self._whole(part.weight), bias=None if part.bias is None else self._whole(part.bias)
         )
 
+    def without_padding(self, head: Head) -> Head:
+        """`head` is that of `whole_head`, which has none."""
+        return head
+
     def finish(self, gradients: Gradients) -> Gradients:
         """dW and db of this rank's part, summed over the rows of all ranks."""
         weight, bias = gradients.weight, gradients.bias

@@ -246,6 +246,10 @@ class Shared(Protocol):
         """The head that the primitives get."""
         ...
 
+    def without_padding(self, head: Head) -> Head:
+        """That head without rows that stand for no word, which may hold anything."""
+        ...
+
     def finish(self, gradients: Gradients) -> Gradients:
         """This rank's gradients, from those of the primitives."""
         ...
@@ -296,6 +300,10 @@ class Together:
     def whole_head(self, head: Head) -> Head:
         """The head that the backend gets."""
         return head if self.shared is None else self.shared.whole_head(head)
+
+    def without_padding(self, head: Head) -> Head:
+        """That head without rows that stand for no word."""
+        return head if self.shared is None else self.shared.without_padding(head)
 
     def bounds(self, most: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Of all ranks that share the head: the larger of `most` [..], and `sums` [..] over rows that count once."""
