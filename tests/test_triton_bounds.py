@@ -28,6 +28,7 @@ from infopo_kernels.backends.triton.kernels import (
     logprob,
     rows,
     softmax_tile,
+    tail,
     weight_product,
 )
 from infopo_kernels.backends.triton.launch import prepare
@@ -67,6 +68,15 @@ def test_every_access_is_inside(problem: Problem, dtype: torch.dtype) -> None:
 def test_every_access_is_inside_with_chunks() -> None:
     with ts.checked_addresses(), ts.FreshMemory():
         run_everything(ODD, torch.bfloat16, 20_000)
+
+
+TAIL = Problem("tail", n=18, h=17, v=259, bias=True, strided=True, threshold=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "workspace"), [(torch.float16, ts.WORKSPACE), (torch.float32, 40_000)], ids=str)
+def test_every_access_of_a_pooled_tail_is_inside(dtype: torch.dtype, workspace: int) -> None:
+    with ts.checked_addresses(), ts.FreshMemory():
+        run_everything(TAIL, dtype, workspace)
 
 
 @pytest.mark.usefixtures("described")
@@ -143,6 +153,27 @@ def test_a_dropped_vocabulary_mask_is_caught_by_value() -> None:
         logp, lse = ts.backend().logprob(inputs.head, inputs.labels)
     with pytest.raises(AssertionError, match="times the budget"):
         ts.assert_logp(inputs, truth, logp, lse)
+
+
+TAIL_MUTATIONS: list[tuple[Any, str, str, str]] = [
+    (tail, "choose_words_kernel", "(offs_n < blocks)[:, None]", "(offs_n >= 0)[:, None]"),
+    (tail, "choose_words_kernel", "ok = offs_v < columns", "ok = offs_v >= 0"),
+    (tail, "place_words_kernel", "ok = offs_v < columns", "ok = offs_v >= 0"),
+    (tail, "compact_columns_kernel", "ok = offs_v < columns", "ok = offs_v >= 0"),
+    (tail, "mean_words_kernel", "mask=offs_v < columns", "mask=offs_v >= 0"),
+    (tail, "spread_tail_kernel", "h_ok = offs_h < H", "h_ok = offs_h >= 0"),
+    (hidden_product, "hidden_product_kernel", "(offs_v < here - b)[:, None] & ", ""),
+    (weight_product, "weight_product_kernel", "kept = offs_v < columns", "kept = offs_v >= 0"),
+    (weight_product, "weight_product_kernel", "pool < pools", "pool >= 0"),
+]
+
+
+@pytest.mark.parametrize("mutation", TAIL_MUTATIONS, ids=lambda m: f"{m[1]}: {m[2]}")
+def test_a_dropped_mask_of_a_pooled_tail_is_caught(mutation: tuple[Any, str, str, str]) -> None:
+    problem = Problem("mutant-tail", n=20, h=21, v=75, ignored=0.0, threshold=0.01)
+    caught = pytest.raises(Exception, match="OutOfBounds")
+    with mutated(*mutation), caught, ts.checked_addresses(), ts.FreshMemory():
+        run_everything(problem, torch.float32, ts.WORKSPACE)
 
 
 # --- offsets beyond 2^31 ----------------------------------------------------------------------------------------------
@@ -256,6 +287,33 @@ def test_g_beyond_two_to_the_31_as_an_operand() -> None:
 
     check_g(hidden)
     assert not part[0, -1].isnan().any()
+
+
+def test_compact_g_beyond_two_to_the_31() -> None:
+    """The last row of G: its second word is kept, the first and the third are pooled."""
+    c, columns, ld = 70_001, 3, 33_000
+    live, g = _live(c), huge(c, ld, ld, torch.float16)
+    g[-1, :3] = torch.tensor([1.0, 2.0, 3.0])
+    place, number = torch.tensor([-1, 0, -1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with ts.checked_addresses(), last_program_only():
+        tail.compact_columns_kernel[(c,)](
+            g, None, place, number, None, None, live.index, live.count, 0, columns, 32_000, ld,
+            FIRST=True, REPORT=False, BLOCK=tail.TAIL_BLOCK, STEP=tail.COMPACT_WORDS, DEPTH=16,
+        )  # fmt: skip
+    assert g[-1, :16].tolist() == [2.0] + [0.0] * 15
+    assert g[-1, 32_000:32_016].tolist() == [4.0] + [0.0] * 15
+
+
+def test_spread_tail_beyond_two_to_the_31() -> None:
+    """The last rows of a dW [V, H] of 2^32 elements and more."""
+    v, h = 4_200_001, 1025
+    dw, share, sums = huge(v, h, h, torch.float16), torch.full((v,), -1.0), torch.zeros(math.ceil(v / 256), h)
+    dw[-1, -1], share[-1], sums[-1, -1] = 0.5, 0.25, 2.0
+    none = torch.empty(0)
+    buffers = tail.Tail(0.01, v, None, none, none, share, none, none, none, none, none, sums)
+    with ts.checked_addresses(), last_program_only():
+        tail.launch_spread_tail(buffers, dw, add=True)
+    assert dw[-1, -1] == 1.0
 
 
 def test_kept_logits_beyond_two_to_the_31() -> None:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.gpu import kernel_report, offline
-from infopo_kernels.backends.base import Gradients, Head, Wanted
+from infopo_kernels.backends.base import Gradients, Head, TailReport, Wanted
 from infopo_kernels.backends.triton.kernels.logprob import logprob_chunk, slices_of
 from infopo_kernels.backends.triton.launch import Launch, prepare, target_for
 from infopo_kernels.backends.triton.tiles import TARGETS
@@ -127,11 +127,11 @@ def test_rows_that_are_not_aligned_take_tiles_of_their_own(h: int, gap: int, ali
     assert tiles == (row.half if aligned else row.half_unaligned)
 
 
-def a_launch(target: str, n: int, h: int, v: int, dtype: torch.dtype, workspace: int) -> Launch:
+def a_launch(target: str, n: int, h: int, v: int, dtype: torch.dtype, workspace: int, threshold: float = 0.0) -> Launch:
     """As `prepare` makes it, without a device."""
     with offline.recorded(TARGETS[target]):
         hidden, weight = torch.empty(n, h, dtype=dtype, device="meta"), torch.empty(v, h, dtype=dtype, device="meta")
-        return prepare(Head(hidden, weight, None, None, 1.0, workspace))
+        return prepare(Head(hidden, weight, None, None, 1.0, workspace, threshold))
 
 
 @settings(max_examples=80, deadline=None)
@@ -144,14 +144,16 @@ def a_launch(target: str, n: int, h: int, v: int, dtype: torch.dtype, workspace:
     st.sampled_from([8, 32, 256, 2048]),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_plans_fit_any_shape(
-    target: str, n: int, h: int, v: int, dtype: torch.dtype, mib: int, bias: bool, frozen: bool
+    target: str, n: int, h: int, v: int, dtype: torch.dtype, mib: int, bias: bool, frozen: bool, tail: bool
 ) -> None:
     """Every plan stays within the workspace and covers the rows; grids stay below 2^31 programs."""
-    launch = a_launch(target, n, h, v, dtype, mib << 20)
+    launch = a_launch(target, n, h, v, dtype, mib << 20, 2.0**-13 if tail else 0.0)
     some = torch.empty(1, device="meta")
-    gradients = Gradients(some, None if frozen else some, some if bias else None)
+    report = TailReport(some, some) if tail else None
+    gradients = Gradients(some, None if frozen else some, some if bias else None, report)
     slices, slice_tiles = slices_of(launch.sizes)
     assert 0 <= slices * slice_tiles * launch.tiles.logits.columns - v < slice_tiles * launch.tiles.logits.columns
     rows = logprob_chunk(launch.sizes)
@@ -163,10 +165,11 @@ def test_plans_fit_any_shape(
         own, shared = tile_layouts(launch.sizes, plan.rows, plan.slices, Wanted.of(gradients))
         assert sum(map(size_of, own)) + max(map(size_of, shared)) <= mib << 20
         assert plan.rows * v * dtype.itemsize <= mib << 20
-    pieces = plan_pieces(launch.sizes, hidden=True, weight=not frozen, bias=bias)
+    pieces = plan_pieces(launch.sizes, Wanted(hidden=True, weight=not frozen, bias=bias, report=tail))
     assert 1 <= pieces.rows <= n
-    assert pieces.columns % launch.tiles.logits.columns == 0
-    assert pieces.rows * (pieces.columns * dtype.itemsize + 4 * h) <= mib << 20
+    assert pieces.columns % (256 if tail else launch.tiles.logits.columns) == 0
+    assert pieces.rows * (pieces.columns * dtype.itemsize * (2 if tail else 1) + 4 * h) <= mib << 20
+    assert sum(map(size_of, pieces.layouts)) <= mib << 20
 
 
 def test_the_peers_shape_takes_few_passes() -> None:
@@ -175,7 +178,7 @@ def test_the_peers_shape_takes_few_passes() -> None:
     plan = plan_tile(launch.sizes, Wanted(hidden=True, weight=True, bias=False))
     assert plan is not None
     assert plan.rows >= 640
-    pieces = plan_pieces(launch.sizes, hidden=True, weight=True, bias=False)
+    pieces = plan_pieces(launch.sizes, Wanted(hidden=True, weight=True, bias=False))
     assert pieces.rows == 8192, "a 16-bit dW of these rows is formed in one go"
 
 
@@ -239,7 +242,7 @@ def test_kept_rows_fit_any_shape(
     block, size = launch.tiles.logits, types[0].itemsize
     assert 4 * -(-v // block.part) * min(most, sums_chunk(launch.sizes)) <= limit
     for hidden in (True, False):
-        pieces = plan_pieces(launch.sizes, hidden=hidden, weight=True, bias=False, rows=rows)
+        pieces = plan_pieces(launch.sizes, Wanted(hidden=hidden, weight=True, bias=False), rows=rows)
         assert pieces.columns >= block.columns
         sums = 4 * h * pieces.slices if hidden else 0
         assert rows * (pieces.columns * size + sums + h * size) <= limit

@@ -11,7 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infopo_kernels.backends.base import Backend, Gradients, Head, with_memory_for_logits
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, with_memory_for_logits
 from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from tests import primitives
 from tests.budget import HALF_STEP, accumulated, assert_within, error_budget, operand_rounding
@@ -41,6 +41,8 @@ class Problem:
     c_size: float = 1e-2
     elsewhere: float = 0.0
     """Labels that lie in another part of the vocabulary."""
+    threshold: float = 0.0
+    """Of a pooled tail; words differ in frequency then, as those of a trained model do."""
 
     def __str__(self) -> str:
         return self.name
@@ -108,6 +110,8 @@ def make(problem: Problem, dtype: torch.dtype, workspace: int = WORKSPACE) -> In
     weight = torch.randn(problem.v, problem.h, generator=g) * (problem.size / problem.h**0.5)
     bias = torch.randn(problem.v, generator=g).to(dtype) if problem.bias else None
     labels = torch.randint(0, problem.v, (problem.n,), generator=g)
+    if problem.threshold:
+        hidden[:, 0], weight[:, 0] = 1.0, 3 * torch.randn(problem.v, generator=g)
     labels[torch.rand(problem.n, generator=g) < problem.ignored] = IGNORE_INDEX
     if problem.elsewhere:
         labels[(torch.rand(problem.n, generator=g) < problem.elsewhere) & (labels != IGNORE_INDEX)] = ELSEWHERE
@@ -117,7 +121,8 @@ def make(problem: Problem, dtype: torch.dtype, workspace: int = WORKSPACE) -> In
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if problem.strided:
         hidden, weight = _apart(hidden), _apart(weight)
-    return Inputs(Head(hidden, weight, bias, problem.softcap, problem.scale, workspace), labels, c)
+    head = Head(hidden, weight, bias, problem.softcap, problem.scale, workspace, problem.threshold)
+    return Inputs(head, labels, c)
 
 
 def plain(inputs: Inputs) -> Plain:
@@ -134,6 +139,7 @@ def buffers(inputs: Inputs, wanted: str, weight_dtype: torch.dtype | None = None
         torch.full(head.hidden.shape, float("nan"), dtype=head.hidden.dtype) if "x" in wanted else None,
         fill.to(weight_dtype or torch.float32) if "w" in wanted else None,
         fill[:, 0].contiguous() if "b" in wanted else None,
+        TailReport.empty(head) if head.tail_threshold else None,
     )
 
 

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from infopo_kernels.backends.base import Gradients, Head, with_memory_for_logits
+from infopo_kernels.backends.base import Gradients, Head, TailReport, with_memory_for_logits
 from infopo_kernels.backends.triton import launch
 from infopo_kernels.backends.triton.backend import TritonBackend
 from infopo_kernels.backends.triton.products import LibraryProducts
@@ -97,15 +97,19 @@ def run(shape: Shape) -> None:
     n, h, v, dtype = shape.n, shape.h, shape.v, shape.dtype
     bias = empty(v, dtype=dtype) if shape.options else None
     softcap = 30.0 if shape.options else None
-    head = Head(empty(n, h, dtype=dtype), empty(v, h, dtype=dtype), bias, softcap, 1.25, WORKSPACE_MIB_GPU << 20)
+    exact = Head(empty(n, h, dtype=dtype), empty(v, h, dtype=dtype), bias, softcap, 1.25, WORKSPACE_MIB_GPU << 20)
     labels, c = empty(n, dtype=torch.int64), empty(n)
     hidden, bias_grad = empty(n, h, dtype=dtype), empty(v) if shape.options else None
     backend = TritonBackend()
-    _, lse = backend.logprob(head, labels)
-    for gradients in (
-        Gradients(hidden, empty(v, h), bias_grad),
-        Gradients(hidden, empty(v, h, dtype=dtype), bias_grad),
-        Gradients(hidden, None, None),
+    _, lse = backend.logprob(exact, labels)
+    pooled, report = replace(exact, tail_threshold=2.0**-13), TailReport.empty(exact)
+    for head, gradients in itertools.product(
+        (exact, pooled),
+        (
+            Gradients(hidden, empty(v, h), bias_grad),
+            Gradients(hidden, empty(v, h, dtype=dtype), bias_grad),
+            Gradients(hidden, None, None, report),
+        ),
     ):
         backend.logprob_and_grad(head, labels, c, gradients)
         backend.backward(head, labels, lse, c, gradients)
@@ -117,7 +121,7 @@ def run(shape: Shape) -> None:
                 backend.backward(own, labels, lse, c, into, labels)
     backend.scale_(hidden, c)
     backend.scale_(hidden, empty())
-    rows = Rows(head.hidden, labels, empty(9, dtype=torch.int32), None)
+    rows = Rows(exact.hidden, labels, empty(9, dtype=torch.int32), None)
     for average, weights in itertools.product((False, True), (None, empty(8, dtype=torch.float64))):
         counts, chosen = empty(8, dtype=torch.int64), empty(8, dtype=torch.bool)
         sequences = Sequences(counts, chosen, empty(8, dtype=torch.float64), 4.0, weights)

@@ -16,12 +16,13 @@ and for the work START_SECONDS + LAUNCH_SECONDS * launches in which the device i
   a multiprocessor to itself, so that nothing hides them. FILL_SECONDS is what a program waits for its first operands.
   Logits by descriptors have neither: `Device.described` was measured with both.
 - The bare products' time has none of these terms.
+- How many columns a pooled tail keeps is not known from arguments: a share is given (KEPT).
 
 Where a term was measured, RECORD is the file, and "it" below one H100. `recorded` holds the model against it. The
 clocks of one work's profile there are not those of another's: a row of `logprob_kernel` took 1.60 us in the first
 profile and 1.76 us in the later ones, which are the device under load. Terms are of the latter.
 
-    python -m benchmarks roofline [--rows 8192 --hidden 4096 --vocabulary 151936] [--details H100]
+    python -m benchmarks roofline [--rows 8192 --hidden 4096 --vocabulary 151936] [--kept 0.089] [--details H100]
 """
 
 from __future__ import annotations
@@ -84,6 +85,17 @@ The first three have two variants, for tiles with and without the special column
 other two, the sums' way to memory: assumed.
 """
 
+TAIL_EPILOGUE = 700
+"""What the statistics of a tail add to that of `gradient_tile`: 128 elements a thread, each compared with a label and
+with itself, chosen, added and taken into a maximum; assumed."""
+
+KEPT = (0.089, 0.29)
+"""Shares of the columns that are kept at a threshold of 2^-13: seen with chunks of 512 rows, and what chunks of 8192
+rows, as they are here, would keep if that grew as from 64 to 512 rows (by the power 0.43 of the rows; extrapolated)."""
+
+PROGRAMS_AT_ONCE = 8
+"""Programs of 8 warps on a multiprocessor, where registers allow it."""
+
 EPILOGUE_BEFORE = {**EPILOGUE, "logprob": 2240, "softmax_tile": 2410, "gradient_tile": 2140}
 """Of the same kernels with a mask, a comparison, a scale and a shift of its own for every element, counted alike."""
 
@@ -136,6 +148,8 @@ class Cost:
     sums: float = 0.0
     """Of the bytes, those of sums that are added to."""
     launches: int = 1
+    waits: float = 0.0
+    """Loads that wait for one another, one program after the other on its place."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +159,8 @@ class Live:
     rows: int
     kept: int = 0
     """Those among them whose logits are kept."""
+    share: float = 1.0
+    """Of the columns that a pooled tail leaves."""
 
 
 def _size(tensor: torch.Tensor) -> int:
@@ -154,6 +170,16 @@ def _size(tensor: torch.Tensor) -> int:
 def _here(a: dict[str, Any], live: Live) -> int:
     """Rows of the chunk that exist."""
     return max(0, min(live.rows - a["row0"], a["C"]))
+
+
+def _stats(a: dict[str, Any], rows: int, columns: int) -> float:
+    """Bytes of the maxima and sums that a pooled tail chooses words from."""
+    return 8 * ceil(rows / a["BLOCK_N"]) * columns if a["TAIL"] else 0.0
+
+
+def _kept_columns(a: dict[str, Any], live: Live) -> int:
+    """Columns of a product: all, or those that a pooled tail leaves."""
+    return ceil(live.share * a["columns"]) if a["TAIL"] else a["columns"]
 
 
 def _logits_bytes(a: dict[str, Any], rows: int, columns: int) -> float:
@@ -185,17 +211,18 @@ def softmax_tile(a: dict[str, Any], live: Live) -> Cost:
 
 def normalise(a: dict[str, Any], live: Live) -> Cost:
     rows = _here(a, live)
-    return Cost(0, rows * a["ld"] * (2 * _size(a["q_ptr"]) + 4 / a["BLOCK_V"]), rows)
+    return Cost(0, rows * a["ld"] * (2 * _size(a["q_ptr"]) + 4 / a["BLOCK_V"]) + _stats(a, rows, a["ld"]), rows)
 
 
 def kept_gradient(a: dict[str, Any], live: Live) -> Cost:
     rows, columns = min(live.kept, a["C"]), min(a["ld"], a["V"] - a["part0"] * a["PART"])
-    return Cost(0, rows * columns * (_size(a["q_ptr"]) + 4 / a["PART"] + _size(a["g_ptr"])), rows)
+    size = rows * columns * (_size(a["q_ptr"]) + 4 / a["PART"] + _size(a["g_ptr"]))
+    return Cost(0, size + _stats(a, rows, columns), rows)
 
 
 def gradient_tile(a: dict[str, Any], live: Live) -> Cost:
     rows, columns = _here(a, live) - min(max(0, live.kept - a["row0"]), a["C"]), a["columns"]
-    written = rows * columns * _size(a["g_ptr"])
+    written = rows * columns * _size(a["g_ptr"]) + _stats(a, rows, columns)
     programs = ceil(rows / a["BLOCK_N"]) * ceil(columns / a["BLOCK_V"])
     tile = a["BLOCK_N"] * a["BLOCK_V"]
     return Cost(2 * rows * columns * a["H"], _logits_bytes(a, rows, columns) + written, programs, tile)
@@ -203,7 +230,7 @@ def gradient_tile(a: dict[str, Any], live: Live) -> Cost:
 
 def hidden_product(a: dict[str, Any], live: Live) -> Cost:
     """G and the piece of the head once (a slice runs side by side), the sums written, or read and written."""
-    rows, columns, slices = _here(a, live), a["columns"], a["part_ptr"].shape[0]
+    rows, columns, slices = _here(a, live), _kept_columns(a, live) + a["pools"], a["part_ptr"].shape[0]
     if not rows:
         return Cost()
     operands = (rows + a["H"]) * columns * _size(a["g_ptr"])
@@ -224,12 +251,12 @@ def gather_rows(a: dict[str, Any], live: Live) -> Cost:
 
 def weight_product(a: dict[str, Any], live: Live) -> Cost:
     """G once, dW written, or read and written; the gathered rows once for every group of blocks of dW's rows."""
-    rows, columns = _here(a, live), a["columns"]
+    rows, columns = _here(a, live), _kept_columns(a, live)
     if not rows and a["ADD"]:
         return Cost()
     x = rows * a["H"] * _size(a["g_ptr"])
-    result = columns * a["H"] * _size(a["dw_ptr"]) * (2 if a["ADD"] else 1)
-    blocks = ceil(columns / a["BLOCK_V"])
+    result = columns * a["H"] * _size(a["dw_ptr"]) * (2 if a["ADD"] else 1) + 4 * a["pools"] * a["H"]
+    blocks, columns = ceil(columns / a["BLOCK_V"]) + ceil(a["pools"] / a["BLOCK_V"]), columns + a["pools"]
     programs = blocks * ceil(a["H"] / a["BLOCK_H"])
     return Cost(
         2 * rows * columns * a["H"], rows * columns * _size(a["g_ptr"]) + x + result, programs,
@@ -260,6 +287,35 @@ def library_weight(a: dict[str, Any], live: Live) -> Cost:
     )  # fmt: skip
 
 
+def choose_words(a: dict[str, Any], live: Live) -> Cost:
+    rows, columns = _here(a, live), a["columns"]
+    blocks = ceil(rows / a["BLOCK_N"])
+    return Cost(0, (8 * blocks + 4) * columns, ceil(columns / a["BLOCK"]), waits=ceil(blocks / a["ROWS"]))
+
+
+def place_words(a: dict[str, Any], live: Live) -> Cost:
+    return Cost(0, 12 * a["columns"], ceil(a["columns"] / a["BLOCK"]))
+
+
+def compact_columns(a: dict[str, Any], live: Live) -> Cost:
+    """G once, its kept columns and the pools once more; a program takes the steps of its row one after the other."""
+    rows, columns = max(0, min(live.rows - a["row0"], len(a["g_ptr"]))), a["columns"]
+    moved = columns + ceil(live.share * columns) + ceil(columns / a["BLOCK"])
+    return Cost(0, rows * moved * _size(a["g_ptr"]), rows, waits=ceil(columns / a["STEP"]))
+
+
+def mean_words(a: dict[str, Any], live: Live) -> Cost:
+    """The tail's rows of W once."""
+    words = (1 - live.share) * a["columns"] + ceil(a["columns"] / a["BLOCK"])
+    return Cost(0, words * a["H"] * _size(a["w_ptr"]), ceil(a["columns"] / a["BLOCK"]))
+
+
+def spread_tail(a: dict[str, Any], live: Live) -> Cost:
+    """The tail's rows of dW written, or read and written."""
+    words = (1 - live.share) * a["columns"]
+    return Cost(0, words * a["H"] * _size(a["dw_ptr"]) * (2 if a["ADD"] else 1), ceil(a["columns"] / a["BLOCK_V"]))
+
+
 def live_rows(a: dict[str, Any], live: Live) -> Cost:
     return Cost(0, 20 * a["N"], 1)
 
@@ -281,6 +337,7 @@ MODELS: dict[str, Callable[[dict[str, Any], Live], Cost]] = {
     for model in (
         logprob, merge, softmax_tile, normalise, gradient_tile, hidden_product, store_hidden, gather_rows,
         weight_product, live_rows, kept_rows, kept_gradient, objective, total, library_hidden, library_weight,
+        choose_words, place_words, compact_columns, mean_words, spread_tail,
     )
 }  # fmt: skip
 
@@ -327,10 +384,14 @@ def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: A
             tail = 0.0
             if cost.operations and cost.elements and not described:
                 # 8 warps on 4 schedulers: 2 cycles an instruction.
-                cycles = 2 * assumed.epilogue[name] * cost.elements / (128 * 256)
+                instructions = assumed.epilogue[name]
+                if name == "gradient_tile" and launched.arguments["TAIL"]:
+                    instructions += TAIL_EPILOGUE
+                cycles = 2 * instructions * cost.elements / (128 * 256)
                 tail = waves * (cycles / (device.gigahertz * 1e9) + FILL_SECONDS)
             compute += SUMS_SHOWN * cost.sums / bandwidth
-            seconds = max(compute, memory, SERIAL.get(name, 0.0) if cost.bytes else 0.0) + tail
+            waiting = cost.waits * ceil(cost.programs / (slots * PROGRAMS_AT_ONCE)) * FILL_SECONDS
+            seconds = max(compute, memory, waiting, SERIAL.get(name, 0.0) if cost.bytes else 0.0) + tail
             result.seconds += seconds
             result.launches += cost.launches
             result.cost.operations += cost.operations
@@ -459,9 +520,17 @@ def call(
 
 
 def calls(
-    work: Work, device: Device, n: int, h: int, v: int, assumed: Assumed | None = None
+    work: Work,
+    device: Device,
+    n: int,
+    h: int,
+    v: int,
+    assumed: Assumed | None = None,
+    *,
+    share: float | None = None,
 ) -> list[tuple[list[Launched], Live]]:
-    """The launches of `work` on `device`, with the live rows of each call."""
+    """The launches of `work` on `device`, with the live rows of each call; `share`: with a pooled tail that leaves this
+    share of the columns."""
     assumed = assumed or Assumed()
     target = TARGETS[device.target]
     target = replace(target, descriptors=target.descriptors and assumed.descriptors)
@@ -470,7 +539,8 @@ def calls(
         return torch.empty(*size, dtype=dtype, device="meta")
 
     half = torch.bfloat16
-    head = Head(empty(n, h, dtype=half), empty(v, h, dtype=half), None, None, 1.0, work.workspace_mib << 20)
+    limit, threshold = work.workspace_mib << 20, 0.0 if share is None else 2.0**-13
+    head = Head(empty(n, h, dtype=half), empty(v, h, dtype=half), None, None, 1.0, limit, threshold)
     labels, vector = empty(n, dtype=torch.int64), empty(n)
     weight = None if work.frozen else empty(v, h, dtype=half if work.sixteen else torch.float32)
     gradients = Gradients(empty(n, h, dtype=half), weight, None)
@@ -485,7 +555,7 @@ def calls(
         y, c = labels[:rows], vector[:rows]
         with offline.recorded(target) as launches:
             call(step, own, lambda rows, y=y: y, c, c, to)  # type: ignore[misc]
-        result.append((launches, step.live))
+        result.append((launches, replace(step.live, share=1.0 if share is None else share)))
     return result
 
 
@@ -507,6 +577,21 @@ def overview(shape: tuple[int, int, int]) -> report.Table:
         f"bare products at {SHARE_OF_PEAK:.3f} of peak. Time over theirs (milliseconds in brackets):"
     )
     return report.Table("roofline", title, ["work", "bare products", *(device.name for device in DEVICES)], rows)
+
+
+def pooled(shape: tuple[int, int, int], kept: Sequence[float]) -> report.Table:
+    """Every work with gradients, with a pooled tail, over the exact one (milliseconds in brackets)."""
+    rows = []
+    for work in WORK:
+        for share in kept if work.products > 1 else ():
+            cells = []
+            for device in DEVICES:
+                exact = predict(device, calls(work, device, *shape)).seconds
+                seconds = predict(device, calls(work, device, *shape, share=share)).seconds
+                cells.append(f"{seconds / exact:.2f} ({seconds * 1e3:.1f})")
+            rows.append([work.name, f"{100 * share:.3g} %", *cells])
+    title = "MODEL, not a measurement: the same with a pooled tail, over the exact ones (milliseconds in brackets):"
+    return report.Table("roofline", title, ["work", "columns kept", *(device.name for device in DEVICES)], rows)
 
 
 LEVERS: Final = (
@@ -548,15 +633,16 @@ def levers(device: Device, shape: tuple[int, int, int]) -> report.Table:
     return report.Table("roofline", f"{device.name}, change by change", ["", *(work.name for work in WORK)], rows)
 
 
-def details(work: Work, device: Device, shape: tuple[int, int, int]) -> report.Table:
+def details(work: Work, device: Device, shape: tuple[int, int, int], kept: float | None = None) -> report.Table:
     """Every kernel of a work on a device."""
-    prediction = predict(device, calls(work, device, *shape))
+    prediction = predict(device, calls(work, device, *shape, share=kept))
     rows = []
     for name, (count, operations, size, *seconds) in prediction.by_kernel.items():
         figures = (operations / 1e12, size / 1e9, *(1e3 * each for each in seconds))
         rows.append([name, f"{count:.0f}", *(f"{figure:.2f}" for figure in figures)])
     columns = ["kernel", "launches", "TFLOP", "GB", "ms of operations", "ms of bytes", "ms"]
-    return report.Table("roofline", f"{work.name}, {device.name}: {prediction.launches} launches", columns, rows)
+    name = work.name if kept is None else f"{work.name}, {100 * kept:.3g} % of the columns kept"
+    return report.Table("roofline", f"{name}, {device.name}: {prediction.launches} launches", columns, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -565,12 +651,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--kept", type=float, nargs="+", default=KEPT, help="shares of columns that a tail leaves")
     parser.add_argument("--details", choices=[d.name for d in DEVICES], help="count every kernel on this device")
     arguments = parser.parse_args(argv)
     shape = (arguments.rows, arguments.hidden, arguments.vocabulary)
-    tables = [overview(shape), recorded(), levers(next(d for d in DEVICES if d.name == "H100"), shape)]
+    tables = [overview(shape), pooled(shape, arguments.kept), recorded()]
+    tables.append(levers(next(d for d in DEVICES if d.name == "H100"), shape))
     for device in DEVICES:
         if device.name == arguments.details:
             tables += [details(work, device, shape) for work in WORK]
+            tables += [details(work, device, shape, arguments.kept[0]) for work in WORK if work.products > 1]
     print("\n\n".join(f"{table.title}\n\n{report.markdown(table)}" for table in tables))
     return 0

@@ -145,11 +145,13 @@ class Wanted:
     hidden: bool
     weight: bool
     bias: bool
+    report: bool = False
+    """Of what is pooled."""
 
     @classmethod
     def of(cls, gradients: Gradients) -> Wanted:
         """Those that have a buffer."""
-        return cls(*(x is not None for x in (gradients.hidden, gradients.weight, gradients.bias)))
+        return cls(*(x is not None for x in (gradients.hidden, gradients.weight, gradients.bias, gradients.tail)))
 
 
 class Backend(Protocol):

@@ -8,6 +8,7 @@ import torch
 
 from infopo_kernels.backends.base import Gradients, Head, Wanted, uninitialised_like
 from infopo_kernels.backends.triton.support import unsupported_reason
+from infopo_kernels.backends.triton.tiles import TAIL_BLOCK
 from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
 from infopo_kernels.packing import Rows
 
@@ -28,7 +29,7 @@ class TritonBackend:
     """
 
     name: ClassVar[str] = "triton"
-    tail_block: ClassVar[int] = 0
+    tail_block: ClassVar[int] = TAIL_BLOCK
     tail_exact_above: ClassVar[float] = 1.0
 
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -98,7 +99,7 @@ class TritonBackend:
         with on_device(labels.device):
             launch = prepare(head)
             in_float32 = gradients.weight is None or gradients.weight.dtype == torch.float32
-            plan = plan_tile(launch.sizes, Wanted.of(gradients))
+            plan = plan_tile(launch.sizes, Wanted.of(gradients)) if launch.keeps_logits else None
             if plan is None or not (in_float32 or plan.rows >= launch.rows):
                 logp, lse = self.logprob(head, labels)
                 _backward(head, labels, lse, row_weight, gradients, skip_zero=False)

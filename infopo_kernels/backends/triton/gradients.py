@@ -3,6 +3,7 @@ logits of some rows may have been kept in the memory of dW."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,7 @@ from infopo_kernels.backends.triton.kernels.kept import (
 from infopo_kernels.backends.triton.kernels.logprob import launch_merge
 from infopo_kernels.backends.triton.kernels.rows import LiveRows, launch_gather_rows, room_for_rows, rows_in
 from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS, launch_normalise, launch_softmax_tile
+from infopo_kernels.backends.triton.kernels.tail import Tail, launch_pool_tail
 from infopo_kernels.backends.triton.launch import Launch, ceil_div
 from infopo_kernels.backends.triton.products import products_of
 from infopo_kernels.backends.triton.workspace import (
@@ -54,10 +56,11 @@ def gradients_from_tiles(
     """
     v = launch.vocabulary
     own, shared = tile_layouts(launch.sizes, plan.rows, plan.slices, Wanted.of(gradients))
-    g, bias_part, early, stats, part, late = carve(launch.head.workspace_bytes, labels.device, own, shared)
+    g, bias_part, early, *of_tail, stats, part, late = carve(launch.head.workspace_bytes, labels.device, own, shared)
+    tail = _tail(launch, g, gradients, of_tail)
     gathered = early if launch.sizes.descriptors else late
     q = g.view(plan.rows, -1, launch.tiles.logits.part).transpose(0, 1)
-    products = products_of(launch, live)
+    products = products_of(launch, live, tail)
     for row0 in range(0, launch.rows, plan.rows):
         if products.done(row0):
             break
@@ -65,7 +68,9 @@ def gradients_from_tiles(
             launch_gather_rows(launch, live, gathered, row0)
         launch_softmax_tile(launch, live, q, stats[0], stats[1], row0, gathered)
         launch_merge(launch, labels, live, stats[0], stats[1], logp, lse, row0)
-        launch_normalise(launch, labels, live, g, stats[0], logp, lse, row_weight, bias_part, row0)
+        launch_normalise(launch, labels, live, g, stats[0], logp, lse, row_weight, bias_part, row0, tail)
+        if tail is not None:
+            launch_pool_tail(launch, live, tail, row_weight, g, row0, 0, v, NORMALISE_ROWS, first=True)
         if gradients.hidden is not None:
             products.hidden(g, part, row0, 0, v, add=False)
             launch_store_hidden(launch, live, part, gradients.hidden, row0)
@@ -74,15 +79,26 @@ def gradients_from_tiles(
                 launch_gather_rows(launch, live, gathered, row0)
             products.weight(g, gathered, gradients.weight, row0, add=True)
         if gradients.bias is not None:
-            launch_bias_gradient(launch, live, bias_part, gradients.bias, row0, plan.rows, NORMALISE_ROWS)
+            launch_bias_gradient(launch, live, bias_part, gradients.bias, row0, plan.rows, NORMALISE_ROWS, tail)
+
+
+def _tail(launch: Launch, g: torch.Tensor, gradients: Gradients, memory: Sequence[torch.Tensor]) -> Tail | None:
+    """The tail of pieces of G [C, ld] in the memory of `tail_layouts`; None without a threshold."""
+    if not memory:
+        return None
+    stats, p, share, *others = memory
+    return Tail(launch.head.tail_threshold, len(share), gradients.tail, stats, p, share, *others)
 
 
 def kept_rows(launch: Launch, weight_grad: torch.Tensor) -> int:
     """Rows whose logits the memory of `weight_grad` and the workspace hold, and whose sums of dX a chunk holds.
 
     0 where that is less than a block of rows, which is not worth a launch of its own, or where a 16-bit dW would be
-    rounded twice: the kept rows make its first chunk, so that all rows of the call have to be in it.
+    rounded twice: the kept rows make its first chunk, so that all rows of the call have to be in it. 0 where kept
+    exponentials do not hold the probabilities that a pooled tail wants.
     """
+    if not launch.keeps_logits:
+        return 0
     held = capacity(launch, weight_grad)
     beside = _rows_beside(launch, held)
     rest = replace(launch.sizes, workspace_bytes=launch.sizes.workspace_bytes - beside * bytes_of_row(launch))
@@ -140,11 +156,10 @@ def gradients_from_kept(
 
     Products: 1 (dX), + 1 (dW), and for rows that are not kept + 1 (logits).
     """
-    hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
-    assert weight is not None
-    stores = stores_in(launch, (weight, gradients.logits))
+    assert gradients.weight is not None
+    stores = stores_in(launch, (gradients.weight, gradients.logits))
     rows = kept_chunk(launch.sizes, sum(len(store.target) for store in stores))
-    plan = plan_pieces(launch.sizes, hidden=hidden is not None, weight=True, bias=bias is not None, rows=rows)
+    plan = plan_pieces(launch.sizes, Wanted.of(gradients), rows=rows)
     live, kept = find_kept_rows(launch, stores, labels, kept_labels, lse, row_weight)
     _by_rows(launch, plan, labels, lse, row_weight, live, gradients, kept)
 
@@ -160,18 +175,19 @@ def gradients_from_lse(
     """The gradients with a known logsumexp.
 
     Products: 1 (logits), + 1 (dX), + 1 (dW). Where dW is 16-bit and the float32 sums of dX for all rows do not fit
-    the workspace, dX and dW are formed one after the other, each rounded once, and the logits twice (4 products).
+    the workspace, dX and dW are formed one after the other, each rounded once, and the logits twice (4 products); what
+    is reported of a pooled tail is that of dX.
     """
-    hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
-    plan = plan_pieces(launch.sizes, hidden=hidden is not None, weight=weight is not None, bias=bias is not None)
+    plan, weight = plan_pieces(launch.sizes, Wanted.of(gradients)), gradients.weight
     if weight is None or weight.dtype == torch.float32 or plan.rows >= launch.rows:
         _by_rows(launch, plan, labels, lse, row_weight, live, gradients)
         return
-    if hidden is not None:
-        plan = plan_pieces(launch.sizes, hidden=True, weight=False, bias=False)
-        _by_rows(launch, plan, labels, lse, row_weight, live, Gradients(hidden, None, None))
-    plan = plan_pieces(launch.sizes, hidden=False, weight=True, bias=bias is not None, weight_sums=True)
-    _by_vocabulary(launch, plan, labels, lse, row_weight, live, weight, bias)
+    if gradients.hidden is not None:
+        own = replace(gradients, weight=None, bias=None)
+        _by_rows(launch, plan_pieces(launch.sizes, Wanted.of(own)), labels, lse, row_weight, live, own)
+        gradients = replace(gradients, hidden=None, tail=None)
+    plan = plan_pieces(launch.sizes, Wanted.of(gradients), weight_sums=True)
+    _by_vocabulary(launch, plan, labels, lse, row_weight, live, gradients)
 
 
 def _by_rows(
@@ -190,41 +206,32 @@ def _by_rows(
     that lie there have become G, and the last piece comes first (`kernels/kept.py`).
     """
     hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
-    v, h, dtype, block = launch.vocabulary, launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits.rows
-    gathers = weight is not None or launch.sizes.descriptors
-    g, part, gathered, bias_part = carve(
-        launch.head.workspace_bytes,
-        labels.device,
-        (
-            ((plan.rows, plan.columns), dtype),
-            ((plan.slices, plan.rows, h), torch.float32) if hidden is not None else None,
-            launch.sizes.gathered(plan.rows) if gathers else None,
-            ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
-        ),
-    )
-    products = products_of(launch, live)
+    v, block = launch.vocabulary, launch.tiles.logits.rows
+    memory = carve(launch.head.workspace_bytes, labels.device, plan.layouts)
+    g, part, gathered, bias_part, _, *of_tail = memory
+    tail = _tail(launch, g, gradients, of_tail)
+    products = products_of(launch, live, tail)
     for row0 in range(0, launch.rows, plan.rows):
         if products.done(row0):
             break
-        if gathers:
+        if gathered.numel():
             launch_gather_rows(launch, live, gathered, row0)
         from_kept = kept if row0 == 0 else None
         for v0 in reversed(range(0, v, plan.columns)):
             columns = min(plan.columns, v - v0)
             if from_kept is not None:
-                launch_kept_gradient(launch, labels, lse, row_weight, live, from_kept, g, bias_part, v0, columns)
-                if bias is not None:
-                    launch_bias_gradient(
-                        launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block, kept=True
-                    )
-            launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns, gathered)
+                launch_kept_gradient(launch, labels, lse, row_weight, live, from_kept, g, bias_part, v0, columns, tail)
+            launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns, gathered, tail)
+            if tail is not None:
+                first = v0 + columns == v
+                launch_pool_tail(launch, live, tail, row_weight, g, row0, v0, columns, block, first=first)
             if hidden is not None:
                 products.hidden(g, part, row0, v0, columns, add=v0 + columns < v)
             if weight is not None:
                 into, add = weight[v0 : v0 + columns], from_kept is None
                 products.weight(g, gathered, into, row0, add=add)
             if bias is not None:
-                launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block)
+                launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block, tail)
         if hidden is not None:
             launch_store_hidden(launch, live, part, hidden, row0)
 
@@ -236,30 +243,25 @@ def _by_vocabulary(
     lse: torch.Tensor,
     row_weight: torch.Tensor,
     live: LiveRows,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    gradients: Gradients,
 ) -> None:
     """Pieces of the vocabulary outside, chunks of rows inside: each entry of a 16-bit dW is rounded once."""
-    h, dtype, block = launch.hidden_size, launch.head.hidden.dtype, launch.tiles.logits.rows
-    g, gathered, sums, bias_part = carve(
-        launch.head.workspace_bytes,
-        labels.device,
-        (
-            ((plan.rows, plan.columns), dtype),
-            launch.sizes.gathered(plan.rows),
-            ((plan.columns, h), torch.float32),
-            ((ceil_div(plan.rows, block), plan.columns), torch.float32) if bias is not None else None,
-        ),
-    )
-    products = products_of(launch, live)
+    weight, bias, block = gradients.weight, gradients.bias, launch.tiles.logits.rows
+    assert weight is not None
+    memory = carve(launch.head.workspace_bytes, labels.device, plan.layouts)
+    g, _, gathered, bias_part, sums, *of_tail = memory
+    tail = _tail(launch, g, gradients, of_tail)
+    products = products_of(launch, live, tail)
     for v0 in range(0, launch.vocabulary, plan.columns):
         columns = min(plan.columns, launch.vocabulary - v0)
         for row0 in range(0, launch.rows, plan.rows):
             if products.done(row0):
                 break
             launch_gather_rows(launch, live, gathered, row0)
-            launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns, gathered)
+            launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns, gathered, tail)
+            if tail is not None:
+                launch_pool_tail(launch, live, tail, row_weight, g, row0, v0, columns, block, first=v0 == 0)
             products.weight(g, gathered, sums[:columns], row0, add=row0 > 0)
             if bias is not None:
-                launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block)
+                launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block, tail)
         weight[v0 : v0 + columns].add_(sums[:columns])

@@ -14,7 +14,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from infopo_kernels.backends.base import Head
-from infopo_kernels.backends.triton.tiles import INTERPRETER, TARGETS, Products, Target, Tile
+from infopo_kernels.backends.triton.tiles import INTERPRETER, TAIL_BLOCK, TARGETS, Products, Target, Tile
 
 FUSED = {"enable_fp_fusion": True}
 """a * b + c in one rounding, whatever Triton's default: it halves the work of every epilogue."""
@@ -48,10 +48,18 @@ class Sizes:
     """Whether dX and dW are the library's products (`products.py`)."""
     descriptors: bool
     """Whether logits are formed from gathered rows by tensor descriptors (`kernels/logits.py`)."""
+    tail: bool
+    """Whether the tail of G is pooled (`kernels/tail.py`)."""
 
     def filled(self, programs: int) -> float:
         """Share of the device that works on `programs` equal programs, one a multiprocessor, until the last is done."""
         return programs / (ceil_div(programs, self.multiprocessors) * self.multiprocessors)
+
+    def pool_columns(self, columns: int) -> int:
+        """Columns of G behind those of a piece: one for each block that pools its tail, up to whole tiles of dW and
+        whole steps of dX."""
+        unit = max(self.tiles.weight.rows, self.tiles.hidden.depth)
+        return ceil_div(pools_of(columns), unit) * unit if self.tail else 0
 
     @property
     def gathered_stride(self) -> int:
@@ -111,6 +119,12 @@ class Launch:
         """Of a matrix [.., H], in blocks of so many rows."""
         shape, block = [len(matrix), self.hidden_size], [rows, self.tiles.logits.depth]
         return TensorDescriptor(matrix, shape, [matrix.stride(0), 1], block)
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether G may be formed from kept exponentials: with a softcap they hold its slope too (`softmax_tile.py`),
+        and a pooled tail wants the probabilities."""
+        return self.head.softcap is None or not self.sizes.tail
 
     @property
     def logit_arguments(self) -> dict[str, Any]:
@@ -200,7 +214,9 @@ def prepare(head: Head) -> Launch:
     device = head.hidden.device
     target, single, whole = target_of(device), head.hidden.dtype == torch.float32, aligned(head)
     precision = "tf32" if target.backend == "cuda" and _tf32_allowed() else "ieee"
+    tail = head.tail_threshold > 0
     library = whole and head.weight.stride(0) >= head.weight.shape[1] and _library_wanted(target, single=single)
+    library = library and not tail  # the number of kept columns is on the device
     if library and device.type == "cuda":
         library = not torch.cuda.is_current_stream_capturing()
     (rows, h), tiles = head.hidden.shape, target.products(single=single, aligned=whole)
@@ -217,6 +233,7 @@ def prepare(head: Head) -> Launch:
         _multiprocessors(device, target),
         library,
         described,
+        tail,
     )
     return Launch(head, sizes, precision)
 
@@ -283,3 +300,8 @@ def on_device(device: torch.device) -> Iterator[None]:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def pools_of(columns: int) -> int:
+    """Blocks of a piece of the vocabulary that pool their tail."""
+    return ceil_div(columns, TAIL_BLOCK)

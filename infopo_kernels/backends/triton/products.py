@@ -9,6 +9,9 @@ kernel of the same rows is queued by then and keeps the device busy. Rows beyond
 and chunks without rows are not launched. While a CUDA graph is captured nothing may be waited for: Triton's products
 read the number on the device.
 
+With a pooled tail products run over as many columns as words are kept. Only the device knows this number, and the host
+would have to wait for it between each tile of logits and its products. So Triton's products serve, which read it there.
+
 Which one runs is a line of the table (`tiles.Target`); INFOPO_KERNELS_GPU_PRODUCTS=library or =triton overrules it.
 """
 
@@ -25,6 +28,7 @@ import torch
 
 from infopo_kernels.backends.triton.kernels.hidden_product import launch_hidden_product
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
+from infopo_kernels.backends.triton.kernels.tail import Tail
 from infopo_kernels.backends.triton.kernels.weight_product import launch_weight_product
 from infopo_kernels.backends.triton.launch import Launch
 
@@ -52,25 +56,26 @@ class Products(Protocol):
         ...
 
 
-def products_of(launch: Launch, live: LiveRows) -> Products:
-    """The products of the rows of a list that a kernel has just been started to fill."""
-    return LibraryProducts(launch, live) if launch.library else TritonProducts(launch, live)
+def products_of(launch: Launch, live: LiveRows, tail: Tail | None = None) -> Products:
+    """The products of the rows of a list that a kernel has just been started to fill; with `tail` of a compact G."""
+    return LibraryProducts(launch, live) if launch.library else TritonProducts(launch, live, tail)
 
 
 @dataclass(frozen=True)
 class TritonProducts:
-    """Kernels whose grids are laid out for every row; programs beyond the live ones leave at once."""
+    """Kernels whose grids are laid out for every row and column; programs beyond those that are there leave at once."""
 
     launch: Launch
     live: LiveRows
+    tail: Tail | None
 
     def hidden(self, g: torch.Tensor, part: torch.Tensor, row0: int, v0: int, columns: int, *, add: bool) -> None:
-        launch_hidden_product(self.launch, self.live, g, part, row0, v0, columns, add=add)
+        launch_hidden_product(self.launch, self.live, g, part, row0, v0, columns, self.tail, add=add)
 
     def weight(
         self, g: torch.Tensor, gathered: torch.Tensor, weight_grad: torch.Tensor, row0: int, *, add: bool
     ) -> None:
-        launch_weight_product(self.launch, self.live, g, gathered, weight_grad, row0, add=add)
+        launch_weight_product(self.launch, self.live, g, gathered, weight_grad, row0, self.tail, add=add)
 
     def done(self, row0: int) -> bool:
         return False

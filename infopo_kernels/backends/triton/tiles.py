@@ -10,6 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+TAIL_BLOCK = 256
+"""Words of a block that pools its tail: one column more for 256 of G. The widest tile of logits, so that pieces of the
+vocabulary are whole blocks, and one program sums a block."""
+
 
 @dataclass(frozen=True)
 class Tile:

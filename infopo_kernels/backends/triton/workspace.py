@@ -8,12 +8,17 @@ Counting, with B the workspace's bytes, e bytes an element and R rows a chunk (d
   longer depends on V, at the price of forming the logits a second time.
 - Rows whose logits dW's memory keeps (`kernels/kept.py`) pay neither price, but are all in the first chunk of such
   pieces: there are at most as many as the sums of dX leave room for.
+- A pooled tail (`kernels/tail.py`) adds to a piece of T columns and P = T / 256 blocks: statistics of each block of
+  rows (8 T bytes), pi, places and words (12 T), the pools (R e P), the mean rows of W (e H P) and the pools' rows of
+  dW (4 H P), and for a report the probabilities (R T times 2 bytes, 4 for float32). Each chunk reads W once more for
+  the means, and reads and writes dW once for the tail, so that few rows a chunk cost more than logits formed twice.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +28,8 @@ import torch
 from infopo_kernels.backends.base import Wanted
 from infopo_kernels.backends.triton.kernels.hidden_product import slices_of
 from infopo_kernels.backends.triton.kernels.softmax_tile import NORMALISE_ROWS
-from infopo_kernels.backends.triton.launch import Sizes, ceil_div
+from infopo_kernels.backends.triton.launch import Sizes, ceil_div, pools_of
+from infopo_kernels.backends.triton.tiles import TAIL_BLOCK
 
 ALIGNMENT = 256
 """Bytes: every temporary starts on a boundary that all vector accesses accept."""
@@ -54,6 +60,12 @@ not depend on it.
 MIN_ROWS_WITHOUT_WEIGHT = 128
 """The same for dX alone: below one tile of rows the head's own bytes, 4 V H a chunk, outweigh the product saved."""
 
+MEAN_ROWS = PASS_ROWS // 4
+"""Rows at which a product takes as long as reading W for the mean rows of tails (2 V H bytes)."""
+
+TAIL_SHARE = 0.1
+"""Share of the columns that a plan takes to be kept (docs/pooled_tail.md: 2 to 9 % were, on a trained model)."""
+
 
 Layout = tuple[tuple[int, ...], torch.dtype]
 """Shape and type of a temporary."""
@@ -80,6 +92,8 @@ class PiecePlan:
     rows: int
     columns: int
     slices: int
+    layouts: tuple[Layout | None, ...]
+    """G, sums of dX, gathered rows, column sums, sums of dW; then those of `tail_layouts`."""
 
 
 def _chunk_sizes(n: int) -> Iterator[int]:
@@ -97,24 +111,45 @@ def _largest(n: int, most: int, fits: Callable[[int], bool]) -> int | None:
     return next((rows for rows in _chunk_sizes(min(n, most)) if fits(rows)), None)
 
 
+def tail_layouts(sizes: Sizes, rows: int, row_blocks: int, columns: int, wanted: Wanted) -> list[Layout | None]:
+    """The tensors of `kernels.tail.Tail` for a piece of G with so many blocks of rows; none without a threshold."""
+    if not sizes.tail:
+        return []
+    h, pools, ld = sizes.hidden_size, pools_of(columns), columns + sizes.pool_columns(columns)
+    return [
+        ((row_blocks, 2, ld), torch.float32),
+        ((rows, ld), torch.float32 if sizes.dtype == torch.float32 else torch.bfloat16) if wanted.report else None,
+        ((columns,), torch.float32),
+        ((columns,), torch.int32),
+        ((columns,), torch.int32),
+        ((pools,), torch.int32),
+        ((1,), torch.int32),
+        ((pools, h), sizes.dtype) if wanted.hidden else None,
+        ((pools, h), torch.float32) if wanted.weight else None,
+    ]
+
+
 def tile_layouts(
     sizes: Sizes, rows: int, slices: int, wanted: Wanted
 ) -> tuple[list[Layout | None], list[Layout | None]]:
-    """What one chunk of rows takes: G, column sums, gathered rows; and three that are never needed at a time.
+    """What one chunk of rows takes: G, column sums, gathered rows, those of `tail_layouts`; and three that are never
+    needed at a time.
 
     The gathered rows are the last of either: descriptors need them before the product of logits, dW after it.
     """
-    tile, gathered = sizes.tiles.logits, None
-    ld = ceil_div(sizes.vocabulary, tile.columns) * tile.columns
+    tile, gathered, row_blocks = sizes.tiles.logits, None, ceil_div(rows, NORMALISE_ROWS)
+    columns = ceil_div(sizes.vocabulary, tile.columns) * tile.columns
+    ld = columns + sizes.pool_columns(columns)
     if wanted.weight or sizes.descriptors:
         gathered = sizes.gathered(rows)
     own: list[Layout | None] = [
         ((rows, ld), sizes.dtype),
-        ((ceil_div(rows, NORMALISE_ROWS), ld), torch.float32) if wanted.bias else None,
+        ((row_blocks, ld), torch.float32) if wanted.bias else None,
         gathered if sizes.descriptors else None,
+        *tail_layouts(sizes, rows, row_blocks, columns, wanted),
     ]
     shared: list[Layout | None] = [
-        ((2, ld // tile.part, rows), torch.float32),
+        ((2, columns // tile.part, rows), torch.float32),
         ((slices, rows, sizes.hidden_size), torch.float32) if wanted.hidden else None,
         None if sizes.descriptors else gathered,
     ]
@@ -143,6 +178,8 @@ def plan_tile(sizes: Sizes, wanted: Wanted) -> TilePlan | None:
             if best is None or time < best[0]:
                 best = time, TilePlan(rows, slices)
     least = MIN_ROWS_WITH_WEIGHT if wanted.weight else MIN_ROWS_WITHOUT_WEIGHT
+    if sizes.tail:
+        least = PASS_ROWS * wanted.weight + MEAN_ROWS * wanted.hidden
     return best[1] if best is not None and best[1].rows >= min(n, least) else None
 
 
@@ -150,16 +187,18 @@ def _chunk_time(sizes: Sizes, rows: int, slices: int, wanted: Wanted) -> float:
     """Modelled time of a chunk, in units of one product of one row.
 
     Logits cost their whole blocks of rows, dX its blocks over the share of the device that its programs fill, dW its
-    rows or its pass over memory, whichever is longer.
+    rows or its pass over memory, whichever is longer. With a pooled tail the products have few columns, and a pass over
+    W and one over dW come on top.
     """
-    tiles = sizes.tiles
+    tiles, share = sizes.tiles, TAIL_SHARE if sizes.tail else 1.0
     time = float(ceil_div(rows, tiles.logits.rows) * tiles.logits.rows)
     if wanted.hidden:
         blocks = ceil_div(rows, tiles.hidden.rows)
         programs = blocks * ceil_div(sizes.hidden_size, tiles.hidden.columns) * slices
-        time += blocks * tiles.hidden.rows / sizes.filled(programs) * (1 + 0.01 * slices)
+        time += share * blocks * tiles.hidden.rows / sizes.filled(programs) * (1 + 0.01 * slices)
+        time += MEAN_ROWS * sizes.tail
     if wanted.weight:
-        time += max(rows, PASS_ROWS)
+        time += share * rows + PASS_ROWS if sizes.tail else max(rows, PASS_ROWS)
     return time
 
 
@@ -168,9 +207,7 @@ class _Pieces:
     """What gradients by pieces of the vocabulary take of the workspace."""
 
     sizes: Sizes
-    hidden: bool
-    weight: bool
-    bias: bool
+    wanted: Wanted
     weight_sums: bool = False
 
     @property
@@ -178,64 +215,81 @@ class _Pieces:
         return self.sizes.workspace_bytes - SPARE
 
     @property
-    def tiles(self) -> int:
-        return ceil_div(self.sizes.vocabulary, self.sizes.tiles.logits.columns)
+    def unit(self) -> int:
+        """Words of the narrowest piece: a tile of logits, or a whole block that pools its tail."""
+        columns = self.sizes.tiles.logits.columns
+        return max(columns, TAIL_BLOCK) if self.sizes.tail else columns
+
+    @property
+    def units(self) -> int:
+        """Of the vocabulary."""
+        return ceil_div(self.sizes.vocabulary, self.unit)
 
     @property
     def wide(self) -> int:
-        """Tiles a piece behind which a pass over the sums of dX (8 R H bytes) hides, as one over dW does behind a chunk
+        """Units a piece behind which a pass over the sums of dX (8 R H bytes) hides, as one over dW does behind a chunk
         of as many rows."""
-        return min(self.tiles, ceil_div(PASS_ROWS, self.sizes.tiles.logits.columns))
+        return min(self.units, ceil_div(PASS_ROWS, self.unit))
 
     def slices(self, rows: int) -> int:
-        return slices_of(self.sizes, rows, self.sizes.vocabulary)
+        return slices_of(self.sizes, rows, self.sizes.vocabulary) if self.wanted.hidden else 1
 
-    def of_rows(self, rows: int) -> int:
-        sums = 4 * self.sizes.hidden_size * self.slices(rows) if self.hidden else 0
-        gathered = self.weight or self.sizes.descriptors
-        return rows * (sums + (self.sizes.dtype.itemsize * self.sizes.gathered_stride if gathered else 0))
+    def of_rows(self, rows: int) -> tuple[Layout | None, Layout | None]:
+        """What grows with rows alone: sums of dX, gathered X."""
+        sizes, gathers = self.sizes, self.wanted.weight or self.sizes.descriptors
+        sums = ((self.slices(rows), rows, sizes.hidden_size), torch.float32)
+        return sums if self.wanted.hidden else None, sizes.gathered(rows) if gathers else None
 
-    def of_tile(self, rows: int) -> int:
-        block, size = self.sizes.tiles.logits, self.sizes.dtype.itemsize
-        bias_part = 4 * ceil_div(rows, block.rows) if self.bias else 0
-        return block.columns * (rows * size + bias_part + (4 * self.sizes.hidden_size if self.weight_sums else 0))
+    def layouts(self, rows: int, units: int) -> tuple[Layout | None, ...]:
+        """Those of a plan (`PiecePlan.layouts`). Rows whose logits are kept begin a block of rows of their own."""
+        sizes, columns, blocks = self.sizes, units * self.unit, ceil_div(rows, self.sizes.tiles.logits.rows) + 1
+        ld, sums = columns + sizes.pool_columns(columns), ((columns, sizes.hidden_size), torch.float32)
+        return (
+            ((rows, ld), sizes.dtype),
+            *self.of_rows(rows),
+            ((blocks, ld), torch.float32) if self.wanted.bias else None,
+            sums if self.weight_sums else None,
+            *tail_layouts(sizes, rows, blocks, columns, self.wanted),
+        )
 
-    def fits(self, rows: int, tiles_a_piece: int) -> bool:
-        return self.of_rows(rows) + self.of_tile(rows) * tiles_a_piece <= self.budget
+    def size(self, rows: int, units: int) -> int:
+        return sum(map(size_of, self.layouts(rows, units)))
+
+    def fits(self, rows: int, units: int) -> bool:
+        return self.size(rows, units) <= self.budget
 
     def best(self, rows: int) -> int:
-        """Tiles a piece for chunks of `rows`: of those that fit, down to half of the most, the least modelled time.
+        """Units a piece for chunks of `rows`: of those that fit, down to half of the most, the least modelled time.
 
         The most make the fewest passes, but the last wave of their programs may leave much of the device idle.
         """
-        most = min(self.tiles, (self.budget - self.of_rows(rows)) // self.of_tile(rows))
+        most = bisect_right(range(1, self.units + 1), self.budget, key=lambda units: self.size(rows, units))
         least = max(min(most, self.wide), ceil_div(most, 2))
 
-        def time(tiles_a_piece: int) -> float:
-            whole, rest = divmod(self.tiles, tiles_a_piece)
-            return whole * self._time(rows, tiles_a_piece) + (self._time(rows, rest) if rest else 0.0)
+        def time(units: int) -> float:
+            whole, rest = divmod(self.units, units)
+            return whole * self._time(rows, units) + (self._time(rows, rest) if rest else 0.0)
 
         return min(range(most, least - 1, -1), key=time)
 
-    def _time(self, rows: int, tiles: int) -> float:
+    def _time(self, rows: int, units: int) -> float:
         """Modelled time of a piece, in units of one product of one column, less what does not depend on the piece.
 
         Logits and dW cost their columns over the share of the device that their programs fill. A piece reads and
         writes the sums of dX (PASS_ROWS columns' time), and X for logits and for dW (a quarter each); half is hidden.
         """
-        logits, dw = self.sizes.tiles.logits, self.sizes.tiles.weight
-        columns = tiles * logits.columns
-        programs = [ceil_div(rows, logits.rows) * tiles]
-        if self.weight:
-            programs.append(ceil_div(columns, dw.rows) * ceil_div(self.sizes.hidden_size, dw.columns))
-        passes = self.hidden + len(programs) / 4
-        return columns * sum(1 / self.sizes.filled(p) for p in programs) + passes * PASS_ROWS / 2
+        logits, dw, wanted = self.sizes.tiles.logits, self.sizes.tiles.weight, self.wanted
+        columns, share = units * self.unit, TAIL_SHARE if self.sizes.tail else 1.0
+        times = [1 / self.sizes.filled(ceil_div(rows, logits.rows) * ceil_div(columns, logits.columns))]
+        if wanted.weight:
+            programs = ceil_div(math.ceil(share * columns), dw.rows) * ceil_div(self.sizes.hidden_size, dw.columns)
+            times.append(share / self.sizes.filled(programs))
+        passes = wanted.hidden + len(times) / 4
+        return columns * sum(times) + passes * PASS_ROWS / 2
 
 
 @lru_cache(maxsize=256)
-def plan_pieces(
-    sizes: Sizes, *, hidden: bool, weight: bool, bias: bool, weight_sums: bool = False, rows: int | None = None
-) -> PiecePlan:
+def plan_pieces(sizes: Sizes, wanted: Wanted, *, weight_sums: bool = False, rows: int | None = None) -> PiecePlan:
     """Rows and columns of a piece of G; with `weight_sums` float32 sums of dW for the columns of a piece as well.
 
     At most half of the workspace goes to what grows with rows alone (sums of dX, gathered X), or as much as a given
@@ -244,20 +298,22 @@ def plan_pieces(
     Raises:
         ValueError: not even one row and one tile of the vocabulary fit.
     """
-    pieces, block = _Pieces(sizes, hidden, weight, bias, weight_sums), sizes.tiles.logits
-    of_rows, of_tile, fits, wide = pieces.of_rows, pieces.of_tile, pieces.fits, pieces.wide
+    pieces = _Pieces(sizes, wanted, weight_sums)
+    fits, wide = pieces.fits, pieces.wide
     if rows is None:
-        most = max(1, pieces.budget // (block.columns * sizes.dtype.itemsize))
+        most = max(1, pieces.budget // (pieces.unit * sizes.dtype.itemsize))
         all_rows = sizes.rows if fits(sizes.rows, wide) else None
-        halved = _largest(sizes.rows, most, lambda r: of_rows(r) <= pieces.budget // 2 and fits(r, wide))
+        half = pieces.budget // 2
+        halved = _largest(sizes.rows, most, lambda r: sum(map(size_of, pieces.of_rows(r))) <= half and fits(r, wide))
         rows = all_rows or halved or _largest(sizes.rows, most, lambda r: fits(r, 1))
     if rows is None:
         raise ValueError(
-            f"`workspace_mib` must hold one row of hidden states and one tile of {block.columns} words, expected at "
-            f"least {1 + ((of_rows(1) + of_tile(1) + SPARE) >> 20)} MiB, got "
+            f"`workspace_mib` must hold one row of hidden states and one piece of {pieces.unit} words, expected at "
+            f"least {1 + ((pieces.size(1, 1) + SPARE) >> 20)} MiB, got "
             f"{sizes.workspace_bytes / (1 << 20):.2f} MiB; raise it."
         )
-    return PiecePlan(rows, pieces.best(rows) * block.columns, pieces.slices(rows) if hidden else 1)
+    units = pieces.best(rows)
+    return PiecePlan(rows, units * pieces.unit, pieces.slices(rows), pieces.layouts(rows, units))
 
 
 @lru_cache(maxsize=256)
@@ -267,7 +323,7 @@ def kept_chunk(sizes: Sizes, most: int) -> int:
     All rows of the call, or as many of the `most` as the workspace has room for. Asked before the call that keeps
     logits and again after it, so it depends on nothing but the head: every gradient counts as wanted.
     """
-    pieces = _Pieces(sizes, hidden=True, weight=True, bias=sizes.bias)
+    pieces = _Pieces(sizes, Wanted(hidden=True, weight=True, bias=sizes.bias, report=True))
     if pieces.fits(sizes.rows, pieces.wide):
         return sizes.rows
     return _largest(sizes.rows, most, lambda r: pieces.fits(r, pieces.wide)) or 0
@@ -282,9 +338,9 @@ def rows_beside(sizes: Sizes, held: int, row_bytes: int) -> int:
     V PASS_ROWS / C^2; the logits of rows, of as many bytes, spare the product of one column. 0 where that is less than
     a block of rows, or where not all rows are in one chunk.
     """
-    pieces, block = _Pieces(sizes, hidden=True, weight=True, bias=sizes.bias), sizes.tiles.logits
-    tiles = min(pieces.tiles, ceil_div(math.isqrt(PASS_ROWS * sizes.vocabulary), block.columns))
-    spare = pieces.budget - pieces.of_rows(sizes.rows) - pieces.of_tile(sizes.rows) * tiles
+    pieces, block = _Pieces(sizes, Wanted(hidden=True, weight=True, bias=sizes.bias, report=True)), sizes.tiles.logits
+    units = min(pieces.units, ceil_div(math.isqrt(PASS_ROWS * sizes.vocabulary), pieces.unit))
+    spare = pieces.budget - pieces.size(sizes.rows, units)
     missing = ceil_div(sizes.rows - held, ROW_MULTIPLE) * ROW_MULTIPLE
     rows = min(missing, spare // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
     return rows if rows >= min(missing, block.rows) and rows > 0 else 0

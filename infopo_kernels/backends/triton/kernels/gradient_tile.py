@@ -26,6 +26,7 @@ from infopo_kernels.backends.triton.kernels.logits import (
     unit_of,
 )
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
+from infopo_kernels.backends.triton.kernels.tail import Tail, stats_of, store_tail_stats
 from infopo_kernels.backends.triton.launch import Launch, ceil_div, start_product
 
 
@@ -43,6 +44,8 @@ def store_gradient_part(
     b_ptr,
     g_ptr,
     db_part_ptr,
+    stats_ptr,
+    p_ptr,
     ld,
     V,
     softcap,
@@ -52,6 +55,8 @@ def store_gradient_part(
     NEGATIVE: tl.constexpr,
     SPECIAL: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    REPORT: tl.constexpr,
 ):
     """Columns `offs_k` of a block of G, and their sums; SPECIAL where a label or the end of the vocabulary is there."""
     offs_v = v0 + offs_k
@@ -67,6 +72,9 @@ def store_gradient_part(
     if BIAS_GRAD:
         tl.store(db_part_ptr + offs_k, tl.sum(tl.where(row_ok[:, None], g, 0.0), axis=0) / gain)
     offs_g = offs_n.to(tl.int64)[:, None] * ld + offs_k[None, :]
+    if TAIL:
+        counts = row_ok & (c != 0.0)
+        store_tail_stats(p, offs_v, label, counts, stats_ptr, p_ptr, offs_k, offs_g, row_ok, ld, REPORT)
     tl.store(g_ptr + offs_g, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
@@ -84,6 +92,8 @@ def store_gradient_tile(
     b_ptr,
     g_ptr,
     db_part_ptr,
+    stats_ptr,
+    p_ptr,
     ld,
     V,
     softcap,
@@ -93,6 +103,8 @@ def store_gradient_tile(
     NEGATIVE: tl.constexpr,
     SPECIAL: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    REPORT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PART: tl.constexpr,
@@ -102,7 +114,8 @@ def store_gradient_tile(
     for p in tl.static_range(BLOCK_V // PART):
         store_gradient_part(
             parts[p], offs_n, pid_v * BLOCK_V + p * PART + tl.arange(0, PART), v0, row_ok, label, level, c, gain,
-            b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, SPECIAL, BIAS_GRAD,
+            b_ptr, g_ptr, db_part_ptr, stats_ptr, p_ptr, ld, V, softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, SPECIAL,
+            BIAS_GRAD, TAIL, REPORT,
         )  # fmt: skip
 
 
@@ -122,6 +135,8 @@ def gradient_block(
     rows_ptr,
     g_ptr,
     db_part_ptr,
+    stats_ptr,
+    p_ptr,
     gain,
     row0,
     v0,
@@ -136,6 +151,8 @@ def gradient_block(
     HAS_SOFTCAP: tl.constexpr,
     NEGATIVE: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    REPORT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -166,19 +183,22 @@ def gradient_block(
     c = tl.where(label != -1, c, float("nan"))
     c = c * gain
     unit = unit_of(softcap, scale, HAS_SOFTCAP)
-    db_part_ptr += pid_n.to(tl.int64) * ld
+    block = pid_n.to(tl.int64) + tl.cdiv(begin, BLOCK_N)  # behind those of rows whose logits are kept
+    db_part_ptr += block * ld
+    if TAIL:
+        stats_ptr += block * (2 * ld)
     labels_here = tl.sum(((label >= first) & (label < first + BLOCK_V)).to(tl.int32), axis=0)
     # A label of 128 rows lies in a fifth of the tiles of 256 words (V 151936): comparing every element is left to them.
     # Triton 3.6 cannot flatten a loop with a branch in it: there all tiles compare.
     if DESCRIPTORS or (labels_here > 0) | (first + BLOCK_V > V):
         store_gradient_tile(
-            acc, offs_n, pid_v, v0, row_ok, label, level, c, gain, b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit,
-            HAS_BIAS, HAS_SOFTCAP, NEGATIVE, True, BIAS_GRAD, BLOCK_N, BLOCK_V, PART,
+            acc, offs_n, pid_v, v0, row_ok, label, level, c, gain, b_ptr, g_ptr, db_part_ptr, stats_ptr, p_ptr, ld, V,
+            softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, True, BIAS_GRAD, TAIL, REPORT, BLOCK_N, BLOCK_V, PART,
         )  # fmt: skip
     else:
         store_gradient_tile(
-            acc, offs_n, pid_v, v0, row_ok, label, level, c, gain, b_ptr, g_ptr, db_part_ptr, ld, V, softcap, unit,
-            HAS_BIAS, HAS_SOFTCAP, NEGATIVE, False, BIAS_GRAD, BLOCK_N, BLOCK_V, PART,
+            acc, offs_n, pid_v, v0, row_ok, label, level, c, gain, b_ptr, g_ptr, db_part_ptr, stats_ptr, p_ptr, ld, V,
+            softcap, unit, HAS_BIAS, HAS_SOFTCAP, NEGATIVE, False, BIAS_GRAD, TAIL, REPORT, BLOCK_N, BLOCK_V, PART,
         )  # fmt: skip
 
 
@@ -196,6 +216,8 @@ def gradient_tile_kernel(
     gain_ptr,
     g_ptr,
     db_part_ptr,
+    stats_ptr,
+    p_ptr,
     row0,
     C,
     v0,
@@ -212,6 +234,8 @@ def gradient_tile_kernel(
     NEGATIVE: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    REPORT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -236,14 +260,16 @@ def gradient_tile_kernel(
         for tile in tl.range(pid, num_n * num_v, tl.num_programs(0), flatten=True):
             gradient_block(
                 tile, num_n, num_v, here, begin, x, w, b_ptr, labels_ptr, lse_ptr, c_ptr, rows_ptr, g_ptr, db_part_ptr,
-                gain, row0, v0, ld, V, H, stride_xn, stride_wv, softcap, scale, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
-                BIAS_GRAD, BLOCK_N, BLOCK_V, BLOCK_H, PART, EVEN_H, GROUP, DESCRIPTORS, PRECISION,
+                stats_ptr, p_ptr, gain, row0, v0, ld, V, H, stride_xn, stride_wv, softcap, scale, HAS_BIAS, HAS_SOFTCAP,
+                NEGATIVE, BIAS_GRAD, TAIL, REPORT, BLOCK_N, BLOCK_V, BLOCK_H, PART, EVEN_H, GROUP, DESCRIPTORS,
+                PRECISION,
             )  # fmt: skip
     elif pid < num_n * num_v:
         gradient_block(
             pid, num_n, num_v, here, begin, x, w, b_ptr, labels_ptr, lse_ptr, c_ptr, rows_ptr, g_ptr, db_part_ptr,
-            gain, row0, v0, ld, V, H, stride_xn, stride_wv, softcap, scale, HAS_BIAS, HAS_SOFTCAP, NEGATIVE,
-            BIAS_GRAD, BLOCK_N, BLOCK_V, BLOCK_H, PART, EVEN_H, GROUP, DESCRIPTORS, PRECISION,
+            stats_ptr, p_ptr, gain, row0, v0, ld, V, H, stride_xn, stride_wv, softcap, scale, HAS_BIAS, HAS_SOFTCAP,
+            NEGATIVE, BIAS_GRAD, TAIL, REPORT, BLOCK_N, BLOCK_V, BLOCK_H, PART, EVEN_H, GROUP, DESCRIPTORS,
+            PRECISION,
         )  # fmt: skip
 
 
@@ -259,17 +285,20 @@ def launch_gradient_tile(
     v0: int,
     columns: int,
     gathered: torch.Tensor | None = None,
+    tail: Tail | None = None,
 ) -> None:
-    """G [C, ld] for rows row0 .. row0 + C of the list and columns v0 .. v0 + columns, and its column sums.
+    """G [C, ld] for rows row0 .. row0 + C of the list and columns v0 .. v0 + columns, its column sums, and what `tail`
+    chooses words from.
 
     `gathered` are those rows of X, if descriptors load them.
     """
     head, tile = launch.head, launch.tiles.logits
     c, ld = g.shape
     arguments = launch.logit_arguments
-    # With 64 columns Triton 3.5 to 3.7 spilled on sm_90, with 32 of float32 and tanh 3.9 on sm_100.
+    # With 64 columns Triton 3.5 to 3.7 spilled on sm_90, with 32 of float32 and tanh 3.9 on sm_100, with 32 and the
+    # statistics of a tail 3.9 on sm_90.
     capped_single = head.softcap is not None and head.hidden.dtype == torch.float32
-    arguments["PART"] = min(arguments["PART"], 16 if capped_single else 32)
+    arguments["PART"] = min(arguments["PART"], 16 if capped_single or tail is not None else 32)
     start_product(
         gradient_tile_kernel,
         (launch.programs(ceil_div(c, tile.rows) * ceil_div(columns, tile.columns)),),
@@ -284,6 +313,7 @@ def launch_gradient_tile(
         live.gain,
         g,
         bias_part,
+        *stats_of(tail),
         row0,
         c,
         v0,
@@ -291,6 +321,8 @@ def launch_gradient_tile(
         ld,
         HAS_GAIN=g.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
+        TAIL=tail is not None,
+        REPORT=tail is not None and tail.report is not None,
         **arguments,
         rows=c,
         present=lambda: live.present(row0, c, kept=False),

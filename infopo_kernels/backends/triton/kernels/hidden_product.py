@@ -6,6 +6,9 @@
 
 The sum over the vocabulary is long and the result [C, H] small: slices of it (split-K) fill the device. They are added
 in one order, so two runs agree bitwise.
+
+With a pooled tail (`tail.py`) the sum runs over the columns of kept words, whose number is read on the device and whose
+rows of W are loaded by index, and the last slice goes on over the pools and the mean rows that belong to them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import triton.language as tl
 
 from infopo_kernels.backends.triton.kernels.logits import column_parts, grouped_tile
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
-from infopo_kernels.backends.triton.launch import FUSED, Launch, Sizes, ceil_div, start_product
+from infopo_kernels.backends.triton.kernels.tail import Tail
+from infopo_kernels.backends.triton.launch import FUSED, Launch, Sizes, ceil_div, pools_of, start_product
 
 STORE_ROWS, STORE_COLUMNS = 8, 256
 """Tile of the rounding pass: a warp writes 512 contiguous bytes of one row."""
@@ -32,21 +36,25 @@ def store_sums_part(acc, part_ptr, offs_row, offs_h, row_ok, H, ADD: tl.constexp
     tl.store(part_ptrs, acc, mask=ok)
 
 
-@triton.jit(do_not_specialize=["row0", "C", "v0", "columns", "slice_steps"])
+@triton.jit(do_not_specialize=["row0", "C", "columns", "pools"])
 def hidden_product_kernel(
     g_ptr,
     w_ptr,
     part_ptr,
     count_ptr,
+    words_ptr,
+    number_ptr,
+    means_ptr,
     row0,
     C,
-    v0,
     columns,
-    slice_steps,
+    pools,
+    pool0,
     ld,
     H,
     stride_wv,
     ADD: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -69,20 +77,37 @@ def hidden_product_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     row_ok = offs_n < here
     column_ok = offs_h < H
+    if TAIL:
+        columns = tl.load(number_ptr)
     # In steps of BLOCK_V, so that the compiler knows G's addresses to be aligned.
+    slice_steps = tl.cdiv(tl.cdiv(columns, BLOCK_V), tl.num_programs(1))
     begin = pid_s * slice_steps * BLOCK_V
     end = tl.minimum(begin + slice_steps * BLOCK_V, columns)
 
     # G is 0 from `columns` to the end of its last tile, so only rows of W need a mask along the sum.
     g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * ld + (begin + offs_v)[None, :]
-    w_ptrs = w_ptr + (v0 + begin + offs_v).to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
+    w_ptrs = w_ptr + (begin + offs_v).to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     for v in range(begin, end, BLOCK_V):
+        if TAIL:
+            word = tl.load(words_ptr + v + offs_v, mask=offs_v < end - v, other=0)
+            w_ptrs = w_ptr + word.to(tl.int64)[:, None] * stride_wv + offs_h[None, :]
         g = tl.load(g_ptrs, mask=row_ok[:, None], other=0.0)
         w = tl.load(w_ptrs, mask=(offs_v < end - v)[:, None] & column_ok[None, :], other=0.0)
         acc = tl.dot(g, w, acc, input_precision=PRECISION)
         g_ptrs += BLOCK_V
         w_ptrs += tl.cast(stride_wv, tl.int64) * BLOCK_V
+
+    if TAIL:
+        g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * ld + (pool0 + offs_v)[None, :]
+        w_ptrs = means_ptr + offs_v.to(tl.int64)[:, None] * H + offs_h[None, :]
+        here = tl.where(pid_s == tl.num_programs(1) - 1, pools, 0)
+        for b in range(0, here, BLOCK_V):
+            g = tl.load(g_ptrs, mask=row_ok[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=(offs_v < here - b)[:, None] & column_ok[None, :], other=0.0)
+            acc = tl.dot(g, w, acc, input_precision=PRECISION)
+            g_ptrs += BLOCK_V
+            w_ptrs += tl.cast(H, tl.int64) * BLOCK_V
 
     offs_row = (pid_s.to(tl.int64) * C + offs_n) * H
     parts = column_parts(acc, BLOCK_N, BLOCK_H, PART)
@@ -143,12 +168,25 @@ def slices_of(sizes: Sizes, rows: int, columns: int) -> int:
 
 
 def launch_hidden_product(
-    launch: Launch, live: LiveRows, g: torch.Tensor, part: torch.Tensor, row0: int, v0: int, columns: int, *, add: bool
+    launch: Launch,
+    live: LiveRows,
+    g: torch.Tensor,
+    part: torch.Tensor,
+    row0: int,
+    v0: int,
+    columns: int,
+    tail: Tail | None = None,
+    *,
+    add: bool,
 ) -> None:
-    """Add G [C, ld] times columns v0 .. v0 + columns of the head to `part` [slices, C, H] (or assign it)."""
+    """Add G [C, ld] times the rows v0 .. v0 + columns of the head to `part` [slices, C, H] (or assign it); `tail`: of a
+    compact G."""
     tile = launch.tiles.hidden
     slices, c, h = part.shape
-    weight = launch.head.weight
+    weight = launch.head.weight[v0 : v0 + columns]
+    words, number, means, pools, pool0 = (None, None, None, 0, 0)
+    if tail is not None:
+        words, number, means, pools, pool0 = tail.words, tail.count, tail.means, pools_of(columns), tail.pool0
     start_product(
         hidden_product_kernel,
         (ceil_div(c, tile.rows) * ceil_div(h, tile.columns), slices),
@@ -156,15 +194,19 @@ def launch_hidden_product(
         weight,
         part,
         live.count,
+        words,
+        number,
+        means,
         row0,
         c,
-        v0,
         columns,
-        ceil_div(ceil_div(columns, tile.depth), slices),
+        pools,
+        pool0,
         g.stride(0),
         h,
         weight.stride(0),
         ADD=add,
+        TAIL=tail is not None,
         BLOCK_N=tile.rows,
         BLOCK_H=tile.columns,
         BLOCK_V=tile.depth,

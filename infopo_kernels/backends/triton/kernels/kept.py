@@ -31,6 +31,7 @@ import triton.language as tl
 from infopo_kernels.backends.triton.kernels.logits import IN_ANOTHER_PART, load_labels, rows_first
 from infopo_kernels.backends.triton.kernels.rows import BLOCK, LiveRows, gain_of, largest_weight, new_list
 from infopo_kernels.backends.triton.kernels.softmax_tile import normalised
+from infopo_kernels.backends.triton.kernels.tail import Tail, stats_of, store_tail_stats
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div
 from infopo_kernels.backends.triton.workspace import ROW_MULTIPLE
 from infopo_kernels.options import IGNORE_INDEX
@@ -188,6 +189,8 @@ def kept_gradient_kernel(
     gain_ptr,
     g_ptr,
     db_part_ptr,
+    stats_ptr,
+    p_ptr,
     C,
     part0,
     parts,
@@ -203,6 +206,8 @@ def kept_gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    REPORT: tl.constexpr,
     BESIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PART: tl.constexpr,
@@ -236,14 +241,18 @@ def kept_gradient_kernel(
         part_max = tl.where(away, tl.load(beside_max_ptr + offs_m, mask=away, other=float("-inf")), part_max)
         offs_q = part.to(tl.int64) * beside_stride_qt + behind.to(tl.int64)[:, None] * PART + offs_k[None, :]
         q = tl.where(away[:, None], tl.load(beside_q_ptr + offs_q, mask=away[:, None], other=0.0), q)
-    g = normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP)
-    offs_g = pid_t * PART + offs_k
+    g, p = normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP)
+    offs_k += pid_t * PART
     if BIAS_GRAD:
-        tl.store(db_part_ptr + pid_n.to(tl.int64) * ld + offs_g, tl.sum(g, axis=0))
+        tl.store(db_part_ptr + pid_n.to(tl.int64) * ld + offs_k, tl.sum(g, axis=0))
     if HAS_GAIN:
         g = g * tl.load(gain_ptr)
-    g_ptrs = g_ptr + offs_n.to(tl.int64)[:, None] * ld + offs_g[None, :]
-    tl.store(g_ptrs, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None])
+    offs_g = offs_n.to(tl.int64)[:, None] * ld + offs_k[None, :]
+    if TAIL:
+        counts = row_ok & (c != 0.0)
+        stats_ptr += pid_n.to(tl.int64) * (2 * ld)
+        store_tail_stats(p, offs_v, label, counts, stats_ptr, p_ptr, offs_k, offs_g, row_ok, ld, REPORT)
+    tl.store(g_ptr + offs_g, g.to(g_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
 def find_kept_rows(
@@ -295,8 +304,10 @@ def launch_kept_gradient(
     bias_part: torch.Tensor,
     v0: int,
     columns: int,
+    tail: Tail | None = None,
 ) -> None:
-    """G [C, ld] of the kept rows, which come first in the list, for columns v0 .. v0 + columns, and its column sums."""
+    """G [C, ld] of the kept rows, which come first in the list, for columns v0 .. v0 + columns, its column sums, and
+    what `tail` chooses words from."""
     head, tile, (c, ld) = launch.head, launch.tiles.logits, g.shape
     own, beside = kept.stores[0], kept.stores[-1]
     whole = ceil_div(columns, tile.columns) * tile.columns
@@ -315,6 +326,7 @@ def launch_kept_gradient(
         live.gain,
         g,
         bias_part,
+        *stats_of(tail),
         c,
         v0 // tile.part,
         own.q.shape[0],
@@ -330,6 +342,8 @@ def launch_kept_gradient(
         HAS_SOFTCAP=head.softcap is not None,
         HAS_GAIN=g.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
+        TAIL=tail is not None,
+        REPORT=tail is not None and tail.report is not None,
         BESIDE=len(kept.stores) > 1,
         BLOCK_N=tile.rows,
         PART=tile.part,

@@ -115,6 +115,14 @@ def live_rows_kernel(
         tl.store(gain_ptr, gain_of(largest))
 
 
+@triton.jit
+def row_blocks(count_ptr, kept_ptr, row0, C, BLOCK_N: tl.constexpr):
+    """Blocks of the rows row0 .. row0 + C of the list: kept logits and others begin blocks of their own."""
+    here = tl.maximum(tl.minimum(tl.load(count_ptr) - row0, C), 0)
+    kept = tl.minimum(tl.maximum(tl.load(kept_ptr) - row0, 0), here)
+    return tl.cdiv(kept, BLOCK_N) + tl.cdiv(here - kept, BLOCK_N)
+
+
 def new_list(labels: torch.Tensor) -> LiveRows:
     """A list for these rows, yet to be filled.
 

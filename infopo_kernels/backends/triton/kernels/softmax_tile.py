@@ -38,6 +38,7 @@ from infopo_kernels.backends.triton.kernels.logits import (
     unit_of,
 )
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
+from infopo_kernels.backends.triton.kernels.tail import Tail, stats_of, store_tail_stats
 from infopo_kernels.backends.triton.launch import FUSED, Launch, ceil_div, start_product
 
 NORMALISE_ROWS = 32
@@ -236,7 +237,7 @@ def softmax_tile_kernel(
 
 @triton.jit
 def normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP: tl.constexpr):
-    """G / gain from Q."""
+    """G / gain from Q, and p (times the softcap's slope) of the words that are no labels."""
     lse2 = lse.to(tl.float64) * (1.0 / nats_of(softcap, scale, HAS_SOFTCAP))
     # l is NaN where the label lies outside the vocabulary: its row of G is then NaN as well. It is -inf where the
     # label's logit is, and the gradient is finite there.
@@ -248,7 +249,9 @@ def normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOF
     if HAS_SOFTCAP:
         t = (logp + lse) / (scale * softcap)
         at_label = at_label * (1.0 - t * t)
-    return tl.where(offs_v[None, :] == label[:, None], at_label[:, None], other_columns[:, None] * q.to(tl.float32))
+    q = q.to(tl.float32)
+    g = tl.where(offs_v[None, :] == label[:, None], at_label[:, None], other_columns[:, None] * q)
+    return g, shifted[:, None] * q
 
 
 @triton.jit(do_not_specialize=["row0", "C"])
@@ -263,6 +266,8 @@ def normalise_kernel(
     count_ptr,
     gain_ptr,
     db_part_ptr,
+    stats_ptr,
+    p_ptr,
     row0,
     C,
     ld,
@@ -272,6 +277,8 @@ def normalise_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    REPORT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -291,11 +298,15 @@ def normalise_kernel(
     part_max = tl.load(max_ptr + pid_v.to(tl.int64) * C + offs_n, mask=row_ok, other=float("-inf"))
     offs_q = offs_n.to(tl.int64)[:, None] * ld + offs_v[None, :]
     q = tl.load(q_ptr + offs_q, mask=row_ok[:, None], other=0.0)
-    g = normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP)
+    g, p = normalised(q, part_max, offs_v, label, c, logp, lse, softcap, scale, HAS_SOFTCAP)
     if BIAS_GRAD:
         tl.store(db_part_ptr + pid_n.to(tl.int64) * ld + offs_v, tl.sum(g, axis=0))
     if HAS_GAIN:
         g = g * tl.load(gain_ptr)
+    if TAIL:
+        counts = row_ok & (c != 0.0)
+        stats_ptr += pid_n.to(tl.int64) * (2 * ld)
+        store_tail_stats(p, offs_v, label, counts, stats_ptr, p_ptr, offs_v, offs_q, row_ok, ld, REPORT)
     tl.store(q_ptr + offs_q, g.to(q_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
@@ -348,8 +359,9 @@ def launch_normalise(
     row_weight: torch.Tensor,
     bias_part: torch.Tensor,
     row0: int,
+    tail: Tail | None = None,
 ) -> None:
-    """G in place of Q, and its column sums for each block of rows."""
+    """G in place of Q, its column sums for each block of rows, and what `tail` chooses words from."""
     parts, c = part_max.shape
     head = launch.head
     normalise_kernel[(ceil_div(c, NORMALISE_ROWS) * parts,)](
@@ -363,6 +375,7 @@ def launch_normalise(
         live.count,
         live.gain,
         bias_part,
+        *stats_of(tail),
         row0,
         c,
         q.stride(0),
@@ -372,6 +385,8 @@ def launch_normalise(
         HAS_SOFTCAP=head.softcap is not None,
         HAS_GAIN=q.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
+        TAIL=tail is not None,
+        REPORT=tail is not None and tail.report is not None,
         BLOCK_N=NORMALISE_ROWS,
         BLOCK_V=launch.tiles.logits.part,
         num_warps=4,
