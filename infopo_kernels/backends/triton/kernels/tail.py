@@ -40,8 +40,9 @@ COUNTS = 1024
 COMPACT_WORDS = 2048
 """Words of a row that `compact_columns` moves at a time: 16 bytes a thread of 8 warps."""
 
-WORDS, COLUMNS = 16, 256
-"""Tile of the passes over W and dW: a warp reads 512 contiguous bytes of one row."""
+WORDS, COLUMNS = 8, 256
+"""Tile of the passes over W and dW: a warp reads 512 contiguous bytes of one row. With 16 words the means spilled on
+sm_100 (Triton 3.9)."""
 
 
 @dataclass(frozen=True)
