@@ -294,11 +294,13 @@ def launch_gradient_tile(
     """
     head, tile = launch.head, launch.tiles.logits
     c, ld = g.shape
+    reports = tail is not None and tail.report is not None
     arguments = launch.logit_arguments
     # With 64 columns Triton 3.5 to 3.7 spilled on sm_90, with 32 of float32 and tanh 3.9 on sm_100, with 32 and the
-    # statistics of a tail 3.9 on sm_90.
+    # statistics of a tail 3.9 on sm_90, with 16 and its probabilities as well on sm_80; with 8 on sm_90.
     capped_single = head.softcap is not None and head.hidden.dtype == torch.float32
-    arguments["PART"] = min(arguments["PART"], 16 if capped_single or tail is not None else 32)
+    most = 8 if reports and tile.columns < 256 else 16 if capped_single or tail is not None else 32
+    arguments["PART"] = min(arguments["PART"], most)
     start_product(
         gradient_tile_kernel,
         (launch.programs(ceil_div(c, tile.rows) * ceil_div(columns, tile.columns)),),
@@ -322,7 +324,7 @@ def launch_gradient_tile(
         HAS_GAIN=g.dtype == torch.float16,
         BIAS_GRAD=bias_part.numel() > 0,
         TAIL=tail is not None,
-        REPORT=tail is not None and tail.report is not None,
+        REPORT=reports,
         **arguments,
         rows=c,
         present=lambda: live.present(row0, c, kept=False),
