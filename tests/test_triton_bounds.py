@@ -107,7 +107,7 @@ MUTATIONS: list[tuple[Any, str, str, str]] = [
     (hidden_product, "store_hidden_kernel", "(offs_h < H)", "(offs_h >= 0)"),
     (rows, "gather_rows_kernel", "(offs_h < H)", "(offs_h >= 0)"),
     (weight_product, "weight_product_kernel", "row_ok = offs_n < here - n", "row_ok = offs_n >= 0"),
-    (weight_product, "store_weight_part", "(offs_v < columns)", "(offs_v >= 0)"),
+    (weight_product, "weight_product_kernel", "offs_v, offs_v < columns, first_h", "offs_v, offs_v >= 0, first_h"),
 ]
 
 

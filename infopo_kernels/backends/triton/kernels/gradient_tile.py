@@ -297,9 +297,10 @@ def launch_gradient_tile(
     reports = tail is not None and tail.report is not None
     arguments = launch.logit_arguments
     # With 64 columns Triton 3.5 to 3.7 spilled on sm_90, with 32 of float32 and tanh 3.9 on sm_100, with 32 and the
-    # statistics of a tail 3.9 on sm_90, with 16 and its probabilities as well on sm_80; with 8 on sm_90.
+    # statistics of a tail 3.9 on sm_90, with 16 and its probabilities as well, or float32 and tanh, on sm_80.
     capped_single = head.softcap is not None and head.hidden.dtype == torch.float32
-    most = 8 if reports and tile.columns < 256 else 16 if capped_single or tail is not None else 32
+    narrow = (reports and tile.columns < 256) or (capped_single and tail is not None)
+    most = 8 if narrow else 16 if capped_single or tail is not None else 32
     arguments["PART"] = min(arguments["PART"], most)
     start_product(
         gradient_tile_kernel,
