@@ -85,8 +85,9 @@ class Row(Usage):
 
 
 TAIL_WITHOUT_SPILLS = (3, 9)
-"""The first Triton with which kernels of a pooled tail have to keep all in registers. With 3.5 `gradient_tile_kernel`
-spills there on sm_80 and sm_90 (2 to 55 times a thread): right, and slower. No part suits every version."""
+"""The first Triton with which kernels of a pooled tail have to keep all in registers. With 3.5 and 3.6
+`gradient_tile_kernel` spills there on sm_80 and sm_90 (2 to 55 times a thread): right, and slower. No part suits every
+version."""
 
 
 def _in_sample(shape: offline.Shape) -> bool:
