@@ -10,12 +10,18 @@
 #include "threads.h"
 
 namespace infopo {
+
+int64_t LogitStore::slots_of_row(const TileKernels& k, Dtype dtype, int64_t H) {
+  const int64_t bytes = H * element_size(dtype), slots = bytes % k.packed_bytes == 0 ? bytes / k.packed_bytes : 0;
+  return slots < kFewestKeptRows ? 0 : slots;
+}
+
 LogitStore LogitStore::in(const TileKernels& k, void* weight_gradient, Dtype dtype, int64_t V, int64_t H, void* beside,
                           int64_t numbers) {
-  LogitStore store{
-      .data = static_cast<char*>(weight_gradient), .row_bytes = H * element_size(dtype), .size = k.packed_bytes};
-  store.slots = store.row_bytes % store.size == 0 ? store.row_bytes / store.size : 0;
-  if (store.slots < kFewestKeptRows) store.slots = 0;
+  LogitStore store{.data = static_cast<char*>(weight_gradient),
+                   .row_bytes = H * element_size(dtype),
+                   .size = k.packed_bytes,
+                   .slots = slots_of_row(k, dtype, H)};
   if (store.size == sizeof(float) || !store.slots || V == 0) return store;
   const int64_t groups = store.groups(V);
   if (numbers <= groups * store.slots) {
@@ -32,7 +38,7 @@ LogitStore LogitStore::in(const TileKernels& k, void* weight_gradient, Dtype dty
 
 int64_t LogitStore::numbers_beside(const TileKernels& k, Dtype dtype, int64_t V, int64_t H, int64_t rows) {
   if (k.packed_bytes == sizeof(float)) return 0;
-  return ceil_div(V, kGroup) * rows + V * std::max<int64_t>(0, rows - H * element_size(dtype) / k.packed_bytes);
+  return ceil_div(V, kGroup) * rows + V * std::max<int64_t>(0, rows - slots_of_row(k, dtype, H));
 }
 
 void LogitStore::populate(int64_t V, int64_t threads) const {

@@ -30,6 +30,9 @@ struct LogitStore {
   uint16_t* reference = nullptr;  // [groups, slots + slots_beside] bfloat16, for float16 logits
   uint16_t* beside = nullptr;     // [V, slots_beside]
 
+  // Slots in a row of a gradient of this type; 0 if they are too few, or if logits would lie across rows.
+  static int64_t slots_of_row(const TileKernels&, Dtype weight_gradient, int64_t H);
+
   // The store in a gradient of this type. `beside` has `numbers` 16-bit numbers: references and rows.
   static LogitStore in(const TileKernels&, void* weight_gradient, Dtype dtype, int64_t V, int64_t H, void* beside,
                        int64_t numbers);

@@ -13,7 +13,7 @@ from infopo_kernels import checks, ops
 from infopo_kernels.distributed import collectives
 from infopo_kernels.distributed.parallel import Parallel, VocabShard
 from infopo_kernels.distributed.sharded import local
-from infopo_kernels.objectives import InfoPO, Objective, Sequences
+from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
 from infopo_kernels.output import InfoPOOutput, PreferenceOutput, TailSummary
 from infopo_kernels.packing import Rows, default_is_chosen, packed_rows, padded_rows, sequence_sums
@@ -637,7 +637,7 @@ def _linear_preference(
         )
         sequences = replace(sequences, ref_logps=ref_logps)
     given = None if shares.num_pairs is None and shares.data_group is None else num_pairs
-    result: ops.PreferenceResults | ops.ObjectiveResults
+    result: ops.PreferenceResults | Evaluation
     if into is None:
         result = ops.linear_preference(rows, weight, bias, sequences, given, objective, logit, kernel, parallel)
     else:

@@ -34,7 +34,7 @@ from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, W
 from infopo_kernels.distributed import agreement, collectives
 from infopo_kernels.distributed.choice import Work
 from infopo_kernels.distributed.parallel import Call, Parallel, Together
-from infopo_kernels.objectives import InfoPO, Objective, Sequences, from_flat
+from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences, from_flat
 from infopo_kernels.op_schema import define
 from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
 from infopo_kernels.packing import Rows
@@ -672,20 +672,9 @@ class ObjectiveInputs(ObjectiveFields, LogpInputs):  # logp comes first
     pass
 
 
-class ObjectiveResults(NamedTuple):
-    loss: Tensor
-    """[] in the accumulator type; the only differentiable result."""
-    mi_lower_bound: Tensor
-    """This and the next three as in `PreferenceResults`."""
-    logps: Tensor
-    rewards: Tensor
-    weights: Tensor
-    row_weight: Tensor
-    """[N] in the accumulator type: d loss / d logp."""
-
-
-@define("infopo_kernels::objective", ObjectiveInputs, ObjectiveResults)
-def _objective(inputs: ObjectiveInputs) -> ObjectiveResults:
+@define("infopo_kernels::objective", ObjectiveInputs, Evaluation)
+def _objective(inputs: ObjectiveInputs) -> Evaluation:
+    """`loss` is in the type of the log-probabilities, and the only differentiable result."""
     inputs.check_sequences()
     logp = inputs.logp
     backend = dispatch.resolve(inputs.backend, logp.device, logp.dtype)
@@ -693,16 +682,16 @@ def _objective(inputs: ObjectiveInputs) -> ObjectiveResults:
     rows = Rows(logp[:, None], inputs.labels, inputs.cu_seqlens, inputs.segments)  # nothing reads hidden states here
     objective = from_flat(inputs.objective, inputs.options)
     result = schedule.evaluator(backend, rows, inputs.sequences(), objective, together)(logp)
-    return ObjectiveResults(result.loss.to(logp.dtype), *result[1:])
+    return result._replace(loss=result.loss.to(logp.dtype))
 
 
-def _fake_objective(inputs: ObjectiveInputs) -> ObjectiveResults:
+def _fake_objective(inputs: ObjectiveInputs) -> Evaluation:
     logps, rewards, weights = (inputs.logp.new_empty(inputs.is_chosen.shape, dtype=torch.float64) for _ in range(3))
     bound = inputs.logp.new_empty((), dtype=torch.float64)
-    return ObjectiveResults(inputs.logp.new_empty(()), bound, logps, rewards, weights, torch.empty_like(inputs.logp))
+    return Evaluation(inputs.logp.new_empty(()), bound, logps, rewards, weights, torch.empty_like(inputs.logp))
 
 
-def _save_objective(ctx: Any, inputs: ObjectiveInputs, results: ObjectiveResults) -> None:
+def _save_objective(ctx: Any, inputs: ObjectiveInputs, results: Evaluation) -> None:
     ctx.save_for_backward(results.row_weight)
     ctx.name = inputs.function()
     ctx.mark_non_differentiable(*results[1:])
@@ -728,7 +717,7 @@ def objective_of_logps(
     objective: Objective,
     kernel: KernelOptions,
     parallel: Parallel | None = None,
-) -> ObjectiveResults:
+) -> Evaluation:
     """An objective's loss from token log-probabilities [N], differentiable; the arguments of `linear_preference`."""
     fields = ObjectiveFields.of_sequences(rows, sequences, num_pairs, objective)
     text = "" if parallel is None else parallel.to_text()

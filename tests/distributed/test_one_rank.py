@@ -12,15 +12,13 @@ import torch.distributed as dist
 from infopo_kernels import linear_infopo_loss, linear_logps
 from infopo_kernels.distributed import VocabShard
 from infopo_kernels.distributed.parallel import Way
+from tests.distributed.one_rank import one_rank
 
 
 @pytest.fixture
 def alone() -> Iterator[dist.ProcessGroup]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
+    with one_rank() as group:
+        yield group
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 
 from infopo_kernels import DPO, IPO, SFT, InfoPO, LogitOptions, SimPO, naive
 from infopo_kernels.distributed import VocabShard
@@ -19,6 +17,7 @@ from infopo_kernels.objectives import Objective
 from infopo_kernels.options import IGNORE_INDEX
 from tests import support
 from tests.budget import HALF_STEP, SMALLEST
+from tests.distributed.one_rank import one_rank
 
 LAYOUTS = ["padded", "padded, any order", "packed", "packed [1, N]"]
 
@@ -144,7 +143,7 @@ def _run(call: Call, inputs: support.Inputs, backend: str) -> support.Result:
     with contextlib.ExitStack() as stack:
         options = dict(call.kernel)
         if call.way is not None:
-            group = stack.enter_context(_one_rank())
+            group = stack.enter_context(one_rank())
             options["vocab"] = VocabShard(group, vocabulary=call.V, way=call.way)  # type: ignore[arg-type]
             inputs = replace(inputs, tensors=_padded(inputs.tensors, call.padding))
         if call.reduction is None:
@@ -157,16 +156,6 @@ def _run(call: Call, inputs: support.Inputs, backend: str) -> support.Result:
             assert gradient[call.V :].eq(0).all(), f"gradient of {name}: padding counts"
             got.gradients[name] = gradient[: call.V]
     return got
-
-
-@contextlib.contextmanager
-def _one_rank() -> Iterator[dist.ProcessGroup]:
-    """A process group of this process alone, while the context lasts."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
 
 
 def _padded(tensors: dict[str, torch.Tensor | None], rows: int) -> dict[str, torch.Tensor | None]:
