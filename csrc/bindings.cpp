@@ -152,14 +152,16 @@ std::tuple<Tensor, Tensor> row_results(const Tensor& hidden) {
 
 float* mutable_floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-int64_t kept_rows_op(const Tensor& hidden, const Tensor& weight, const Tensor& grad_weight, int64_t workspace_bytes,
-                     double tail_threshold) {
+int64_t kept_rows_op(const Tensor& hidden, const Tensor& weight, const Tensor& grad_weight,
+                     std::optional<double> softcap, double scale, int64_t workspace_bytes, double tail_threshold) {
   Head head{};
   head.hidden = check_matrix(hidden, "hidden");
   head.weight = check_matrix(weight, "weight");
   head.N = hidden.size(0);
   head.V = grad_weight.size(0);
   head.H = grad_weight.size(1);
+  head.map.scale = static_cast<float>(scale);
+  head.map.softcap = static_cast<float>(softcap.value_or(0));
   head.workspace_bytes = workspace_bytes;
   head.tail_threshold = static_cast<float>(tail_threshold);
   return kept_rows(head, {.hidden = const_cast<void*>(hidden.const_data_ptr()),  // wanted, and not touched
@@ -260,7 +262,8 @@ STABLE_TORCH_LIBRARY(infopo_kernels_cpp, m) {
       "float tail_threshold) -> ()");
   m.def("numbers_for_logits(Tensor hidden, Tensor grad_weight, int rows) -> int");
   m.def(
-      "kept_rows(Tensor hidden, Tensor weight, Tensor grad_weight, int workspace_bytes, float tail_threshold) -> int");
+      "kept_rows(Tensor hidden, Tensor weight, Tensor grad_weight, float? softcap, float scale, int workspace_bytes, "
+      "float tail_threshold) -> int");
   m.def("prefer_large_pages(Tensor(a!) x) -> ()");
   m.def("isa(ScalarType dtype) -> str");
 }

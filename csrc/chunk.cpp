@@ -92,9 +92,8 @@ void Chunk::keep(const Tile& tile, int64_t t, const LogitStore& store, int64_t f
   if (store.reference) {
     for (int64_t c = 0; c < live; ++c) reference[c] = std::isfinite(max(t)[c]) ? max(t)[c] : 0;
     for (int64_t v = tile.v0; v < tile.v0 + tile.rows; v += LogitStore::kGroup) {
-      k.store_row(reference, live, false, Dtype::kBFloat16, store.references(v) + first);
+      std::copy_n(reference, live, store.references(v) + first);
     }
-    k.load_row({store.references(tile.v0) + first, live, Dtype::kBFloat16}, 0, live, reference);
   }
   for (int64_t v = 0; v < tile.rows; ++v) {
     store.for_parts(tile.v0 + v, first, live, [&](char* to, int64_t at, int64_t n) {
@@ -115,7 +114,7 @@ void Chunk::take_back(const Tile& tile, int64_t t, const LogitStore& store) cons
     float* to = tile.z + v * tile.ld;
     if (store.reference && (v == 0 || (tile.v0 + v) % LogitStore::kGroup == 0)) {
       for (const auto& [c, slot, n] : runs_) {
-        k.load_row({store.references(tile.v0 + v) + slot, n, Dtype::kBFloat16}, 0, n, reference + c);
+        std::copy_n(store.references(tile.v0 + v) + slot, n, reference + c);
       }
     }
     for (const Run& run : runs_) {

@@ -17,7 +17,7 @@ namespace {
 constexpr int kTileRegisterRows = 32;  // `block` of the kernels with tile registers
 
 Want stored_logits_want(const TileKernels& k, const Head& p, const Gradients& to) {
-  const bool narrow = p.tail_threshold > 0 && k.packed_bytes == 2;
+  const bool narrow = p.tail_threshold > 0 && k.packed_bytes == 2 && LogitStore::narrow_holds(p.map);
   return {.own_tiles = narrow,
           .block = narrow,
           .all_logits = !narrow,

@@ -6,10 +6,21 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 
 #include "threads.h"
 
 namespace infopo {
+namespace {
+
+constexpr int64_t kNumbersOfReference = sizeof(float) / sizeof(uint16_t);
+
+}  // namespace
+
+bool LogitStore::narrow_holds(const LogitMap& map) {
+  constexpr float kLargestHalf = 65504;
+  return map.softcap == 0 || 2 * std::fabs(map.scale) * map.softcap <= kLargestHalf;
+}
 
 int64_t LogitStore::slots_of_row(const TileKernels& k, Dtype dtype, int64_t H) {
   const int64_t bytes = H * element_size(dtype), slots = bytes % k.packed_bytes == 0 ? bytes / k.packed_bytes : 0;
@@ -23,22 +34,22 @@ LogitStore LogitStore::in(const TileKernels& k, void* weight_gradient, Dtype dty
                    .size = k.packed_bytes,
                    .slots = slots_of_row(k, dtype, H)};
   if (store.size == sizeof(float) || !store.slots || V == 0) return store;
-  const int64_t groups = store.groups(V);
-  if (numbers <= groups * store.slots) {
-    store.slots = numbers / groups;
+  const int64_t references = kNumbersOfReference * store.groups(V);  // of a slot
+  if (numbers <= references * store.slots) {
+    store.slots = numbers / references;
   } else {
-    store.slots_beside = (numbers - groups * store.slots) / (groups + V);
+    store.slots_beside = (numbers - references * store.slots) / (references + V);
   }
   if (beside) {
-    store.reference = static_cast<uint16_t*>(beside);
-    store.beside = store.reference + groups * store.all_slots();
+    store.reference = static_cast<float*>(beside);
+    store.beside = static_cast<uint16_t*>(beside) + references * store.all_slots();
   }
   return store;
 }
 
 int64_t LogitStore::numbers_beside(const TileKernels& k, Dtype dtype, int64_t V, int64_t H, int64_t rows) {
   if (k.packed_bytes == sizeof(float)) return 0;
-  return ceil_div(V, kGroup) * rows + V * std::max<int64_t>(0, rows - slots_of_row(k, dtype, H));
+  return kNumbersOfReference * ceil_div(V, kGroup) * rows + V * std::max<int64_t>(0, rows - slots_of_row(k, dtype, H));
 }
 
 void LogitStore::populate(int64_t V, int64_t threads) const {

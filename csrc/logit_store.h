@@ -6,8 +6,9 @@
 //
 //     kept[v][slot] = float16(z[v][slot] - reference[v / kGroup][slot]),
 //
-// with the largest logit so far as the reference. The error of p = exp(z - lse) is at most |log(p / largest p so far)|
-// 2^-11, so for the words that matter it is far below the rounding of G to bfloat16, 2^-9.
+// with the largest logit so far as the reference, in float32: differences of logits of any size fit float16 then. The
+// error of p = exp(z - lse) is at most |log(p / largest p so far)| 2^-11, so for the words that matter it is far below
+// the rounding of G to bfloat16, 2^-9.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,11 @@ struct LogitStore {
   int64_t size = 4;   // bytes of a logit
   int64_t slots = 0;  // in a row of the gradient, then in a row beside it
   int64_t slots_beside = 0;
-  uint16_t* reference = nullptr;  // [groups, slots + slots_beside] bfloat16, for float16 logits
-  uint16_t* beside = nullptr;     // [V, slots_beside]
+  float* reference = nullptr;  // [groups, slots + slots_beside], for float16 logits
+  uint16_t* beside = nullptr;  // [V, slots_beside]
+
+  // Whether float16 holds all differences of logits whose slope is not 0: without a softcap p is 0 where it does not.
+  static bool narrow_holds(const LogitMap& map);
 
   // Slots in a row of a gradient of this type; 0 if they are too few, or if logits would lie across rows.
   static int64_t slots_of_row(const TileKernels&, Dtype weight_gradient, int64_t H);
@@ -45,7 +49,7 @@ struct LogitStore {
   int64_t groups(int64_t V) const { return ceil_div(V, kGroup); }
 
   // References of the group of word v.
-  uint16_t* references(int64_t v) const { return reference + v / kGroup * all_slots(); }
+  float* references(int64_t v) const { return reference + v / kGroup * all_slots(); }
 
   // Calls f(memory of slot `first`, offset, n) for slots [first, first + n) of word v: once, or for both memories.
   template <typename F>

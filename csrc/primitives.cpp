@@ -46,6 +46,7 @@ int64_t kept_rows(const Head& p, const Gradients& to) {
   }
   const int64_t numbers = std::max(int64_t{0}, p.workspace_bytes - reserve) / 2;
   const TileKernels& k = select_kernels(p.hidden.dtype);
+  if (k.packed_bytes == 2 && !LogitStore::narrow_holds(p.map)) return 0;
   const int64_t slots = LogitStore::in(k, nullptr, weight_gradient, p.V, p.H, nullptr, numbers).all_slots();
   if (slots < kFewestKeptRows || (apart && 2 * slots <= p.N)) return 0;
   Head rest = p;

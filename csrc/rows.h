@@ -82,16 +82,9 @@ void store_row(const float* row, int64_t H, bool add, Dtype dtype, void* out) {
 }
 
 void narrow_logits(const float* z, const float* reference, int64_t n, uint16_t* out) {
-  const Vec lowest = broadcast(-65504.f);  // exp of it is 0, as of what lies below
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec x = load(z + i) - load(reference + i);
-    store_f16(out + i, x < lowest ? lowest : x);
-  }
-  for (; i < n; ++i) {
-    const float x = z[i] - reference[i];
-    out[i] = float_to_half(x < lowest[0] ? lowest[0] : x);
-  }
+  for (; i + kLanes <= n; i += kLanes) store_f16(out + i, load(z + i) - load(reference + i));
+  for (; i < n; ++i) out[i] = float_to_half(z[i] - reference[i]);
 }
 
 void widen_logits(const uint16_t* kept, const float* reference, int64_t n, float* out) {

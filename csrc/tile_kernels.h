@@ -129,7 +129,7 @@ struct TileKernels {
   // out[v] = share[v] x (or += with `add`) for the tail of a tile; out [rows, H]
   void (*spread_tail)(const float* share, int64_t rows, const float* x, int64_t H, bool add, float* out);
 
-  // out = float16(z - reference), at least the lowest finite number; and back
+  // out = float16(z - reference), -inf below its lowest number; and back
   void (*narrow_logits)(const float* z, const float* reference, int64_t n, uint16_t* out);
   void (*widen_logits)(const uint16_t* kept, const float* reference, int64_t n, float* out);
 

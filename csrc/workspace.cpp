@@ -41,7 +41,7 @@ Buffers::Buffers(Arena& arena, const TileKernels& k, const Head& p, const Sizes&
   store = {};
   if (want.narrow_logits) {
     store = {.size = 2, .slots_beside = C};
-    store.reference = arena.take<uint16_t>(store.groups(p.V) * C);
+    store.reference = arena.take<float>(store.groups(p.V) * C);
     store.beside = arena.take<uint16_t>(p.V * C);
   }
   stage = p.weight.dtype == Dtype::kFloat32 ? nullptr : arena.take<float>(s.threads * k.tile * k.stage);

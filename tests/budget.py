@@ -13,7 +13,7 @@ ever exceeds 2 sqrt(n) u: Higham, Mary, "A new approach to probabilistic roundin
                                                               + u |z - max z|
     l      z_y - lse                                   dl   = dz_y + dlse + 2 u |l|
     p      exp(z - lse)                                log p has the error e = dz + dlse + u |log p| + 8 u
-             where kept logits are 16-bit numbers       e += k (max z - z + 2^-8 |max z|) + 2^-25; s likewise
+             where kept logits are 16-bit numbers       e += k (max z - z) + 2^-25 + 2 u |max z|; s likewise
     G      c scale s (1[v = y] - p); s from z          dG   = |c scale| (s dp + |1[v = y] - p| ds
                                                               + (4 u s + 16 u) (1[v = y] + p)), ds: effect of da on s
            if products take G in 16 bits                 + r |c scale| s max(|1[v = y] - p|, p)
@@ -21,7 +21,7 @@ ever exceeds 2 sqrt(n) u: Higham, Mary, "A new approach to probabilistic roundin
     dW, db the same over N rows                        ddW, ddb
 
 k = 2^-11 is half a step of float16: a kept logit is relative to a reference that lies between the largest of its group
-of words and the largest of the row, up to the rounding of the reference itself (`kept_rounding`).
+of words and the largest of the row (`kept_rounding`).
 
 r is the rounding of G as the operand of a product (or of p, if the part of the label is exact). It is 0 if products
 take float32. If they take 16 bits, it is half a step of the type for each rounding (2^-8 for bfloat16, 2^-11 for
@@ -129,7 +129,7 @@ def error_budget(
 
     e = torch.where(masked, 0.0, dz + dlse + u * log_p.abs() + 8 * u)
     if kept:
-        dkept = torch.where(masked, 0.0, kept * (largest - z + 2.0**-8 * largest.abs()) + 2.0**-25)
+        dkept = torch.where(masked, 0.0, kept * (largest - z) + 2.0**-25 + 2 * u * largest.abs())
         e = e + dkept
         if head.softcap is not None:
             dslope = dslope + 2 * (t.abs() + dkept) * dkept / abs(head.scale * head.softcap)
@@ -137,7 +137,7 @@ def error_budget(
     dp = torch.maximum((log_p + e).clamp(max=0).exp() - p, -p * torch.expm1(-e)).clamp(min=0)
     size = (c * head.scale).abs()
     rounded = 4 * u * slope + (0 if head.softcap is None else 16 * u)
-    dG = size * (steepest * dp + (own - p).abs() * dslope + rounded * (own + p)) + 2 * SMALLEST[torch.float32]
+    dG = size * (steepest * dp + (own - p).abs() * dslope + rounded * (own + p)) + 2 * SMALLEST[torch.float32] * (1 + size)
     dG += abs(head.scale) * slope * c_error * (own - p).abs()
     dG += operand * size * slope * torch.maximum((own - p).abs(), p)
     if operand > 0 and head.hidden.dtype == torch.float16:

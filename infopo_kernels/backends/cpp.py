@@ -102,7 +102,14 @@ class CppBackend:
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         rows: int = _call(
-            _OPS.kept_rows, head.hidden, head.weight, weight_gradient, head.workspace_bytes, head.tail_threshold
+            _OPS.kept_rows,
+            head.hidden,
+            head.weight,
+            weight_gradient,
+            head.softcap,
+            head.scale,
+            head.workspace_bytes,
+            head.tail_threshold,
         )
         return rows
 

@@ -95,7 +95,7 @@ def run(ops: Any, dtype: Any, N: int, H: int, V: int, softcap: float | None, sca
                 ops.backward(x, w, b, y, lse, c, dX, dW, db, *pool, None, None, *options, threshold)
                 calls += 2
             dW = torch.empty(V, H, dtype=weight_dtype)
-            most = ops.kept_rows(x, w, dW, workspace, threshold)
+            most = ops.kept_rows(x, w, dW, *options, threshold)
             if most:
                 scored = y != -100
                 kept = torch.where(scored & (scored.cumsum(0) <= most), y, -100)
