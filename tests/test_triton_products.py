@@ -12,10 +12,11 @@ from tests import triton_support as ts
 # isort: split
 # Triton is imported by the module above.
 
-from infopo_kernels.backends.base import Gradients
+from infopo_kernels.backends.base import Gradients, Wanted
 from infopo_kernels.backends.triton import launch, products
 from infopo_kernels.backends.triton.kernels.rows import find_live_rows
 from infopo_kernels.backends.triton.products import LibraryProducts, TritonProducts, products_of
+from infopo_kernels.backends.triton.workspace import plan_pieces
 from tests.triton_support import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -103,6 +104,48 @@ def test_kept_logits(dtype: torch.dtype, weight_dtype: torch.dtype | None) -> No
         logp, lse = ts.keep_and_backward(backend, inputs, got, most)
     ts.assert_logp(inputs, truth, logp, lse)
     ts.assert_gradients(inputs, truth, got, before, roundings=2, zero_rows=False)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep", [False, True], ids=["formed", "kept"])
+def test_pieces_behind_the_first_are_planned_for_the_live_rows(
+    keep: bool, weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer rows make wider pieces, in the same bytes; sums of dX of the first piece stay."""
+    from infopo_kernels.backends.triton import gradients
+
+    pieces: list[tuple[int, int]] = []
+    own = gradients.launch_gradient_tile
+
+    def counted(*args: Any, **named: Any) -> None:
+        _, _, _, _, _, g, _, _, _, columns, *_ = args
+        pieces.append((len(g), columns))
+        own(*args, **named)
+
+    monkeypatch.setattr(gradients, "launch_gradient_tile", counted)
+    problem, workspace = Problem("fewer", n=64, h=48, v=2000, bias=True, ignored=0.0), 160_000
+    inputs = ts.make(problem, torch.bfloat16, workspace)
+    inputs.c[20:] = 0.0
+    truth, backend = ts.plain(inputs), ts.backend()
+    with ts.FreshMemory() as memory:
+        if keep:
+            got, before = ts.fresh_buffers(inputs, "xwb", weight_dtype)
+            most = backend.kept_rows(inputs.head, got.weight)  # type: ignore[arg-type]
+            assert most > 0
+            ts.keep_and_backward(backend, inputs, got, most)
+        else:
+            got, before = ts.buffers(inputs, "xwb", weight_dtype), ts.buffers(inputs, "xwb", weight_dtype)
+            _, lse = backend.logprob(inputs.head, inputs.labels)
+            memory.reset()
+            backend.backward(inputs.head, inputs.labels, lse, inputs.c, got)
+            assert memory.peak <= workspace + 8 * 4 * problem.n + 8 * problem.v * problem.h
+    ts.assert_gradients(inputs, truth, got, before, roundings=2 if keep else 1, zero_rows=False)
+    (first, last_columns), *others = pieces
+    planned = plan_pieces(launch.prepare(inputs.head).sizes, Wanted.of(got), rows=first)
+    assert first == problem.n
+    assert {rows for rows, _ in others} == {-(-int(inputs.live.sum()) // 16) * 16}
+    assert max(width for _, width in others) > planned.columns
+    assert last_columns + sum(width for _, width in others) == problem.v
 
 
 def test_no_live_row_at_all(formed: list[tuple[int, ...]]) -> None:

@@ -138,14 +138,14 @@ class Launched:
 
 
 @contextmanager
-def recorded(target: Target) -> Iterator[list[Launched]]:
+def recorded(target: Target, live: int | None = None) -> Iterator[list[Launched]]:
     """Collect the launches of what runs inside, on meta tensors, as they would be made on `target`; compile nothing.
 
     Products of the library are among them, as "library_hidden" and "library_weight". Tensors without storage have no
-    number of live rows: every product is recorded as if all were live.
+    number of live rows: the host learns that there are `live` of them, or that all are live.
     """
     launches: list[Launched] = []
-    start, find = JITFunction.run, launch.target_of
+    start, find, known = JITFunction.run, launch.target_of, LibraryProducts.known_rows
     own = LibraryProducts.hidden, LibraryProducts.weight
 
     def hidden(self: LibraryProducts, g: Any, part: Any, row0: int, v0: int, columns: int, *, add: bool) -> None:
@@ -159,17 +159,22 @@ def recorded(target: Target) -> Iterator[list[Launched]]:
         launches.append(Launched("library_weight", (), {**arguments, "ADD": add}))
         own[1](self, g, gathered, weight_grad, row0, add=add)
 
+    def known_rows(self: LibraryProducts) -> int | None:
+        return known(self) if live is None else live
+
     def collect(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
         launches.append(Launched(self.__name__, grid, arguments))
 
     JITFunction.run, launch.target_of = collect, lambda device: target  # type: ignore[method-assign]
     LibraryProducts.hidden, LibraryProducts.weight = hidden, weight  # type: ignore[method-assign]
+    LibraryProducts.known_rows = known_rows  # type: ignore[method-assign]
     try:
         yield launches
     finally:
         JITFunction.run, launch.target_of = start, find
         LibraryProducts.hidden, LibraryProducts.weight = own  # type: ignore[method-assign]
+        LibraryProducts.known_rows = known  # type: ignore[method-assign]
 
 
 @contextmanager

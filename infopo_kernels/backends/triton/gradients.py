@@ -31,8 +31,10 @@ from infopo_kernels.backends.triton.workspace import (
     ROW_MULTIPLE,
     PiecePlan,
     TilePlan,
-    carve,
+    cut,
     kept_chunk,
+    new_buffer,
+    plan_for_fewer,
     plan_pieces,
     rows_beside,
     sums_chunk,
@@ -56,7 +58,8 @@ def gradients_from_tiles(
     """
     v = launch.vocabulary
     own, shared = tile_layouts(launch.sizes, plan.rows, plan.slices, Wanted.of(gradients))
-    g, bias_part, early, *of_tail, stats, part, late = carve(launch.head.workspace_bytes, labels.device, own, shared)
+    buffer = new_buffer(launch.head.workspace_bytes, labels.device, own, shared)
+    g, bias_part, early, *of_tail, stats, part, late = cut(buffer, own, shared)
     tail = _tail(launch, g, gradients, of_tail)
     gathered = early if launch.sizes.descriptors else late
     q = g.view(plan.rows, -1, launch.tiles.logits.part).transpose(0, 1)
@@ -204,11 +207,14 @@ def _by_rows(
 
     All rows with kept logits are in the first chunk, which assigns dW: a piece's rows of it are written when the logits
     that lie there have become G, and the last piece comes first (`kernels/kept.py`).
+
+    From its second piece on, the first chunk is planned for the rows that are live, where the host has learnt their
+    number for the products: fewer rows make wider pieces, and fewer passes over the sums of dX.
     """
     hidden, weight, bias = gradients.hidden, gradients.weight, gradients.bias
     v, block = launch.vocabulary, launch.tiles.logits.rows
-    memory = carve(launch.head.workspace_bytes, labels.device, plan.layouts)
-    g, part, gathered, bias_part, _, *of_tail = memory
+    buffer = new_buffer(launch.head.workspace_bytes, labels.device, plan.layouts)
+    part, gathered, g, bias_part, _, *of_tail = cut(buffer, plan.layouts)
     tail = _tail(launch, g, gradients, of_tail)
     products = products_of(launch, live, tail)
     for row0 in range(0, launch.rows, plan.rows):
@@ -216,9 +222,10 @@ def _by_rows(
             break
         if gathered.numel():
             launch_gather_rows(launch, live, gathered, row0)
-        from_kept = kept if row0 == 0 else None
-        for v0 in reversed(range(0, v, plan.columns)):
-            columns = min(plan.columns, v - v0)
+        from_kept, end = kept if row0 == 0 else None, v
+        while end > 0:
+            v0 = (ceil_div(end, plan.columns) - 1) * plan.columns
+            columns = end - v0
             if from_kept is not None:
                 launch_kept_gradient(launch, labels, lse, row_weight, live, from_kept, g, bias_part, v0, columns, tail)
             launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns, gathered, tail)
@@ -231,7 +238,15 @@ def _by_rows(
                 into, add = weight[v0 : v0 + columns], from_kept is None
                 products.weight(g, gathered, into, row0, add=add)
             if bias is not None:
-                launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, plan.rows, block, tail)
+                launch_bias_gradient(launch, live, bias_part, bias[v0 : v0 + columns], row0, len(g), block, tail)
+            if row0 == 0 and end == v and (count := products.known_rows()) is not None:
+                fewer = plan_for_fewer(launch.sizes, Wanted.of(gradients), plan, count)
+                if fewer is not plan:
+                    plan = fewer
+                    part, gathered, g, bias_part, *_ = cut(buffer, plan.layouts)  # the sums of dX stay where they are
+                    if gathered.numel():
+                        launch_gather_rows(launch, live, gathered, row0)
+            end = v0
         if hidden is not None:
             launch_store_hidden(launch, live, part, hidden, row0)
 
@@ -248,8 +263,8 @@ def _by_vocabulary(
     """Pieces of the vocabulary outside, chunks of rows inside: each entry of a 16-bit dW is rounded once."""
     weight, bias, block = gradients.weight, gradients.bias, launch.tiles.logits.rows
     assert weight is not None
-    memory = carve(launch.head.workspace_bytes, labels.device, plan.layouts)
-    g, _, gathered, bias_part, sums, *of_tail = memory
+    buffer = new_buffer(launch.head.workspace_bytes, labels.device, plan.layouts)
+    _, gathered, g, bias_part, sums, *of_tail = cut(buffer, plan.layouts)
     tail = _tail(launch, g, gradients, of_tail)
     products = products_of(launch, live, tail)
     for v0 in range(0, launch.vocabulary, plan.columns):

@@ -55,6 +55,10 @@ class Products(Protocol):
         """Whether the host knows that the list has no row at `row0` or behind it."""
         ...
 
+    def known_rows(self) -> int | None:
+        """Live rows, once a product has been asked for; None where the host does not learn their number."""
+        ...
+
 
 def products_of(launch: Launch, live: LiveRows, tail: Tail | None = None) -> Products:
     """The products of the rows of a list that a kernel has just been started to fill; with `tail` of a compact G."""
@@ -79,6 +83,9 @@ class TritonProducts:
 
     def done(self, row0: int) -> bool:
         return False
+
+    def known_rows(self) -> int | None:
+        return None
 
 
 class LibraryProducts:
@@ -120,6 +127,9 @@ class LibraryProducts:
 
     def done(self, row0: int) -> bool:
         return row0 > 0 and row0 >= self._numbers[0]
+
+    def known_rows(self) -> int | None:
+        return self._numbers[0]
 
 
 class _Coming:

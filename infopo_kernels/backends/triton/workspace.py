@@ -20,7 +20,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -93,7 +93,11 @@ class PiecePlan:
     columns: int
     slices: int
     layouts: tuple[Layout | None, ...]
-    """G, sums of dX, gathered rows, column sums, sums of dW; then those of `tail_layouts`."""
+    """Sums of dX, gathered rows, G, column sums, sums of dW; then those of `tail_layouts`."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(map(size_of, self.layouts))
 
 
 def _chunk_sizes(n: int) -> Iterator[int]:
@@ -245,8 +249,8 @@ class _Pieces:
         sizes, columns, blocks = self.sizes, units * self.unit, ceil_div(rows, self.sizes.tiles.logits.rows) + 1
         ld, sums = columns + sizes.pool_columns(columns), ((columns, sizes.hidden_size), torch.float32)
         return (
-            ((rows, ld), sizes.dtype),
             *self.of_rows(rows),
+            ((rows, ld), sizes.dtype),
             ((blocks, ld), torch.float32) if self.wanted.bias else None,
             sums if self.weight_sums else None,
             *tail_layouts(sizes, rows, blocks, columns, self.wanted),
@@ -316,6 +320,19 @@ def plan_pieces(sizes: Sizes, wanted: Wanted, *, weight_sums: bool = False, rows
     return PiecePlan(rows, units * pieces.unit, pieces.slices(rows), pieces.layouts(rows, units))
 
 
+def plan_for_fewer(sizes: Sizes, wanted: Wanted, plan: PiecePlan, live: int) -> PiecePlan:
+    """The plan for pieces that follow the first, once the host knows that `live` rows are all there are.
+
+    It lies in the bytes of `plan`, and its sums of dX in the first of them, as those of `plan` do. The rows are whole
+    eighths of the plan's, so that few plans are ever made.
+    """
+    eighth = ceil_div(ceil_div(plan.rows, 8), ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = max(1, ceil_div(live, eighth)) * eighth
+    if rows >= plan.rows:
+        return plan
+    return plan_pieces(replace(sizes, rows=rows, workspace_bytes=plan.bytes + SPARE), wanted, rows=rows)
+
+
 @lru_cache(maxsize=256)
 def kept_chunk(sizes: Sizes, most: int) -> int:
     """Rows of the chunk that takes all rows with kept logits (`most` of them can be kept); 0 where none fit.
@@ -355,18 +372,24 @@ def sums_chunk(sizes: Sizes) -> int:
     return sizes.workspace_bytes // row_bytes // block * block
 
 
-def carve(
+def new_buffer(
     limit: int, device: torch.device, wanted: Sequence[Layout | None], shared: Sequence[Layout | None] = ()
+) -> torch.Tensor:
+    """Uninitialised bytes for `cut`, at most `limit`: a call's only temporary beside vectors."""
+    total = sum(map(size_of, wanted)) + max(map(size_of, shared), default=0)
+    assert total <= limit, f"the plan takes {total} bytes of {limit}"
+    return torch.empty(total, dtype=torch.uint8, device=device)
+
+
+def cut(
+    buffer: torch.Tensor, wanted: Sequence[Layout | None], shared: Sequence[Layout | None] = ()
 ) -> list[torch.Tensor]:
-    """Uninitialised contiguous tensors of these shapes and types, cut from one allocation of at most `limit` bytes.
+    """Uninitialised contiguous tensors of these shapes and types in the bytes of `buffer`, one behind the other.
 
     Those of `shared` lie over one another, for temporaries that are never needed at a time. What is not wanted (None)
     is a tensor without elements.
     """
     begins = list(itertools.accumulate(map(size_of, wanted), initial=0))
-    total = begins[-1] + max(map(size_of, shared), default=0)
-    assert total <= limit, f"the plan takes {total} bytes of {limit}"
-    buffer = torch.empty(total, dtype=torch.uint8, device=device)
     tensors = []
     for layout, begin in zip((*wanted, *shared), (*begins, *[begins[-1]] * (len(shared) - 1)), strict=False):
         shape, dtype = layout if layout is not None else ((0,), torch.uint8)
