@@ -16,7 +16,6 @@
 #include <tuple>
 
 #include "errors.h"
-#include "large_pages.h"
 #include "linear_logprob.h"
 #include "threads.h"
 
@@ -235,10 +234,6 @@ void backward_op(const Tensor& hidden, const Tensor& weight, const MaybeTensor& 
   backward(head, integers(labels), floats(lse), floats(row_weight), to, rows);
 }
 
-void prefer_large_pages_op(const Tensor& x) {
-  prefer_large_pages(x.mutable_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()));
-}
-
 std::string isa(ScalarType dtype) {
   return select_kernels(dtype == ScalarType::BFloat16 ? Dtype::kBFloat16 : Dtype::kFloat32).name;
 }
@@ -264,7 +259,6 @@ STABLE_TORCH_LIBRARY(infopo_kernels_cpp, m) {
   m.def(
       "kept_rows(Tensor hidden, Tensor weight, Tensor grad_weight, float? softcap, float scale, int workspace_bytes, "
       "float tail_threshold) -> int");
-  m.def("prefer_large_pages(Tensor(a!) x) -> ()");
   m.def("isa(ScalarType dtype) -> str");
 }
 
@@ -274,7 +268,6 @@ STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CPU, m) {
   m.impl("backward", TORCH_BOX(&infopo::backward_op));
   m.impl("numbers_for_logits", TORCH_BOX(&infopo::numbers_for_logits_op));
   m.impl("kept_rows", TORCH_BOX(&infopo::kept_rows_op));
-  m.impl("prefer_large_pages", TORCH_BOX(&infopo::prefer_large_pages_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(infopo_kernels_cpp, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&infopo::isa)); }

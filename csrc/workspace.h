@@ -6,7 +6,6 @@
 #include <memory>
 #include <new>
 
-#include "large_pages.h"
 #include "linear_logprob.h"
 #include "logit_store.h"
 #include "tile_kernels.h"
@@ -22,11 +21,9 @@ class Arena {
  public:
   Arena() = default;
   explicit Arena(int64_t bytes) {
-    const int64_t alignment = bytes < 2 * kLargePage ? 64 : kLargePage;
-    data_.reset(std::aligned_alloc(alignment, round_up(bytes, alignment)));
+    data_.reset(std::aligned_alloc(64, round_up(bytes, 64)));
     if (!data_ && bytes > 0) throw std::bad_alloc();
     base_ = static_cast<char*>(data_.get());
-    prefer_large_pages(base_, bytes);
   }
 
   template <typename T>

@@ -54,7 +54,15 @@ from dataclasses import replace
 
 import torch
 
-from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, Wanted, with_memory_for_logits
+from infopo_kernels.backends.base import (
+    Backend,
+    Gradients,
+    Head,
+    TailReport,
+    Wanted,
+    uninitialised_like,
+    with_memory_for_logits,
+)
 from infopo_kernels.distributed.parallel import Together
 from infopo_kernels.lift import Lift
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
@@ -87,7 +95,7 @@ def zero_gradients(backend: Backend, head: Head, wanted: Wanted) -> Gradients:
     """Result buffers filled with 0; the bias accumulates in float32."""
     return Gradients(
         torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None,
-        backend.new_weight_gradient(head.weight, head.weight.dtype).zero_() if wanted.weight else None,
+        torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if wanted.weight else None,
         None
         if not wanted.bias or head.bias is None
         else torch.zeros_like(head.bias, dtype=head.accumulator_dtype, memory_format=torch.contiguous_format),
@@ -152,7 +160,7 @@ def _preference(
 
     gradients = replace(zero_gradients(backend, head, replace(wanted, weight=False)), tail=tail)
     if wanted.weight:  # not zeroed here: it may hold logits first
-        empty = backend.new_weight_gradient(head.weight, head.weight.dtype)
+        empty = uninitialised_like(head.weight, head.weight.dtype)
         gradients = replace(gradients, weight=empty)
         # Parts of sequences: every rank has to ask for as many sums, however many rows it has.
         as_many = objective.known == "none" or together is None or not together.parts_of_sequences
@@ -329,7 +337,7 @@ def _accumulators(backend: Backend, head: Head, gradients: Gradients) -> tuple[G
     size = weight.numel() * head.accumulator_dtype.itemsize
     if size > head.workspace_bytes // 2:
         return gradients, head
-    accumulator = backend.new_weight_gradient(weight, head.accumulator_dtype)
+    accumulator = uninitialised_like(weight, head.accumulator_dtype)
     return replace(gradients, weight=accumulator), replace(head, workspace_bytes=head.workspace_bytes - size)
 
 

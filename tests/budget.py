@@ -137,7 +137,8 @@ def error_budget(
     dp = torch.maximum((log_p + e).clamp(max=0).exp() - p, -p * torch.expm1(-e)).clamp(min=0)
     size = (c * head.scale).abs()
     rounded = 4 * u * slope + (0 if head.softcap is None else 16 * u)
-    dG = size * (steepest * dp + (own - p).abs() * dslope + rounded * (own + p)) + 2 * SMALLEST[torch.float32] * (1 + size)
+    dG = size * (steepest * dp + (own - p).abs() * dslope + rounded * (own + p))
+    dG += 2 * SMALLEST[torch.float32] * (1 + size)
     dG += abs(head.scale) * slope * c_error * (own - p).abs()
     dG += operand * size * slope * torch.maximum((own - p).abs(), p)
     if operand > 0 and head.hidden.dtype == torch.float16:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -263,23 +262,6 @@ def test_no_more_rows_are_kept_than_fit() -> None:
     assert BACKEND.kept_rows(problem.head, torch.zeros(20, 63)) == 0, "too few to pay"
     odd = torch.zeros(20, 301, dtype=torch.bfloat16)
     assert BACKEND.kept_rows(problem.head, odd) == 0, "floats would lie across rows"
-
-
-def test_a_weight_gradient_asks_for_large_pages() -> None:
-    maps = Path("/proc/self/smaps")
-    if not maps.exists() or not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("the system does not list its mappings, or has no large pages")
-    gradient = BACKEND.new_weight_gradient(torch.empty(4096, 1024, dtype=torch.bfloat16), torch.float32)
-    assert gradient.shape == (4096, 1024)
-    assert gradient.dtype == torch.float32
-    assert gradient.is_contiguous()
-    middle = gradient.data_ptr() + gradient.nbytes // 2
-    for mapping in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", maps.read_text()):
-        first, last = (int(end, 16) for end in mapping.split(" ", 1)[0].split("-"))
-        if first <= middle < last:
-            assert " hg" in mapping.partition("VmFlags:")[2]
-            return
-    pytest.fail("the gradient is in no mapping")
 
 
 def test_strided_inputs() -> None:

@@ -170,10 +170,6 @@ class Backend(Protocol):
         """None if the backend takes inputs of this device and type, else a sentence: why not, and what to do."""
         ...
 
-    def new_weight_gradient(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Memory for a gradient of `weight`: [V, H] `dtype`, contiguous, with any content (`uninitialised_like`)."""
-        ...
-
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         """Number of rows whose logits fit in the memory of `weight_gradient` [V, H] and of `memory_for_logits`.
 
@@ -255,7 +251,7 @@ def with_memory_for_logits(backend: Backend, head: Head, into: Gradients, rows: 
 
 
 def uninitialised_like(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`Backend.new_weight_gradient` for a backend that asks nothing of the memory."""
+    """Memory for a gradient of `weight`: [V, H] `dtype`, contiguous, with any content."""
     return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head, scale_in_parts, uninitialised_like
+from infopo_kernels.backends.base import Gradients, Head, scale_in_parts
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.packing import Rows
 
@@ -94,12 +94,6 @@ class CppBackend:
             return f"the C++ kernels serve {', '.join(map(str, _DTYPES))}, not {dtype}; pass backend='torch'."
         return _missing_extension()
 
-    def new_weight_gradient(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """On large pages, where the system has them: mapping small ones takes up to a tenth of a step."""
-        gradient = uninitialised_like(weight, dtype)
-        _call(_OPS.prefer_large_pages, gradient)
-        return gradient
-
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         rows: int = _call(
             _OPS.kept_rows,
@@ -115,11 +109,7 @@ class CppBackend:
 
     def memory_for_logits(self, head: Head, weight_gradient: torch.Tensor, rows: int) -> torch.Tensor | None:
         numbers: int = _call(_OPS.numbers_for_logits, head.hidden, weight_gradient, rows)
-        if not numbers:
-            return None
-        memory = torch.empty(numbers, dtype=torch.int16)
-        _call(_OPS.prefer_large_pages, memory)
-        return memory
+        return torch.empty(numbers, dtype=torch.int16) if numbers else None
 
     def scale_(self, values: torch.Tensor, factor: torch.Tensor) -> None:
         """values *= factor, in plain PyTorch."""

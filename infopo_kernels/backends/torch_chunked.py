@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head, TailReport, scale_in_parts, uninitialised_like
+from infopo_kernels.backends.base import Gradients, Head, TailReport, scale_in_parts
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
 from infopo_kernels.options import ELSEWHERE, IGNORE_INDEX
 from infopo_kernels.packing import Rows
@@ -180,9 +180,6 @@ class TorchBackend:
         if dtype in _FLOATING:
             return None
         return f"plain PyTorch serves {', '.join(map(str, _FLOATING))}, not {dtype}; cast `hidden` and `weight`."
-
-    def new_weight_gradient(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return uninitialised_like(weight, dtype)
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         del head, weight_gradient

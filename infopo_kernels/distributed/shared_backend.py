@@ -29,9 +29,6 @@ class SharedBackend:
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return self._own.unsupported_reason(device, dtype)
 
-    def new_weight_gradient(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._own.new_weight_gradient(weight, dtype)
-
     def kept_rows(self, head: Head, weight_gradient: Tensor) -> int:
         """None: a part of the head holds logits of one rank's rows only while no other rank's are multiplied by it."""
         del head, weight_gradient

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from infopo_kernels.backends.base import Gradients, Head, Wanted, uninitialised_like
+from infopo_kernels.backends.base import Gradients, Head, Wanted
 from infopo_kernels.backends.triton.support import unsupported_reason
 from infopo_kernels.backends.triton.tiles import TAIL_BLOCK
 from infopo_kernels.objectives import Evaluation, InfoPO, Objective, Sequences
@@ -35,9 +35,6 @@ class TritonBackend:
     def unsupported_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """None if inputs of this device and type can be served, else why not and what to do, as a sentence."""
         return unsupported_reason(device, dtype)
-
-    def new_weight_gradient(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return uninitialised_like(weight, dtype)
 
     def kept_rows(self, head: Head, weight_gradient: torch.Tensor) -> int:
         """How many rows' logits the memory of `weight_gradient` can hold (about 2 H in a float32 one beside 16-bit
