@@ -146,3 +146,48 @@ def test_a_sweep_runs_what_is_missing(tiny: Path, tmp_path: Path, monkeypatch: p
             run["beta"] * (0.5 if run["loss"] == "dpo" else math.exp(-1))
         )
         assert run["after"]["chosen_log_ratio"] != 0
+
+
+@pytest.mark.parametrize("gib", [1.0, 3 * 4 * 2 * 100 / 2**30], ids=["room", "little room"])
+def test_bare_products_take_all_rows_where_memory_allows(gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as many operations where it does not."""
+    pytest.importorskip("triton")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.gpu import gpu_kernels
+    from infopo_kernels.backends.base import Head
+
+    n, h, v = 8, 16, 100
+    x, w = torch.ones(n, h, dtype=torch.bfloat16), torch.ones(v, h, dtype=torch.bfloat16)
+    head = Head(x, w, None, None, 1.0, 0)
+    monkeypatch.setattr(gpu_kernels, "available_gib", lambda device: gib)
+    rows = gpu_kernels.bare_rows(head)
+    assert rows == (n if gib == 1.0 else 3)
+    for count in (1, 2, 3):
+        with FlopCounterMode(display=False) as counter:
+            gpu_kernels.bare_products(head, count, rows)()
+        assert counter.get_total_flops() == count * 2 * n * h * v
+
+
+def test_tables_of_first_contact_say_which_bare_products_were_measured() -> None:
+    pytest.importorskip("triton")
+    import pandas as pd
+
+    from benchmarks.gpu.first_contact import BARE_ROWS, SPLIT_ROWS, N, bare_text
+
+    whole, half = pd.DataFrame([{BARE_ROWS: N}, {"ms": 1.0}]), pd.DataFrame([{BARE_ROWS: N // 2}, {BARE_ROWS: N}])
+    assert bare_text(whole) == "bare products"
+    assert bare_text(half) == "bare products of 4096 rows at a time"
+    assert bare_text(pd.DataFrame([{"ms": 1.0}])) == f"bare products of {SPLIT_ROWS} rows at a time"
+    assert SPLIT_ROWS == 3533
+
+
+def test_first_contact_knows_the_librarys_kernels() -> None:
+    """By the names in the record of an H100."""
+    from benchmarks.gpu.first_contact import LIBRARY
+
+    rows = records.read(records.RESULTS / "nvidia-h100-80gb-hbm3" / "first-contact.json").rows
+    names = set(rows[rows["section"] == "kernels"]["kernel"])
+    found = {name for name in names if LIBRARY.search(name)}
+    assert {name for name in names if name.startswith(("nvjet", "void cublasLt"))} == found
+    assert len(found) > 5

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,12 @@ SMALL: Final = (256, 576, 49152)
 
 REPETITIONS: Final = 8
 
+BARE_ROWS: Final = "bare rows at a time"
+"""The column that says how many rows the bare products took at a time."""
+
+SPLIT_ROWS: Final = (1 << 30) // (2 * V)
+"""As many as in records without that column: a gigabyte of logits."""
+
 WORKERS: Final = 8
 """Processes that run the cases."""
 
@@ -57,6 +64,9 @@ CORE: Final = (
     "test_nothing_waits or test_small_workspace"
 )
 """Of tests/gpu, as pytest's -k takes it: the core of the tables of cases. `make test-gpu` runs all of them."""
+
+LIBRARY: Final = re.compile("nvjet|gemm|cublas|cutlass|Cijk", re.IGNORECASE)
+"""Names of the kernels behind the library's products: cuBLAS' and hipBLASLt's."""
 
 Row = dict[str, Any]
 
@@ -186,7 +196,7 @@ def products() -> Iterator[Row]:
 
 
 def kernels() -> Iterator[Row]:
-    """Every kernel of the default step beside its model."""
+    """The longest kernels of each work beside their model; the library's products, together, beside theirs."""
     from benchmarks.gpu import gpu_kernels, roofline
     from infopo_kernels.backends.base import Head
 
@@ -195,15 +205,21 @@ def kernels() -> Iterator[Row]:
     for work in roofline.WORK:
         head = Head(x, w, None, None, 1.0, work.workspace_mib << 20)
         job = gpu_kernels.job_of(work, head, labels)
-        turns = in_turns({"own": job, "bare": gpu_kernels.bare_products(head, work.products)})
+        at_a_time = gpu_kernels.bare_rows(head)
+        turns = in_turns({"own": job, "bare": gpu_kernels.bare_products(head, work.products, at_a_time)})
         row: Row = {"kernel": f"{work.name}: all", "ms": turns["own"], "bare products, ms": turns["bare"]}
-        row["ratio"] = turns["own"] / turns["bare"]
+        row |= {"ratio": turns["own"] / turns["bare"], BARE_ROWS: at_a_time}
         expected: dict[str, list[float]] = {}
         if device is not None:
             expected = roofline.predict(device, roofline.calls(work, device, N, H, V)).by_kernel
             row["model, ms"] = 1e3 * sum_of(expected)
         yield row
         seen = gpu_kernels.kernel_times(job)
+        library = [times for name, times in seen.items() if LIBRARY.search(name)]
+        if library:
+            total = {"launches": sum(count for count, _ in library), "ms": sum(ms for _, ms in library)}
+            theirs = [entry[5] for name, entry in expected.items() if name.startswith("library")]
+            yield {"kernel": "the library's products", **total, **({"model, ms": 1e3 * sum(theirs)} if theirs else {})}
         for name, (count, ms) in sorted(seen.items(), key=lambda item: -item[1][1])[:14]:
             if ms > 0:
                 own = expected.get(name.removesuffix("_kernel"))
@@ -328,8 +344,8 @@ def steps() -> Iterator[Row]:
                 jobs[contender.name] = job
         products = 2 if case == "frozen" else 3
         head = Head(batch.rows[0].detach(), batch.weight.detach(), None, None, 1.0, 0)
-        bare = f"{products} bare products"
-        rows[bare], jobs[bare] = {}, gpu_kernels.bare_products(head, products)
+        bare, at_a_time = f"{products} bare products", gpu_kernels.bare_rows(head)
+        rows[bare], jobs[bare] = {BARE_ROWS: at_a_time}, gpu_kernels.bare_products(head, products, at_a_time)
         for name, ms in in_turns(jobs).items():
             rows[name]["ms"] = ms
         for name, row in rows.items():
@@ -338,16 +354,16 @@ def steps() -> Iterator[Row]:
         torch.cuda.empty_cache()
 
 
-KERNEL_COLUMNS: Final = ("kernel", "launches", "ms", "bare products, ms", "ratio", "model, ms")
+KERNEL_COLUMNS: Final = ("kernel", "launches", "ms", "bare products, ms", "ratio", "model, ms", BARE_ROWS)
 
 SECTIONS: Final = {
     section.name: section
     for section in (
         Section("cases", 240, "right values: the core of the tables of cases", ("case", "result"), cases),
         Section("products", 60, "bare products and copies", ("product", "ms", "TFLOP/s", "TB/s", "failed"), products),
-        Section("kernels", 90, "every kernel beside its model", KERNEL_COLUMNS, kernels),
+        Section("kernels", 90, "kernels beside their model", KERNEL_COLUMNS, kernels),
         Section("variants", 100, "what the table could say instead", ("variant", "ms", "failed"), variants),
-        Section("steps", 100, "whole steps", ("step", "ms", "MiB beyond", "failed"), steps),
+        Section("steps", 100, "whole steps", ("step", "ms", "MiB beyond", BARE_ROWS, "failed"), steps),
     )
 }
 """Limits add up to less than ten minutes."""
@@ -410,6 +426,13 @@ def _cell(value: Any) -> str:
     return str(value) if not isinstance(value, float) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+def bare_text(rows: Any) -> str:
+    """The bare products of the rows of a record."""
+    found = rows[BARE_ROWS].dropna() if BARE_ROWS in rows else ()
+    least = int(min(found)) if len(found) else SPLIT_ROWS
+    return "bare products" if least >= N else f"bare products of {least} rows at a time"
+
+
 def works_table(record: Record) -> report.Table:
     """The backend's calls over bare products, which took turns with them."""
     rows = record.rows[record.rows["kernel"].str.endswith(": all", na=False)]
@@ -418,7 +441,8 @@ def works_table(record: Record) -> report.Table:
         [r["kernel"].removesuffix(": all"), *(_cell(r[name]) for name in figures)] for r in rows.to_dict("records")
     ]
     title = (
-        f"Calls of the backend on an {record.machine['gpu']}, medians of {REPETITIONS}, in turns with bare products:"
+        f"Calls of the backend on an {record.machine['gpu']}, medians of {REPETITIONS}, in turns with "
+        f"{bare_text(rows)}:"
     )
     return report.Table(RECORD, title, ["work", *figures], cells)
 
@@ -426,7 +450,8 @@ def works_table(record: Record) -> report.Table:
 def steps_table(record: Record) -> report.Table:
     """Whole steps of every implementation."""
     cases: dict[str, dict[str, list[str]]] = {}
-    for row in record.rows[record.rows["section"] == "steps"].to_dict("records"):
+    steps = record.rows[record.rows["section"] == "steps"]
+    for row in steps.to_dict("records"):
         case, name = row["step"].split(": ")
         if row["ms"] == row["ms"]:
             name = "bare products" if name.endswith("bare products") else name
@@ -434,7 +459,10 @@ def steps_table(record: Record) -> report.Table:
     names = list(dict.fromkeys(case for found in cases.values() for case in found))
     cells = [[name, *(cell for case in names for cell in found.get(case, ["", ""]))] for name, found in cases.items()]
     columns = ["", *(f"{case}, {unit}" for case in names for unit in ("ms", "MiB beyond"))]
-    title = f"Whole steps through public functions on an {record.machine['gpu']}, medians of {REPETITIONS}, in turns:"
+    title = (
+        f"Whole steps through public functions on an {record.machine['gpu']}, medians of {REPETITIONS}, in turns with "
+        f"{bare_text(steps)}:"
+    )
     return report.Table(RECORD, title, columns, cells)
 
 

@@ -20,7 +20,7 @@ import torch
 from benchmarks import records, report
 from benchmarks.gpu import roofline
 from benchmarks.measure.environment import environment
-from benchmarks.measure.memory import watch
+from benchmarks.measure.memory import available_gib, watch
 from benchmarks.measure.timing import interleave, spread
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import TritonBackend
@@ -30,10 +30,17 @@ RECORD = "gpu-kernels"
 REPETITIONS = 20
 
 
-def bare_products(head: Head, count: int) -> Callable[[], object]:
-    """The products that no implementation can do without, on operands of a gigabyte at a time."""
+def bare_rows(head: Head) -> int:
+    """How many rows the bare products take at a time: all, where their logits take no more than a quarter of what is
+    free."""
+    x = head.hidden
+    room = int(available_gib(x.device) * 2**30) // 4
+    return max(1, min(len(x), room // (len(head.weight) * x.element_size())))
+
+
+def bare_products(head: Head, count: int, rows: int) -> Callable[[], object]:
+    """The products that no implementation can do without, for so many rows at a time (`bare_rows`)."""
     x, w = head.hidden, head.weight
-    rows = max(1, min(len(x), (1 << 30) // (2 * len(w))))
     g = torch.zeros(rows, len(w), dtype=x.dtype, device=x.device)
 
     def run() -> None:
@@ -88,9 +95,9 @@ def kernel_times(job: Callable[[], object]) -> dict[str, tuple[int, float]]:
     return found
 
 
-def table(record: records.Record) -> report.Table:
+def table(rows: Sequence[dict[str, Any]], shape: tuple[int, int, int]) -> report.Table:
     """A row a line of the model."""
-    rows = [
+    cells = [
         [
             r["work"],
             f"{1e3 * median(r['seconds']):.2f}",
@@ -99,13 +106,14 @@ def table(record: records.Record) -> report.Table:
             f"{median(r['seconds']) / median(r['bare_seconds']):.2f}",
             r["model"],
             f"{r['mib_beyond']:.0f}",
+            str(r["bare_rows"]),
         ]
-        for r in record.rows.to_dict("records")
+        for r in rows
     ]
-    n, h, v = record.settings["shape"]
+    n, h, v = shape
     title = f"bfloat16, {n} rows, hidden size {h}, vocabulary {v}; medians of {REPETITIONS}"
-    columns = ["work", "ms", "spread", "bare products, ms", "ratio", "ratio by the model", "MiB beyond"]
-    return report.Table(RECORD, title, columns, rows)
+    figures = ["ms", "spread", "bare products, ms", "ratio", "ratio by the model", "MiB beyond", "bare rows at a time"]
+    return report.Table(RECORD, title, ["work", *figures], cells)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for work in roofline.WORK:
         head = Head(hidden, weight, None, None, 1.0, work.workspace_mib << 20)
-        calls = {"bare": bare_products(head, work.products), "own": job_of(work, head, labels)}
+        at_a_time = bare_rows(head)
+        calls = {"bare": bare_products(head, work.products, at_a_time), "own": job_of(work, head, labels)}
         interleave(calls, 3, float("inf"), gpu)  # warms up
         each = interleave(calls, REPETITIONS, float("inf"), gpu)
         model = "-"
@@ -143,12 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "work": work.name,
                 "seconds": each["own"],
                 "bare_seconds": each["bare"],
+                "bare_rows": at_a_time,
                 "model": model,
                 "mib_beyond": watch(calls["own"], gpu).peak_mib,
                 "kernels": kernel_times(calls["own"]),
             }
         )
-    report.render(console, [table(records.write(arguments.output, RECORD, machine, rows, shape=[n, h, v]))])
+    records.save(arguments.output, RECORD, machine, rows, shape=[n, h, v])
+    report.render(console, [table(rows, (n, h, v))])
     for row in rows:
         kernels = sorted(row["kernels"].items(), key=lambda item: -item[1][1])
         cells = [[name[:60], str(count), f"{time:.3f}"] for name, (count, time) in kernels if time > 0]
