@@ -4,6 +4,7 @@
     results/intel-6-207-2/memory.json    {"machine_info": ..., settings, "rows": [...]}, like all others
 
 A run on another processor writes into another folder, so the records of several processors do not overwrite each other.
+Writing them needs no pandas, reading them does: GPU machines often lack it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
-
-try:
-    import pandas as pd
-except ModuleNotFoundError:  # a GPU machine without it measures and writes records; tables are drawn elsewhere
-    pd = None  # type: ignore[assignment]
+from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.contenders import FLOOR, OURS
 from benchmarks.measure.timing import spread
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RESULTS: Final = Path(__file__).parent / "results"
 """The committed records."""
@@ -71,7 +70,14 @@ def parser(name: str, text: str | None, output: Path | None = RESULTS) -> argpar
     return made
 
 
+def absent(value: Any) -> bool:
+    """Whether a cell of a record's table holds nothing."""
+    return value is None or bool(value != value)
+
+
 def _frame(part: str, rows: list[dict[str, Any]]) -> pd.DataFrame:
+    import pandas as pd
+
     why = [next((f"{key.replace('_', ' ')}: {row[key]}" for key in _NO_FIGURE if row.get(key)), None) for row in rows]
     frame = pd.DataFrame(rows).assign(why=why)
     return frame.assign(**{name: float("nan") for name in _FIGURES.get(part, ()) if name not in frame})
@@ -163,7 +169,7 @@ def save(folder: Path, part: str, machine: dict[str, Any], rows: list[dict[str, 
 
 
 def write(folder: Path, part: str, machine: dict[str, Any], rows: list[dict[str, Any]], **settings: Any) -> Record:
-    """`save`, and the record as it is read."""
+    """`save`, and the record as it is read (with pandas)."""
     return read(save(folder, part, machine, rows, **settings))
 
 

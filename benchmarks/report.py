@@ -1,26 +1,27 @@
-"""Tables of the records. One part of the file builds them; two renderers write them, with rich and as Markdown."""
+"""Tables of the records. One part of the file builds them; two renderers write them, with rich and as Markdown.
+
+Functions import here what they use of pandas, rich and matplotlib: a GPU machine measures and writes Markdown without.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-try:
-    import pandas as pd
-except ModuleNotFoundError:  # a GPU machine without it measures and writes records; tables are drawn elsewhere
-    pd = None  # type: ignore[assignment]
-from rich.console import Console
-from rich.table import Table as RichTable
-
-from benchmarks import plots, records, targets
+from benchmarks import records, targets
 from benchmarks.cases import CASES, MAIN_SHAPE, SHAPES
 from benchmarks.contenders import CONTENDERS, FLOOR, OURS
 from benchmarks.measure.timing import spread
-from benchmarks.records import Record, Records
+from benchmarks.records import Record, Records, absent
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
 
 
 @dataclass
@@ -40,11 +41,11 @@ def milliseconds(seconds: float) -> str:
 
 
 def _over(figure: float, other: float, unit: str = "") -> str:
-    return "–" if pd.isna(figure / other) else f"{figure / other:.2f}{unit}"
+    return "–" if absent(figure / other) else f"{figure / other:.2f}{unit}"
 
 
 def _spread(share: float) -> str:
-    return "–" if pd.isna(share) else f"± {share:.1%}"
+    return "–" if absent(share) else f"± {share:.1%}"
 
 
 def points(record: Record) -> Iterable[tuple[pd.Series, pd.DataFrame]]:
@@ -90,7 +91,7 @@ def _summary(record: Record) -> Table:
     table = Table("speed", "All points: this library against the fastest other implementation of each", columns)
     for info, rows in points(record):
         peers = rows.drop(index=[OURS, FLOOR], errors="ignore")["seconds"].dropna()
-        if peers.empty or pd.isna(info["ours"] / info["floor"]):
+        if peers.empty or absent(info["ours"] / info["floor"]):
             continue
         case, best = CASES[info["case"]], peers.min()
         scored = (1.5 if case.packed else 2) * info["pairs"] * info["length"] * (1 - case.prompt)
@@ -145,8 +146,8 @@ def _pivot(part: str, title: str, rows: pd.DataFrame, head: Callable[[Any], str]
         cells = own.set_index("head").reindex(heads)
         missing = cells["why"].dropna()
         shown = [
-            missing[at].partition(":")[0] if at in missing else "–" if pd.isna(value) else form.format(value)
-            for at, value in cells.get(figure, pd.Series(index=heads)).items()
+            missing[at].partition(":")[0] if at in missing else "–" if absent(value) else form.format(value)
+            for at, value in cells.get(figure, dict.fromkeys(heads)).items()
         ]
         table.rows.append([str(name), *shown])
         table.notes += [f"{name}, {missing.index[0]}: {missing.iloc[0]}"] if len(missing) else []
@@ -223,7 +224,7 @@ def _training(record: Record) -> list[Table]:
     cells = [
         [row["contender"], row["dtype"], *(
             [f"{row['seconds']:.2f}", _spread(spread(row["each"])), str(len(row["each"])), f"{row['peak_mib']:,.0f}"]
-            if pd.isna(row["why"]) else [row["why"], "", "", ""]
+            if absent(row["why"]) else [row["why"], "", "", ""]
         )]
         for row in record.rows.to_dict("records")
     ]  # fmt: skip
@@ -259,11 +260,15 @@ def machine(info: dict[str, Any]) -> list[str]:
 
 def console() -> Console:
     """A console with 140 columns if the output is no terminal: rich would take 80, and the tables need more."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def render(out: Console, tables: Sequence[Table]) -> None:
     """Print with rich."""
+    from rich.table import Table as RichTable
+
     for table in tables:
         shown = RichTable(title=table.title, title_justify="left")
         for i, column in enumerate(table.columns):
@@ -285,13 +290,18 @@ def markdown(table: Table) -> str:
 
 
 def show(folder: Path, out: Console) -> None:
-    """Print the tables of one processor's records, and draw their plots beside them.
+    """Print the tables of one processor's records, and draw their plots beside them where matplotlib is there.
 
     Raises:
         OSError, ValueError: there are none, or they do not belong together.
     """
     found = records.load(folder)
     render(out, tables(found))
+    if importlib.util.find_spec("matplotlib") is None:
+        out.print("matplotlib is not installed: no plots are drawn")
+        return
+    from benchmarks import plots
+
     for path in plots.draw(found, folder):
         out.print(f"wrote {path}")
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
-
-try:
-    import pandas as pd
-except ModuleNotFoundError:  # as in `records`
-    pd = None  # type: ignore[assignment]
+from typing import TYPE_CHECKING, Final
 
 from benchmarks.cases import MAIN_SHAPE
 from benchmarks.contenders import CONTENDERS, FLOOR, OURS
-from benchmarks.records import Record, Records
+from benchmarks.records import Record, Records, absent
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FASTER: Final = {"step": 1.1, "frozen": 1.3, "underflowed": 1.5, "half-prompt": 1.8}
 """For each case: how many times faster than the fastest other implementation (for half-prompt: than the fastest of
@@ -42,7 +40,7 @@ def _speed(record: Record) -> Iterator[Row]:
     left_out = (rows["case"] == "half-prompt") & rows["contender"].isin(skip_prompts) & (rows["contender"] != OURS)
     for info, best, seconds, ours in _best(rows[~left_out & rows["case"].isin(list(_FASTER))], "seconds"):
         target, ratio = _FASTER[info["case"]], seconds / ours
-        limit = "" if pd.isna(info["floor"]) else f"; the floor allows {seconds / info['floor']:.2f}"
+        limit = "" if absent(info["floor"]) else f"; the floor allows {seconds / info['floor']:.2f}"
         what = f"{info['shape']}, {info['dtype']}: {info['case']}"
         yield _row(what, best, f"≥ {target:g} × faster", f"{ratio:.2f} ×{limit}", ratio >= target)
 
