@@ -490,5 +490,10 @@ def test_the_rejected_half_of_unequal_batches(layout: str) -> None:
     half = step.reference_logps(model, inputs, average=False, skip_chosen=True, num_chosen=3)
     assert half[:3].isnan().all()
     torch.testing.assert_close(half[3:], whole[3:], rtol=1e-6, atol=1e-5)
-    assert step.rejected_prompts(inputs, known).tolist() == [0, 1, 1, 1, 2, 2]
+    assert (counts := step.num_rejected(inputs, known)) == [1, 3, 2]
+    assert step.rejected_prompts(counts, torch.device("cpu")).tolist() == [0, 1, 1, 1, 2, 2]
+    # Batches of other hands have the weights alone, and packs the bounds.
+    assert step.num_rejected(inputs, {key: value for key, value in known.items() if key != "num_rejected"}) == counts
+    bare = {key: value for key, value in inputs.items() if key != "rejected_start"}
+    torch.testing.assert_close(step.rejected_half(bare, 3), step.rejected_half(inputs, 3))
     assert model.training

@@ -174,7 +174,7 @@ def test_several_rejected_weights_and_masks_against_a_plain_loop(layout: str) ->
         PreferenceCollator() if layout == "padded" else PackedPreferenceCollator(share_prompt=layout != "packed")
     )
     batch = collator(made)
-    own = {"is_chosen", "ref_logps", "sequence_weights", "num_pairs"}
+    own = {"is_chosen", "ref_logps", "sequence_weights", "num_pairs", "num_rejected"}
     model = attach_linear_logps(tiny_model(attn_implementation="sdpa"))
     logps = model(**{key: value for key, value in batch.items() if key not in own}, linear_logps="sum").logps
 
@@ -217,7 +217,7 @@ def test_several_rejected_weights_and_masks_against_a_plain_loop(layout: str) ->
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_without_weights_hold_what_they_held(packed: bool) -> None:
     batch = (PackedPreferenceCollator() if packed else PreferenceCollator())(features())
-    layout = {"input_ids", "position_ids", "labels", "cu_seqlens", "is_chosen"}
+    layout = {"input_ids", "position_ids", "labels", "cu_seqlens", "is_chosen", "rejected_start"}
     assert batch.keys() == (layout if packed else {"input_ids", "attention_mask", "labels"})
 
 

@@ -53,6 +53,38 @@ def test_metrics_of_the_trainers(tail: TailSummary | None) -> None:
     assert step.metric_sums(out, InfoPO(max_log_weight=1.0)).shape == (20,)
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["pairs", "several rejected"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_numbers_of_sequences_are_on_the_host(packed: bool, several: bool) -> None:
+    """What the trainers ask a collator's batch for; without the collator's numbers it is read from the device."""
+    step = pytest.importorskip("infopo_kernels.integrations.step")
+    collators = pytest.importorskip("infopo_kernels.integrations.collators")
+    features = [{"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": ids} for ids in ([[6], [7, 8]], [[9, 3]])]
+    if not several:
+        features = [{**feature, "rejected_ids": feature["rejected_ids"][-1]} for feature in features]
+    batch = (collators.PackedPreferenceCollator if packed else collators.PreferenceCollator)()(features)
+    there = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    S, out = 5 if several else 4, None
+    for inputs in (there, step.counted_once(there, unique=1, pairs=1.0)):
+        model_inputs, known = step.split_inputs(inputs)
+        assert step.number_of_chosen(model_inputs, known) == 2
+        half = step.rejected_half(model_inputs, 2)
+        assert step.number_of_sequences(half) == S - 2
+        assert half["labels"].shape == ((1, 3 * (S - 2) - several) if packed else (S - 2, 3))
+        out = PreferenceOutput(
+            empty(), empty(), *[empty(S) for _ in range(4)], empty(S, dtype=torch.int64), empty(S, dtype=torch.bool),
+            chosen_reference_skipped=False, tail=None,
+        )  # fmt: skip
+        assert step.metric_sums(out, InfoPO(), model_inputs, known).shape == (20,)
+    model_inputs, known = step.split_inputs({k: v for k, v in there.items() if k not in step._HOST_KEYS})
+    if packed:
+        with pytest.raises(RuntimeError):
+            step.rejected_half(model_inputs, 2)
+    if several:
+        with pytest.raises(RuntimeError):
+            step.metric_sums(out, InfoPO(), model_inputs, known)
+
+
 def test_reading_a_value_fails_here() -> None:
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool((empty(3) < 1).any())

@@ -4,12 +4,15 @@ In every batch all chosen sequences come first, then all rejected ones (those of
 A model with `attach_linear_logps` takes the batch as it is. Beside the keys of the layout it holds:
 
     ref_logps           [S] float64, nats, where features hold references; NaN for a chosen one that was skipped
-    is_chosen           [S] bool; always in packs, in padded batches with the two below
+    is_chosen           [S] bool; always in packs, in padded batches with the three below
     sequence_weights    [S] float64: w of the pair for its chosen sequence, w / K for each of its K rejected ones
     num_pairs           float: prompts in the batch
+    num_rejected        list of int: K of each prompt
+    rejected_start      int, in packs without shared prompts: the token with which the rejected sequences begin
 
-The last two are there if a feature lists several rejected responses or has a weight. Then the loss is the sum over the
-sequences of weight times term, over `num_pairs`.
+Those from `sequence_weights` to `num_rejected` are there if a feature lists several rejected responses or has a weight.
+Then the loss is the sum over the sequences of weight times term, over `num_pairs`. The last two spare the host reading
+the others from the device.
 """
 
 from __future__ import annotations
@@ -104,6 +107,7 @@ def _loss_keys(features: Sequence[Feature], prompts: Sequence[_Prompt], *, packe
         ]
         keys["sequence_weights"] = torch.tensor(weights, dtype=torch.float64)
         keys["num_pairs"] = float(len(prompts))
+        keys["num_rejected"] = K
     if any(name in feature for feature in features for name in ("ref_chosen_logps", "ref_rejected_logps")):
         values = [p.ref_chosen for p in prompts] + [value for p in prompts for value in p.ref_rejected]
         keys["ref_logps"] = torch.tensor(values, dtype=torch.float64)
@@ -222,8 +226,8 @@ class PreferenceCollator(_Collator):
 class PackedPreferenceCollator(_Collator):
     """Batches without padding: all sequences in one row.
 
-    `input_ids`, `position_ids`, `labels` [1, N]; `cu_seqlens` [S + 1] int32; `is_chosen` [S]. Further keys: see the
-    module. There is no attention mask: transformers tells the sequences apart by their positions, under
+    `input_ids`, `position_ids`, `labels` [1, N]; `cu_seqlens` [S + 1] int32; `is_chosen` [S]; `rejected_start`. Further
+    keys: see the module. There is no attention mask: transformers tells the sequences apart by their positions, under
     "flash_attention_2" (which then runs its variable-length kernel), "sdpa", "flex_attention" and "eager" alike. Models
     with state-space or linear-attention layers would mix the sequences: use `PreferenceCollator` for those.
 
@@ -259,6 +263,7 @@ class PackedPreferenceCollator(_Collator):
             "position_ids": _positions(lengths)[None],
             "labels": torch.tensor([[t for s in sequences for t in s.labels]]),
             "cu_seqlens": cu_seqlens,
+            "rejected_start": sum(lengths[: len(prompts)]),
             **keys,
         }
         if self.flash_attention_kwargs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -16,11 +16,15 @@ from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import IGNORE_INDEX
 from infopo_kernels.output import PreferenceOutput
 
-LAYOUT_KEYS: Final = ("labels", "shift_labels", "cu_seqlens", "rows", "sequence_group", "data_group")
-"""The keys of a batch that describe the layout; policy and reference both take them."""
+LAYOUT_KEYS: Final = (
+    "labels", "shift_labels", "cu_seqlens", "rows", "rejected_start", "sequence_group", "data_group",
+)  # fmt: skip
+"""The keys of a batch that describe the layout, for policy and reference alike."""
 EXACT_KEYS: Final = ("ref_logps", "ref_chosen_logps", "ref_rejected_logps", "sequence_weights")
 """The keys that must stay float64 between collator and loss."""
-_LOSS_KEYS: Final = ("is_chosen", "ref_logps", "sequence_weights", "num_pairs", "rejected_prompt")
+_LOSS_KEYS: Final = ("is_chosen", "ref_logps", "sequence_weights", "num_pairs", "num_rejected")
+_HOST_KEYS: Final = ("num_rejected", "rejected_start")
+"""Numbers that the host needs, and the model does not."""
 _TRL_KEYS: Final = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 _TOKEN_KEYS: Final = (
     "input_ids", "attention_mask", "labels", "shift_labels", "position_ids", "token_type_ids", "mm_token_type_ids",
@@ -39,8 +43,7 @@ def split_inputs(inputs: Inputs) -> tuple[Inputs, Inputs]:
     """Two dictionaries: the inputs of model and head, and the inputs of the loss that the batch holds.
 
     Takes the batches of `infopo_kernels.integrations.collators`, and those of TRL's collators (`completion_mask`
-    instead of `labels`). The second holds `is_chosen`, `ref_logps`, `sequence_weights` and `num_pairs` (and, of
-    `counted_once`, `rejected_prompt`).
+    instead of `labels`). The second holds `is_chosen`, `ref_logps`, `sequence_weights`, `num_pairs` and `num_rejected`.
     """
     known: Inputs = {key: inputs[key] for key in _LOSS_KEYS if key in inputs}
     model = {key: value for key, value in inputs.items() if key not in (*_LOSS_KEYS, *_TRL_KEYS)}
@@ -65,28 +68,41 @@ def number_of_sequences(model_inputs: Inputs) -> int:
     return len(model_inputs["input_ids"]) if cu_seqlens is None else len(cu_seqlens) - 1
 
 
-def rejected_prompts(model_inputs: Inputs, known: Inputs) -> Tensor:
-    """[number of rejected sequences] int64 on the CPU: the prompt (chosen sequence) that each belongs to.
+def num_rejected(model_inputs: Inputs, known: Inputs) -> list[int]:
+    """How many rejected sequences each prompt (chosen sequence) has.
 
-    Where prompts have several, `sequence_weights` says how many: w for the chosen one, w / K for each of K rejected.
+    The collators' batches say it where prompts have several. Where a batch holds `sequence_weights` alone, they say it
+    (w for the chosen sequence, w / K for each of K rejected ones), and the host waits for them.
     """
-    S = number_of_sequences(model_inputs)
-    if "rejected_prompt" in known:
-        index: Tensor = known["rejected_prompt"]
-        return index
+    if "num_rejected" in known:
+        return list(known["num_rejected"])
     if "sequence_weights" not in known:
-        return torch.arange(S // 2)
+        return [1] * (number_of_sequences(model_inputs) // 2)
     weights: list[float] = known["sequence_weights"].tolist()
     prompts = int(known["num_pairs"])
-    rejected: list[int] = []
-    for prompt, weight in enumerate(weights[:prompts]):
-        rejected += [prompt] * round(weight / weights[prompts + len(rejected)])
-    return torch.tensor(rejected)
+    counts: list[int] = []
+    for weight in weights[:prompts]:
+        counts.append(round(weight / weights[prompts + sum(counts)]))
+    return counts
+
+
+def rejected_prompts(counts: Sequence[int], device: torch.device) -> Tensor:
+    """[number of rejected sequences] int64: the prompt that each belongs to, where prompts have so many. The host does
+    not wait for the device."""
+    if len(set(counts)) == 1:
+        return torch.arange(len(counts), device=device)[:, None].expand(-1, counts[0]).flatten()
+    index = torch.tensor([prompt for prompt, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
+    return _copied(index, device)
+
+
+def _copied(values: Tensor, device: torch.device) -> Tensor:
+    """On `device`, through pinned memory: the host would wait for a copy of other memory."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 def number_of_chosen(model_inputs: Inputs, known: Inputs) -> int:
     """Chosen sequences, which come first: one for each prompt."""
-    return number_of_sequences(model_inputs) - len(rejected_prompts(model_inputs, known))
+    return number_of_sequences(model_inputs) - sum(num_rejected(model_inputs, known))
 
 
 def can_be_cut(model_inputs: Inputs) -> bool:
@@ -102,7 +118,10 @@ def can_be_cut(model_inputs: Inputs) -> bool:
 
 
 def rejected_half(model_inputs: Inputs, num_chosen: int) -> Inputs:
-    """The part of a batch, chosen first, that holds the rejected sequences; only of one that `can_be_cut`."""
+    """The part of a batch, chosen first, that holds the rejected sequences; only of one that `can_be_cut`.
+
+    In a pack they begin at `rejected_start`; where that is missing, the host waits for the bounds.
+    """
     cu_seqlens = model_inputs.get("cu_seqlens")
     if cu_seqlens is None:
         S = number_of_sequences(model_inputs)
@@ -113,8 +132,9 @@ def rejected_half(model_inputs: Inputs, num_chosen: int) -> Inputs:
             return value[num_chosen:] if value.shape[0] == S else value  # [1, T] goes for all sequences
 
         return {k: rejected(v) if isinstance(v, Tensor) else v for k, v in model_inputs.items()}
-    start = int(cu_seqlens[num_chosen])
-    half = {k: v[..., start:] if k in _TOKEN_KEYS else v for k, v in model_inputs.items()}
+    start = model_inputs.get("rejected_start")
+    start = int(cu_seqlens[num_chosen]) if start is None else start
+    half = {k: v[..., start:] if k in _TOKEN_KEYS else v for k, v in model_inputs.items() if k != "rejected_start"}
     for key in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
         if key in half:
             half[key] = cu_seqlens[num_chosen:] - start
@@ -151,7 +171,7 @@ def reference_logps(
     # Where we cannot cut the batch, the model scores the chosen half too, and we ignore the result.
     cut = skip_chosen and can_be_cut(model_inputs)
     inputs = rejected_half(model_inputs, num_chosen) if cut else model_inputs
-    inputs = {key: value for key, value in inputs.items() if key != "output_router_logits"}
+    inputs = {key: value for key, value in inputs.items() if key not in ("output_router_logits", "rejected_start")}
     check_attached(model)
     with torch.no_grad(), in_mode(model, mode), _without_freezing(model, adapter):
         logps = own_output(model, model(**inputs, linear_logps="mean" if average else "sum")).logps
@@ -188,8 +208,8 @@ def preference_output(
     """
     check_attached(model)
     skip = skip_chosen_reference and known.get("ref_logps") is not None
-    given = {k: Sealed(v) if k in EXACT_KEYS else v for k, v in known.items() if k != "rejected_prompt"}
-    out = own_output(model, model(**model_inputs, **given, objective=objective, skip_chosen_reference=skip))
+    given = {k: Sealed(v) if k in EXACT_KEYS else v for k, v in (model_inputs | known).items() if k not in _HOST_KEYS}
+    out = own_output(model, model(**given, objective=objective, skip_chosen_reference=skip))
     assert out.infopo is not None
     return out, out.infopo
 
@@ -223,20 +243,21 @@ def counted_once(inputs: Inputs, unique: int, pairs: float) -> Inputs:
     Accelerate fills an incomplete last batch with pairs from the first one, so that every rank has as many.
     """
     model_inputs, known = split_inputs(inputs)
-    S, partner = number_of_sequences(model_inputs), rejected_prompts(model_inputs, known)
+    S, counts = number_of_sequences(model_inputs), num_rejected(model_inputs, known)
     device = model_inputs["labels"].device
     weights = known.get("sequence_weights")
     weights = torch.ones(S, dtype=torch.float64, device=device) if weights is None else weights
-    counts = torch.cat([torch.arange(S - len(partner)), partner]) < unique
-    own = {"sequence_weights": weights * counts.to(device), "num_pairs": pairs, "rejected_prompt": partner}
+    prompts = torch.cat([torch.arange(S - sum(counts), device=device), rejected_prompts(counts, device)])
+    own = {"sequence_weights": weights * (prompts < unique), "num_pairs": pairs, "num_rejected": counts}
     return {**inputs, **own}
 
 
 def metric_sums(
     output: PreferenceOutput, objective: Objective, model_inputs: Inputs | None = None, known: Inputs | None = None
 ) -> Tensor:
-    """The sums of a batch for `metrics`, [20] float64. They add over batches and ranks, but the last `MAXIMA`. The host
-    does not wait for the device.
+    """The sums of a batch for `metrics`, [20] float64. They add over batches and ranks, but the last `MAXIMA`.
+
+    The host does not wait for the device, but for weights that come without `num_rejected` (see there).
 
     Args:
         output: of the batch's loss.
@@ -245,11 +266,8 @@ def metric_sums(
             of weight 0 (see `counted_once`) do not count.
     """
     S, device, known = len(output.is_chosen), output.logps.device, known or {}
-    if model_inputs is not None and ("rejected_prompt" in known or "sequence_weights" in known):
-        partner = rejected_prompts(model_inputs, known).to(device)
-    else:
-        partner = torch.arange(S // 2, device=device)  # made there: a copy from the host would wait for the device
-    B = S - len(partner)
+    numbers = [1] * (S // 2) if model_inputs is None else num_rejected(model_inputs, known)
+    partner, B = rejected_prompts(numbers, device), S - sum(numbers)
     weights, pairs = known.get("sequence_weights"), known.get("num_pairs", S / 2)
     counts = torch.ones_like(output.is_chosen) if weights is None else weights > 0
 

@@ -332,9 +332,11 @@ def _forward(
     skip_chosen_reference: bool = False,
     sequence_group: Any = None,
     data_group: Any = None,
+    num_rejected: list[int] | None = None,
+    rejected_start: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The forward of an attached model; see `attach_linear_logps`."""
+    """The forward of an attached model; see `attach_linear_logps`. The last two are of batches, for other functions."""
     objective = _asked_for(linear_logps, infopo, objective)
     if linear_logps is None and objective is None:
         given = {
@@ -346,6 +348,8 @@ def _forward(
             "rows": rows,
             "sequence_group": sequence_group,
             "data_group": data_group,
+            "num_rejected": num_rejected,
+            "rejected_start": rejected_start,
         }
         if stray := [name for name, value in given.items() if value is not None]:
             raise TypeError(

@@ -350,6 +350,27 @@ def test_nothing_waits_in_a_whole_step(packed: bool, trained: str) -> None:
         step()
 
 
+def test_metrics_of_several_rejected_responses_do_not_wait() -> None:
+    """The numbers of rejected responses differ, so that their prompts are copied to the device."""
+    step = pytest.importorskip("infopo_kernels.integrations.step")
+    hidden, weight = torch.randn(20, 64, device=DEVICE), torch.randn(300, 64, device=DEVICE)
+    labels, bounds = torch.randint(0, 300, (20,), device=DEVICE), torch.arange(0, 24, 4, device=DEVICE)
+    chosen, weights = torch.arange(5, device=DEVICE) < 2, torch.tensor([1.0, 1, 0.5, 0.5, 1], device=DEVICE).double()
+    known = {"sequence_weights": weights, "num_pairs": 2.0, "num_rejected": [2, 1]}
+    out = linear_infopo_loss(
+        hidden, weight, labels, cu_seqlens=bounds, is_chosen=chosen, sequence_weights=weights, num_pairs=2.0
+    )
+
+    def metrics() -> torch.Tensor:
+        return step.metric_sums(out, InfoPOOptions(), {"cu_seqlens": bounds}, known)
+
+    metrics()
+    torch.cuda.synchronize()
+    with no_synchronisation():
+        sums = metrics()
+    assert sums[:2].tolist() == [2.0, 3.0]
+
+
 def test_other_streams() -> None:
     head, labels = random_head(300, 128, 4096)
     expected, _ = TritonBackend().logprob(head, labels)
