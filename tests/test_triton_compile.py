@@ -279,6 +279,63 @@ def test_the_model_counts_the_products_that_are_promised() -> None:
     )
 
 
+LAUNCHES = """
+import json
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu import offline
+from infopo_kernels import schedule
+from infopo_kernels.backends.base import Head, Wanted
+from infopo_kernels.backends.triton import TritonBackend
+from infopo_kernels.backends.triton.tiles import TARGETS
+from infopo_kernels.objectives import InfoPO, Sequences
+from infopo_kernels.options import WORKSPACE_MIB_GPU
+from infopo_kernels.packing import Rows
+
+
+def empty(*size, dtype=torch.bfloat16):
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+class Filled(TorchDispatchMode):
+    small = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        free = name.startswith(("empty", "new_empty", "addmm")) or func.is_view
+        self.small.update([] if free else [name])
+        return func(*args, **(kwargs or {}))
+
+
+n, h, v, s, out = 256, 576, 49152, 4, {}
+head = Head(empty(n, h), empty(v, h), None, None, 1.0, WORKSPACE_MIB_GPU << 20)
+rows = Rows(head.hidden, empty(n, dtype=torch.int64), empty(s + 1, dtype=torch.int32), None)
+vectors = [empty(s, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.float64)]
+for target in ("sm_80", "sm_90"):
+    Filled.small.clear()
+    with offline.recorded(TARGETS[target]) as launches, Filled():
+        wanted = Wanted(hidden=True, weight=True, bias=False)
+        schedule.preference(TritonBackend(), head, rows, Sequences(*vectors, 2.0, None), InfoPO(), wanted)
+    out[target] = [[launched.name for launched in launches], Filled.small]
+print(json.dumps(out))
+"""
+
+
+def test_a_step_of_a_small_head_is_a_dozen_launches() -> None:
+    """256 rows of SmolLM2's head, all of whose logits dW keeps: as docs/gpu.md says, beside 2 fills of PyTorch."""
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], check=True, capture_output=True, text=True, env=_without_interpreter()
+    )
+    found = json.loads(done.stdout)
+    for target, expected in (("sm_80", 12), ("sm_90", 13)):  # descriptors want the rows of logits gathered
+        kernels, small = found[target]
+        assert len(kernels) == expected, kernels
+        assert sum(small.values()) == 2, small
+
+
 def test_the_docs_show_what_the_model_says() -> None:
     """And what it says is within 4 % of the record of an H100."""
     done = subprocess.run(
