@@ -79,6 +79,32 @@ def test_every_access_of_a_pooled_tail_is_inside(dtype: torch.dtype, workspace: 
         run_everything(TAIL, dtype, workspace)
 
 
+@pytest.mark.parametrize("keep", [False, True], ids=["formed", "kept"])
+def test_every_access_is_inside_of_pieces_planned_for_the_live_rows(
+    keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 of 61 rows are live: neither number fills a block."""
+    from infopo_kernels.backends.triton import gradients
+
+    monkeypatch.setenv("INFOPO_KERNELS_GPU_PRODUCTS", "library")
+    plans, own = [], gradients.plan_for_fewer
+    monkeypatch.setattr(gradients, "plan_for_fewer", lambda *args: plans.append(own(*args)) or plans[-1])
+    inputs = ts.make(Problem("fewer", n=61, h=48, v=1001, bias=True, ignored=0.0), torch.float16, 160_000)
+    inputs.c[21:] = 0.0
+    assert inputs.live.sum() == 18
+    with ts.checked_addresses() as spaces, ts.FreshMemory():
+        if keep:
+            got, _ = ts.fresh_buffers(inputs, "xwb")
+            assert got.weight is not None
+            most = ts.backend().kept_rows(inputs.head, got.weight)
+            ts.keep_and_backward(ts.backend(), inputs, got, most)
+        else:
+            _, lse = ts.backend().logprob(inputs.head, inputs.labels)
+            ts.backend().backward(inputs.head, inputs.labels, lse, inputs.c, ts.buffers(inputs, "xwb"))
+    assert [plan.rows for plan in plans] == [32]
+    assert spaces.loads > 20
+
+
 @pytest.mark.usefixtures("described")
 def test_every_access_is_inside_by_descriptors() -> None:
     """Aligned rows, as descriptors want them, and nothing else aligned."""
