@@ -362,6 +362,8 @@ class Assumed:
     """Where the table has them."""
     live: bool = True
     """Whether `backward` plans its pieces for the rows that are live, once the host knows their number."""
+    beside: bool = True
+    """Whether the workspace keeps logits beside dW, in works where it does."""
 
 
 def predict(device: Device, calls: list[tuple[list[Launched], Live]], assumed: Assumed | None = None) -> Prediction:
@@ -532,6 +534,7 @@ def calls(
     """The launches of `work` on `device`, with the live rows of each call; `share`: with a pooled tail that leaves this
     share of the columns."""
     assumed = assumed or Assumed()
+    work = replace(work, beside=work.beside and assumed.beside)
     target = TARGETS[device.target]
     target = replace(target, descriptors=target.descriptors and assumed.descriptors)
 
@@ -595,11 +598,12 @@ LEVERS: Final = (
     (
         "Triton's products, masks and comparisons at every element",
         "triton",
-        Assumed(EPILOGUE_BEFORE, descriptors=False, live=False),
+        Assumed(EPILOGUE_BEFORE, descriptors=False, live=False, beside=False),
     ),
-    ("lean epilogues", "triton", Assumed(descriptors=False, live=False)),
-    ("dX and dW by the library", "library", Assumed(descriptors=False, live=False)),
-    ("logits by descriptors, tile after tile", "library", Assumed(live=False)),
+    ("lean epilogues", "triton", Assumed(descriptors=False, live=False, beside=False)),
+    ("dX and dW by the library", "library", Assumed(descriptors=False, live=False, beside=False)),
+    ("logits by descriptors, tile after tile", "library", Assumed(live=False, beside=False)),
+    ("logits kept in the workspace beside dW", "library", Assumed(live=False)),
     ("pieces planned for the live rows: as it is", "library", Assumed()),
 )
 
