@@ -83,8 +83,9 @@ class TritonBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`logprob`, and the gradients for row weights known beforehand, from one tile of logits.
 
-        Two products with `gradients.hidden` alone, three with a float32 `gradients.weight`. Where that is 16-bit, or
-        the workspace holds too few rows of logits for it to pay (`workspace.py`), `logprob` and `backward` run: four.
+        Two products with `gradients.hidden` alone, three with `gradients.weight`, where the workspace holds enough rows
+        of logits for it to pay (`workspace.py`); with a 16-bit `gradients.weight` it must hold all rows. Elsewhere
+        `logprob` and `backward` run: one product more, or two (see the class).
         """
         from infopo_kernels.backends.triton.gradients import gradients_from_tiles
         from infopo_kernels.backends.triton.kernels.rows import find_live_rows
@@ -137,7 +138,7 @@ class TritonBackend:
     def objective(
         self, objective: Objective, logp: torch.Tensor, rows: Rows, sequences: Sequences
     ) -> Evaluation | None:
-        """InfoPO in two launches; nothing else."""
+        """InfoPO in two launches, behind one of PyTorch's that fills the row weights; None for other objectives."""
         if not isinstance(objective, InfoPO):
             return None
         from infopo_kernels.backends.triton.kernels.objective import launch_objective

@@ -1,9 +1,9 @@
 """Launch parameters: one table per target, each row with its reason. Imports neither Triton nor a GPU.
 
-Those of sm_90 for aligned 16-bit rows were compared with others on an H100 (record first-contact-variants). The rest
-follows from the sizes of register file and shared memory, from what Triton's compiler reports for each target
-(`make kernels`), and from counting (docs/gpu.md). Correct it by measurement with INFOPO_KERNELS_AUTOTUNE=1 and
-`make first-contact`.
+Of sm_90 and aligned 16-bit rows, the stages, part and group of the logits' tile, descriptors, and whose products form
+dX and dW were compared with others on an H100 (record first-contact-variants). The rest follows from the sizes of
+register file and shared memory, from what Triton's compiler reports for each target (`make kernels`), and from counting
+(docs/gpu.md). Correct it by measurement with INFOPO_KERNELS_AUTOTUNE=1 and `make first-contact`.
 """
 
 from __future__ import annotations

@@ -46,8 +46,9 @@ MAX_SLICES = 8
 PASS_ROWS = 870
 """Rows a chunk at which a pass over a float32 dW (8 V H bytes) takes as long as the product that feeds it (2 R V H).
 
-On H100, with products at 728 TFLOP/s and 3.35 TB/s of memory: 4 * 728 / 3.35. B200 and MI300X lie near (830, 730), H200
-and A100 below (610, 450).
+On H100, with products at 728 TFLOP/s and the 3.35 TB/s of its data sheet: 4 * 728 / 3.35. B200 and MI300X lie near
+(830, 730), H200 and A100 below (610, 450). A copy reached 2.98 TB/s there, which makes 977. The number only weighs
+plans against each other, for every device, and may stay: an eighth more lies within what devices differ by.
 """
 
 MIN_ROWS_WITH_WEIGHT = 512

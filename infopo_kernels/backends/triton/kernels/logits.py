@@ -11,13 +11,14 @@ Softmaxes are formed in base 2, where exp(z - lse) is one fused multiply-add and
 
     exp(z_iv - lse_i) = exp2(unit u_iv - lse2_i)        unit = factor log2(e) in float32, lse2_i = lse_i unit / factor
 
-Nothing masks the common case: rows beyond the last one and words beyond the vocabulary are copies of the last ones, so
-that loads need no mask; what belongs to copies is not stored. Only the last tile of the vocabulary (EDGE) turns its
-copies' logits into minus infinity.
+Without descriptors nothing masks the common case: rows beyond the last one and words beyond the vocabulary are copies
+of the last ones, so that loads need no mask; what belongs to copies is not stored. Only the last tile of the vocabulary
+(EDGE) turns its copies' logits into minus infinity, and only tiles that hold a label of their rows compare with labels.
 
 DESCRIPTORS says that x and w are tensor descriptors of the gathered rows of a chunk and of the head: the copy engine
 (TMA) loads whole tiles, without an address or a mask in registers. A program then takes tile after tile in one loop
 that is flattened with the loop over the depth, so that the next tile is on its way while this one's sums are used.
+Triton 3.6 flattens no loop with a branch: every tile masks and compares.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@
     count = len(rows)
     gain  = 2^(GAIN_BITS - ceil(log2(max_t |c_t|)))
 
-No kernel after this one is told the count by the host: its grid is laid out for N rows and programs beyond the count
-leave at once. `gain` lifts gradients to the top of float16's range, whose smallest number (6e-8) would otherwise
-swallow c_t * p_tv; products divide by it in float32.
+Later kernels read the count on the device: their grids are laid out for all rows that may be there, and programs beyond
+the count leave at once. Where the library forms products, the host learns it for them (`products.py`); then chunks
+without rows are not launched, and pieces behind the first are planned for the live rows. `gain` lifts gradients to the
+top of float16's range, whose smallest number (6e-8) would otherwise swallow c_t * p_tv; products divide by it in
+float32.
 
 A chunk's rows of X may be gathered into contiguous memory, for descriptors and for dW's sum over rows.
 """
