@@ -5,7 +5,7 @@
 #   make test-distributed  every way over 2 and 4 processes, against one (make test: a sample of it)
 #   make bench       benchmarks on the CPU, steps on real text among them (QUICK=1: a sample in 3 minutes)
 #   make kernels     compile every GPU kernel for every target and report; no GPU needed
-#   make kernels-versions  the sample of it with every Triton that is supported
+#   make kernels-versions  the sample of it with older Tritons that are supported; the tests have the newest
 #   make first-contact     on a GPU: what is right and where the time goes, in ten minutes (ARGS=--dry-run: without one)
 #   make test-gpu    the tests that need a GPU; test-gpu-heavy those that take long or much memory
 #   make bench-gpu   benchmarks on a GPU
@@ -30,8 +30,9 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 GPU_PYTHON ?= python3
 ON_GPU := PYTHONPATH=$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON)
 
-# The oldest Triton that the kernels need, and that of PyTorch 2.11; the newest is installed beside the tests.
-TRITONS := 3.5.1 3.6.0
+# The oldest Triton that is supported, which comes with PyTorch 2.10 and 2.11, and that of PyTorch 2.13; the newest is
+# installed beside the tests.
+TRITONS := 3.6.0 3.7.1
 
 # A stamp file records what is installed. It is out of date when one of its prerequisites is newer.
 STAMPS := $(VENV)/stamps

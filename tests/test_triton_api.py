@@ -23,6 +23,7 @@ from infopo_kernels.backends import dispatch
 from infopo_kernels.backends.base import Gradients, Head
 from infopo_kernels.backends.triton import TritonBackend, gradients, launch
 from infopo_kernels.backends.triton import support as support_of_triton
+from infopo_kernels.libraries import TESTED
 from infopo_kernels.objectives import Objective
 from tests import support
 from tests.support import CASES, Case
@@ -131,9 +132,9 @@ def test_what_cannot_be_served_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("torch_version", "triton_version", "said"),
     [
-        ("2.8.0+cu128", "3.4.0", "need PyTorch 2.9 or newer, this is 2.8.0+cu128"),
-        ("2.11.0", "3.4.0", "need Triton 3.5 or newer, this is 3.4.0"),
-        ("2.9.0a0+git1", "3.5.0+git2", None),
+        ("2.9.1+cu128", "3.5.1", "need PyTorch 2.10 or newer, this is 2.9.1+cu128"),
+        ("2.11.0", "3.5.1", "need Triton 3.6 or newer, this is 3.5.1"),
+        ("2.10.0a0+git1", "3.6.0+git2", None),
         ("3.0", "4.0", None),
     ],
 )
@@ -142,10 +143,15 @@ def test_versions_below_the_floors_are_said(torch_version: str, triton_version: 
     assert reason is None if said is None else said in str(reason)
 
 
+def test_the_floors_are_those_of_the_package() -> None:
+    for library, oldest in (("torch", support_of_triton.OLDEST_TORCH), ("triton", support_of_triton.OLDEST_TRITON)):
+        assert TESTED[library][0].split(".")[:2] == [str(number) for number in oldest]
+
+
 def test_auto_falls_back_from_an_old_triton_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support_of_triton, "triton_version", lambda: "3.3.1")
+    monkeypatch.setattr(support_of_triton, "triton_version", lambda: "3.5.1")
     dispatch._warn_of_fallback.cache_clear()
-    with pytest.warns(UserWarning, match=r"need Triton 3\.5 or newer, this is 3\.3\.1; install"):
+    with pytest.warns(UserWarning, match=r"need Triton 3\.6 or newer, this is 3\.5\.1; install"):
         assert dispatch.resolve("auto", torch.device("cuda"), torch.float32).name == "torch"
 
 

@@ -1,7 +1,6 @@
 """What the Triton backend needs: versions, a device, a type; or a sentence that says which of them is missing.
 
-The floors are what the kernels use: `triton.knobs` and a tuple that a device function builds by calling itself
-(`column_parts`) need Triton 3.5, `torch.backends.cuda.matmul.fp32_precision` needs PyTorch 2.9.
+The floors are those of the package, and the oldest that are tested: PyTorch 2.10 brings Triton 3.6.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import torch
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
-OLDEST_TORCH: Final = (2, 9)
-OLDEST_TRITON: Final = (3, 5)
+OLDEST_TORCH: Final = (2, 10)
+OLDEST_TRITON: Final = (3, 6)
 
 OLDEST_CUDA: Final = (8, 0)
 """Compute capability: bfloat16 products and asynchronous copies to shared memory begin here."""

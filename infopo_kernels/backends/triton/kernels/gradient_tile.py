@@ -296,7 +296,7 @@ def launch_gradient_tile(
     c, ld = g.shape
     reports = tail is not None and tail.report is not None
     arguments = launch.logit_arguments
-    # With 64 columns Triton 3.5 to 3.7 spilled on sm_90, with 32 of float32 and tanh 3.9 on sm_100, with 32 and the
+    # With 64 columns Triton 3.6 and 3.7 spilled on sm_90, with 32 of float32 and tanh 3.9 on sm_100, with 32 and the
     # statistics of a tail 3.9 on sm_90, with 16 and its probabilities as well, or float32 and tanh, on sm_80.
     capped_single = head.softcap is not None and head.hidden.dtype == torch.float32
     narrow = (reports and tile.columns < 256) or (capped_single and tail is not None)
