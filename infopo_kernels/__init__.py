@@ -4,9 +4,10 @@ To import this package you need torch only. Mathematics: `infopo_kernels.objecti
 -> `schedule` -> `backends`.
 """
 
-from infopo_kernels.libraries import require_torch
+from infopo_kernels.libraries import require_torch, warn_untested
 
 require_torch()  # before anything else imports it: the error says what to install
+warn_untested("torch")
 
 from infopo_kernels.backends.dispatch import available_backends
 from infopo_kernels.functional import infopo_loss, linear_infopo_loss, linear_logps, linear_preference_loss

@@ -107,6 +107,22 @@ def test_without_torch_the_error_says_what_to_install(tmp_path: Path) -> None:
     assert "ImportError: infopo_kernels needs PyTorch, which is not installed; run: pip install torch" in said
 
 
+@pytest.mark.parametrize("version", ["99.0.0", None], ids=["newer", "tested"])
+def test_torch_and_triton_are_looked_at_where_they_are_imported(version: str | None) -> None:
+    pytest.importorskip("triton")
+    claimed = {name: version or TESTED[name][1] for name in ("torch", "triton")}
+    code = (
+        "import importlib.metadata, torch, triton\n"
+        f"importlib.metadata.version = {claimed}.__getitem__\n"
+        "import infopo_kernels\n"
+        "import infopo_kernels.backends.triton.launch\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in claimed:
+        assert done.stderr.count(f"{name} 99.0.0 is installed; infopo_kernels was tested") == (version is not None)
+
+
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "2.6.0")
     with pytest.raises(ImportError, match=r"needs torch 2\.10\.0 or later, found 2\.6\.0"):

@@ -15,6 +15,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from infopo_kernels.backends.base import Head
 from infopo_kernels.backends.triton.tiles import INTERPRETER, TAIL_BLOCK, TARGETS, Products, Target, Tile
+from infopo_kernels.libraries import warn_untested
+
+warn_untested("triton")
 
 FUSED = {"enable_fp_fusion": True}
 """a * b + c in one rounding, whatever Triton's default: it halves the work of every epilogue."""
