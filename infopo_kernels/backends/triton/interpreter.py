@@ -1,7 +1,9 @@
-"""bfloat16 under TRITON_INTERPRET=1: Triton's interpreter truncates on the way to it and multiplies its bits.
+"""What Triton's interpreter (TRITON_INTERPRET=1) gets wrong: bfloat16, and bounds of loops with a recent numpy.
 
-`repair` gives it the arithmetic of a device: float32 rounds to nearest, ties to even, and products of 16-bit operands
-are formed in float32, where they are exact. Kernels need not know that they are interpreted.
+It truncates on the way to bfloat16 and multiplies its bits. `repair` gives it the arithmetic of a device: float32
+rounds to nearest, ties to even, and products of 16-bit operands are formed in float32, where they are exact. A scalar
+is an array of one entry there, which Triton 3.6 gives to numpy as a number; numpy 2.4 refuses that. Kernels need not
+know that they are interpreted.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def repair() -> None:
     """Patch the interpreter, once."""
     convert = interpreter._convert_float
     dot = interpreter.InterpreterBuilder.create_dot
+    patch = interpreter._patch_lang_tensor
 
     def convert_float(data: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
         if source == tl.float32 and target == tl.bfloat16:
@@ -47,5 +50,10 @@ def repair() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, widened(a), widened(b), *rest)
 
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = create_dot
