@@ -15,7 +15,7 @@ from infopo_kernels.distributed.parallel import Way
 from tests import support
 from tests.fuzz import cases, sanitize
 from tests.fuzz import functions as calls
-from tests.fuzz.__main__ import run
+from tests.fuzz.__main__ import TRITON_EVERY, drawn_from, run
 
 BACKENDS = [name for name in support.CPU_BACKENDS if support.missing(name) is None]
 SEEDS = range(240)
@@ -24,6 +24,23 @@ SEEDS = range(240)
 @pytest.mark.parametrize("seeds", [SEEDS[first::6] for first in range(6)], ids=lambda seeds: f"from-{seeds[0]}")
 def test_random_cases(seeds: range) -> None:
     assert [failure for seed in seeds if (failure := run(seed, BACKENDS)) is not None] == []
+
+
+def test_triton_has_a_share() -> None:
+    """A small one beside other backends, of primitives and of public functions, and all cases if it is alone."""
+    taken = [seed for seed in range(6 * TRITON_EVERY) if drawn_from(seed, [*BACKENDS, "triton"]) == ["triton"]]
+    assert len(taken) == 6
+    assert {seed % 3 for seed in taken} == {0, 1, 2}
+    assert drawn_from(taken[0] + 1, [*BACKENDS, "triton"]) == drawn_from(taken[0], BACKENDS) == BACKENDS
+    assert all(drawn_from(seed, ["triton"]) == ["triton"] for seed in range(3))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of lanes that Triton masks
+def test_cases_of_triton() -> None:
+    if (reason := support.missing("triton")) is not None:
+        pytest.skip(reason)
+    taken = [seed for seed in range(6 * TRITON_EVERY) if drawn_from(seed, [*BACKENDS, "triton"]) == ["triton"]]
+    assert [failure for seed in taken if (failure := run(seed, [*BACKENDS, "triton"])) is not None] == []
 
 
 def test_what_is_drawn() -> None:
