@@ -30,12 +30,14 @@ def named_in(*files: Path) -> set[str]:
 
 PACKAGE = [*ROOT.glob("infopo_kernels/**/*.py"), *ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/*.h")]
 BUILD = [ROOT / "setup.py"]
+DOCUMENTATION = set(re.findall(r"!ENV \[?([A-Z_]+)", (ROOT / "mkdocs.yml").read_text()))
 LAUNCHERS = {"RANK", "LOCAL_RANK"}
 
 
 def test_what_is_read_is_documented() -> None:
     assert read_by(*PACKAGE) - LAUNCHERS == documented("Read by the package")
     assert read_by(*BUILD) == documented("Read when the package is built") - {"MAX_JOBS"}, "MAX_JOBS is torch's"
+    assert documented("Read when the documentation is built") == DOCUMENTATION
     for name in LAUNCHERS:
         assert f"`{name}`" in SECTIONS["Read by launchers"]
 
