@@ -26,7 +26,7 @@ from tests.fuzz import cases, functions
 
 MOST_FAILURES = 10
 TRITON_EVERY = 200
-"""A case of the interpreter takes about as long as that many others, and less than one of ten minutes in this share."""
+"""A case of the interpreter takes some 0.3 s, as long as 5 to 50 others."""
 
 
 def backend_of(name: str) -> Backend:
