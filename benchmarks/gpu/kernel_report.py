@@ -22,6 +22,7 @@ from benchmarks import records, report
 from benchmarks.gpu import offline
 from benchmarks.gpu.machine_code import Usage, usage
 from benchmarks.measure.fresh import in_fresh_process
+from infopo_kernels.backends.triton.launch import RELEASE
 from infopo_kernels.backends.triton.tiles import TARGETS
 
 PRODUCT_KERNELS: Final = (
@@ -62,8 +63,7 @@ class Row(Usage):
     def failures(self) -> list[str]:
         """The gates that this kernel does not pass."""
         target, failed = TARGETS[self.target], []
-        release = tuple(int(part) for part in triton.__version__.split(".")[:2])
-        if release >= TAIL_WITHOUT_SPILLS or not self.constants.get("TAIL"):
+        if RELEASE >= TAIL_WITHOUT_SPILLS or not self.constants.get("TAIL"):
             if self.spills:
                 failed.append(f"{self.spills} spills")
             if self.stack:

@@ -26,6 +26,9 @@ MIN_GATHERED = 1024
 """Rows that half of the workspace must hold for logits to be formed from gathered ones: eight blocks of the widest tile
 at least pass over the head together."""
 
+RELEASE: tuple[int, ...] = tuple(int(part) for part in triton.__version__.split(".")[:2])
+"""Of Triton: some spill registers where others do not."""
+
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 at import: kernels run as numpy on CPU tensors."""
 

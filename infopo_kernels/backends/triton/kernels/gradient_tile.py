@@ -27,7 +27,7 @@ from infopo_kernels.backends.triton.kernels.logits import (
 )
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.kernels.tail import Tail, stats_of, store_tail_stats
-from infopo_kernels.backends.triton.launch import Launch, ceil_div, start_product
+from infopo_kernels.backends.triton.launch import RELEASE, Launch, ceil_div, start_product
 
 
 @triton.jit
@@ -296,11 +296,13 @@ def launch_gradient_tile(
     c, ld = g.shape
     reports = tail is not None and tail.report is not None
     arguments = launch.logit_arguments
-    # With 64 columns Triton 3.6 and 3.7 spilled on sm_90, with 32 of float32 and tanh 3.9 on sm_100, with 32 and the
-    # statistics of a tail 3.9 on sm_90, with 16 and its probabilities as well, or float32 and tanh, on sm_80.
+    # With 64 columns Triton 3.6 and 3.7 spilled on sm_90, with 32 and descriptors 3.7, with 32 of float32 and tanh 3.9
+    # on sm_100, with 32 and the statistics of a tail 3.9 on sm_90, with 16 and its probabilities as well, or float32
+    # and tanh, on sm_80.
     capped_single = head.softcap is not None and head.hidden.dtype == torch.float32
     narrow = (reports and tile.columns < 256) or (capped_single and tail is not None)
-    most = 8 if narrow else 16 if capped_single or tail is not None else 32
+    fewer = capped_single or tail is not None or (launch.sizes.descriptors and RELEASE == (3, 7))
+    most = 8 if narrow else 16 if fewer else 32
     arguments["PART"] = min(arguments["PART"], most)
     start_product(
         gradient_tile_kernel,
