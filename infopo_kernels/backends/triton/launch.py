@@ -225,7 +225,7 @@ def prepare(head: Head) -> Launch:
     library = library and not tail  # the number of kept columns is on the device
     if library and device.type == "cuda":
         library = not torch.cuda.is_current_stream_capturing()
-    (rows, h), tiles = head.hidden.shape, target.products(single=single, aligned=whole)
+    (rows, h), tiles = head.hidden.shape, target.products(single=single, aligned=whole, release=RELEASE)
     described = target.descriptors and whole and not single
     described = described and MIN_GATHERED * 2 * h <= head.workspace_bytes // 2
     sizes = Sizes(

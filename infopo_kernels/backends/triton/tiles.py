@@ -72,9 +72,15 @@ class Target:
     descriptors: bool = False
     """Whether aligned 16-bit rows reach the product of logits by tensor descriptors (TMA), gathered before."""
 
-    def products(self, *, single: bool, aligned: bool) -> Products:
+    def products(self, *, single: bool, aligned: bool, release: tuple[int, ...]) -> Products:
+        """The tiles of a type, with Triton's `release`."""
         own, unaligned = (self.single, self.single_unaligned) if single else (self.half, self.half_unaligned)
-        return own if aligned or unaligned is None else unaligned
+        tiles = own if aligned or unaligned is None else unaligned
+        if not (single and aligned and self.name == "sm_100" and release == (3, 7)):
+            return tiles
+        # Whole parts spilled 2 to 13 registers there.
+        narrower = (replace(tile, part=tile.part // 2) for tile in (tiles.logits, tiles.hidden, tiles.weight))
+        return Products(*narrower)
 
 
 def _same(tile: Tile) -> Products:
