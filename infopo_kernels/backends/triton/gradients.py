@@ -224,8 +224,7 @@ def _by_rows(
             launch_gather_rows(launch, live, gathered, row0)
         from_kept, end = kept if row0 == 0 else None, v
         while end > 0:
-            v0 = (ceil_div(end, plan.columns) - 1) * plan.columns
-            columns = end - v0
+            v0, columns = last_piece(end, plan.columns)
             if from_kept is not None:
                 launch_kept_gradient(launch, labels, lse, row_weight, live, from_kept, g, bias_part, v0, columns, tail)
             launch_gradient_tile(launch, labels, lse, row_weight, live, g, bias_part, row0, v0, columns, gathered, tail)
@@ -246,9 +245,15 @@ def _by_rows(
                     part, gathered, g, bias_part, *_ = cut(buffer, plan.layouts)  # the sums of dX stay where they are
                     if gathered.numel():
                         launch_gather_rows(launch, live, gathered, row0)
-            end = v0
+            end -= columns
         if hidden is not None:
             launch_store_hidden(launch, live, part, hidden, row0)
+
+
+def last_piece(end: int, columns: int) -> tuple[int, int]:
+    """The first word and the number of words of the last of the pieces, of `columns` words each, of words 0 .. end."""
+    v0 = (ceil_div(end, columns) - 1) * columns
+    return v0, end - v0
 
 
 def _by_vocabulary(
