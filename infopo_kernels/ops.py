@@ -323,7 +323,7 @@ def _backward(inputs: LogprobBackwardInputs, weight_gradient: Tensor | None) -> 
     """The gradients that are wanted; dW is added to `weight_gradient`, if it is given."""
     runner, together = inputs.begin()
     head = inputs.head() if together is None else together.whole_head(inputs.head())
-    gradients = schedule.zero_gradients(runner, head, Wanted(*inputs.wanted))
+    gradients = schedule.zero_gradients(head, Wanted(*inputs.wanted))
     if weight_gradient is not None:
         gradients = replace(gradients, weight=weight_gradient)
     with inputs.no_autocast():

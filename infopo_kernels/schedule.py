@@ -54,15 +54,7 @@ from dataclasses import replace
 
 import torch
 
-from infopo_kernels.backends.base import (
-    Backend,
-    Gradients,
-    Head,
-    TailReport,
-    Wanted,
-    uninitialised_like,
-    with_memory_for_logits,
-)
+from infopo_kernels.backends.base import Backend, Gradients, Head, TailReport, Wanted, with_memory_for_logits
 from infopo_kernels.distributed.parallel import Together
 from infopo_kernels.lift import Lift
 from infopo_kernels.objectives import Evaluation, Objective, Sequences
@@ -91,7 +83,7 @@ def evaluator(
     return evaluate
 
 
-def zero_gradients(backend: Backend, head: Head, wanted: Wanted) -> Gradients:
+def zero_gradients(head: Head, wanted: Wanted) -> Gradients:
     """Result buffers filled with 0; the bias accumulates in float32."""
     return Gradients(
         torch.zeros_like(head.hidden, memory_format=torch.contiguous_format) if wanted.hidden else None,
@@ -153,14 +145,14 @@ def _preference(
     at_once = together is None or together.known_weights_pay
     known = objective.known if at_once else "none"
     if at_once and known != "all" and not (wanted.weight or wanted.bias):
-        gradients = zero_gradients(backend, head, wanted)
+        gradients = zero_gradients(head, wanted)
         into = replace(gradients, tail=tail)
         result, _, _, factor = _unit_hidden_gradient(backend, head, rows.labels, into, evaluate, lift)
         return result, gradients, factor
 
-    gradients = replace(zero_gradients(backend, head, replace(wanted, weight=False)), tail=tail)
+    gradients = replace(zero_gradients(head, replace(wanted, weight=False)), tail=tail)
     if wanted.weight:  # not zeroed here: it may hold logits first
-        empty = uninitialised_like(head.weight, head.weight.dtype)
+        empty = torch.empty_like(head.weight, memory_format=torch.contiguous_format)
         gradients = replace(gradients, weight=empty)
         # Parts of sequences: every rank has to ask for as many sums, however many rows it has.
         as_many = objective.known == "none" or together is None or not together.parts_of_sequences
@@ -168,7 +160,7 @@ def _preference(
             result, factor = _every_row_kept(backend, head, rows.labels, gradients, evaluate, lift)
             return result, gradients, factor
     # Sizes of parts and numbers of rows differ between ranks, and all have to make the same calls of a shared backend.
-    into, head = _accumulators(backend, head, gradients) if alone else (gradients, head)
+    into, head = _accumulators(head, gradients) if alone else (gradients, head)
     if known == "all":
         weights = _known_row_weights(head, rows, sequences, objective)
         result, factor = _every_weight_known(backend, head, rows.labels, weights, into, evaluate, lift)
@@ -325,7 +317,7 @@ def _unit_hidden_gradient(
     return result, c, lse, factor
 
 
-def _accumulators(backend: Backend, head: Head, gradients: Gradients) -> tuple[Gradients, Head]:
+def _accumulators(head: Head, gradients: Gradients) -> tuple[Gradients, Head]:
     """Buffers in which gradients add up over calls, and the head with the rest of the workspace.
 
     A float32 buffer replaces a 16-bit dW if it fits half of the workspace. Otherwise a single call has to form each
@@ -337,7 +329,7 @@ def _accumulators(backend: Backend, head: Head, gradients: Gradients) -> tuple[G
     size = weight.numel() * head.accumulator_dtype.itemsize
     if size > head.workspace_bytes // 2:
         return gradients, head
-    accumulator = uninitialised_like(weight, head.accumulator_dtype)
+    accumulator = torch.empty_like(weight, dtype=head.accumulator_dtype, memory_format=torch.contiguous_format)
     return replace(gradients, weight=accumulator), replace(head, workspace_bytes=head.workspace_bytes - size)
 
 

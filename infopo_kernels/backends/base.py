@@ -250,11 +250,6 @@ def with_memory_for_logits(backend: Backend, head: Head, into: Gradients, rows: 
     return replace(head, workspace_bytes=head.workspace_bytes - taken), replace(into, logits=memory)
 
 
-def uninitialised_like(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a gradient of `weight`: [V, H] `dtype`, contiguous, with any content."""
-    return torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-
-
 def scale_in_parts(values: torch.Tensor, factor: torch.Tensor) -> None:
     """`Backend.scale_` in plain PyTorch, a bounded part at a time (a mixed product copies its operands)."""
     if not factor.ndim:

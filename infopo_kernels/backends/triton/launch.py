@@ -14,6 +14,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from infopo_kernels.backends.base import Head
+from infopo_kernels.backends.triton.support import release
 from infopo_kernels.backends.triton.tiles import INTERPRETER, TAIL_BLOCK, TARGETS, Products, Target, Tile
 from infopo_kernels.libraries import warn_untested
 
@@ -26,7 +27,7 @@ MIN_GATHERED = 1024
 """Rows that half of the workspace must hold for logits to be formed from gathered ones: eight blocks of the widest tile
 at least pass over the head together."""
 
-RELEASE: tuple[int, ...] = tuple(int(part) for part in triton.__version__.split(".")[:2])
+RELEASE = release(triton.__version__)
 """Of Triton: some spill registers where others do not."""
 
 INTERPRETED: bool = triton.knobs.runtime.interpret

@@ -50,7 +50,7 @@ def version_reason(torch_version: str, triton_version: str) -> str | None:
         ("PyTorch", torch_version, OLDEST_TORCH),
         ("Triton", triton_version, OLDEST_TRITON),
     ):
-        if _release(version) < oldest:
+        if release(version) < oldest:
             return (
                 f"Triton kernels need {name} {oldest[0]}.{oldest[1]} or newer, this is {version}; install "
                 f"PyTorch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, which brings its own Triton, or use "
@@ -70,7 +70,8 @@ def triton_version() -> str:
     return str(triton.__version__)
 
 
-def _release(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, int]:
+    """Its first two numbers; zeros where it has none."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
