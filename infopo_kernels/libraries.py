@@ -16,7 +16,7 @@ from typing import Final
 TESTED: Final = {
     "torch": ("2.10.0", "2.15.0"),
     "triton": ("3.6.0", "3.9.0"),
-    "transformers": ("5.0.0", "5.24.0"),
+    "transformers": ("5.3.0", "5.24.0"),
     "trl": ("1.16.0", "1.16.0"),
     "peft": ("0.18.0", "0.21.2"),
     "accelerate": ("1.10.1", "1.15.0"),
@@ -65,6 +65,21 @@ def warn_untested(*libraries: str) -> None:
             f"{library} {installed} is installed; infopo_kernels was tested with {library} {oldest} to {newest}. "
             "Other releases may work; where they do not, install one of those.",
             stacklevel=3,
+        )
+
+
+def require_methods(library: str, owner: type, names: tuple[str, ...]) -> None:
+    """Raise ImportError if `owner`, a class of `library`, lacks one of the private methods that are overridden.
+
+    An override that the library's release does not call guards nothing, and says nothing about it.
+    """
+    if missing := [name for name in names if not hasattr(owner, name)]:
+        oldest, newest = TESTED[library]
+        raise ImportError(
+            f"{owner.__name__} of {library} {_installed(library) or '(no version)'} has no "
+            f"{' and no '.join(f'`{name}`' for name in missing)}, where infopo_kernels adds its checks; they would not "
+            f"run. Install {library} {oldest} to {newest}.",
+            name=library,
         )
 
 

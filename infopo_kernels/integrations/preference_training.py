@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from infopo_kernels.integrations import first_step
@@ -38,10 +38,13 @@ from infopo_kernels.integrations.step import (
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import LinearLogpsOutput, causal_model
+from infopo_kernels.libraries import require_methods
 from infopo_kernels.objectives import Objective
 from infopo_kernels.output import PreferenceOutput
 
 logger = logging.getLogger(__name__)
+
+require_methods("transformers", Trainer, ("_set_signature_columns_if_needed", "_prepare_inputs", "_get_grad_norm"))
 
 _FEATURE_COLUMNS: Final = (
     "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "weight", "ref_chosen_logps",

@@ -20,7 +20,7 @@ from infopo_kernels.integrations.preferences import by_feature, feature_dataset,
 from infopo_kernels.integrations.references import ReferenceTable
 from infopo_kernels.integrations.step import LAYOUT_KEYS, number_of_chosen, reference_logps, split_inputs
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
-from infopo_kernels.libraries import import_failure, warn_untested
+from infopo_kernels.libraries import import_failure, require_methods, warn_untested
 from infopo_kernels.objectives import DPO, IPO, SFT, InfoPO, Objective, SimPO
 from infopo_kernels.options import KernelOptions
 
@@ -37,6 +37,7 @@ try:
 except ImportError as error:
     raise import_failure(__name__, ("trl", "transformers", "accelerate", "datasets"), "trl", error) from error
 warn_untested("trl", "transformers", "accelerate", "datasets", "peft")
+require_methods("trl", DPOTrainer, ("_prepare_dataset", "_precompute_ref_logps", "_compute_loss"))
 
 _LOSSES: Final = ("infopo", "sigmoid", "ipo", "simpo", "sft")
 """Values of `loss_type`, under TRL's names where it has one: "sigmoid" is DPO."""
