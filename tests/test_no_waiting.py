@@ -5,6 +5,9 @@ The backend's own part: `test_triton_compile.py`. Copies to a device are seen on
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -83,6 +86,39 @@ def test_numbers_of_sequences_are_on_the_host(packed: bool, several: bool) -> No
     if several:
         with pytest.raises(RuntimeError):
             step.metric_sums(out, InfoPO(), model_inputs, known)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", ["transformers", "trl"])
+def test_a_step_of_the_trainers(kind: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compute_loss` of every step but the first, which reads what it checks."""
+    checks, fixtures = (
+        pytest.importorskip(f"tests.{name}") for name in ("test_integrations_checks", "training_fixtures")
+    )
+    monkeypatch.setattr(functional, "_autocast", lambda *tensors: tensors)
+    if kind == "trl":
+        trl = pytest.importorskip("tests.test_integrations_trl")
+        fixtures.save_tiny_model(tmp_path / "model")
+        options = trl.config(tmp_path, padding_free=packed)
+        trainer = trl.InfoPOTrainer(str(tmp_path / "model"), args=options, train_dataset=trl.dataset())
+    else:
+        from infopo_kernels.integrations.collators import PackedPreferenceCollator
+
+        given = {"data_collator": PackedPreferenceCollator()} if packed else {}
+        trainer = checks.trainer(tmp_path, ref_model=fixtures.tiny_model(), **given)
+    models = trainer.model, trainer.ref_model
+    for model in models:
+        model.set_attn_implementation("eager")  # the default reads the mask
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch)
+    # Transformers reads from positions whether sequences are packed. What it finds makes no difference here.
+    masks = importlib.import_module("transformers.masking_utils")
+    monkeypatch.setattr(masks, "find_packed_sequence_indices", lambda positions: None)
+    for model in models:
+        model.to("meta")
+    there = {key: value.to("meta") if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    assert trainer.compute_loss(trainer.model, there).device.type == "meta"
 
 
 def test_reading_a_value_fails_here() -> None:

@@ -388,8 +388,8 @@ def check_finite(output: PreferenceOutput, objective: Objective, where: str = "T
         cap = "lower the learning rate"
     raise FloatingPointError(
         f"{where}: the loss is {float(output.loss.detach())}. {half.capitalize()} response {number} of the batch has "
-        f"the log-probability {float(output.logps[worst]):.6g} nats and the log-ratio {log_ratios[worst]:+.6g} nats to the "
-        f"reference (weight {float(output.weights[worst]):.3g}). No weight was changed by this step. If the ratio is "
-        f"wrong, the reference does not belong to this model or these tokens; if it is right, {cap}, or lower the "
+        f"the log-probability {float(output.logps[worst]):.6g} nats and the log-ratio {log_ratios[worst]:+.6g} nats to "
+        f"the reference (weight {float(output.weights[worst]):.3g}). No weight was changed by this step. If the ratio "
+        f"is wrong, the reference does not belong to this model or these tokens; if it is right, {cap}, or lower the "
         f"learning rate or `beta`."
     )

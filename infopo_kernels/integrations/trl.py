@@ -195,6 +195,9 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         "citation": "Teng Xiao et al., NAACL 2025",
     }
 
+    _counted: Tensor | int = 0
+    """Tokens since they were last read, on the device."""
+
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -381,8 +384,9 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
             assert out.aux_loss is not None
             loss = loss + self.router_aux_loss_coef * out.aux_loss
             aux_loss = self.accelerator.gather_for_metrics(out.aux_loss.detach())
-            self._metrics[mode]["aux_loss"].append(aux_loss.mean().item())
-        self._count_tokens(mode, inputs)
+            self._metrics[mode]["aux_loss"].append(aux_loss.mean())
+        if mode == "train":
+            self._count_tokens(inputs)
         if not return_outputs:
             return loss
         model_inputs = split_inputs(inputs)[0]
@@ -397,13 +401,20 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         with context:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def _count_tokens(self, mode: str, inputs: Any) -> None:
-        if mode == "train":
-            mask = inputs.get("attention_mask")
-            padded = mask is not None and mask.ndim == 2
-            tokens = mask.sum() if padded else torch.tensor(inputs["input_ids"].numel(), device=self.accelerator.device)
-            self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item() // self._tp_size
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+    def _count_tokens(self, inputs: Any) -> None:
+        """Add the batch to what is counted on the device, which is read when a log wants it (TRL reads every step)."""
+        mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
+        padded = mask is not None and mask.ndim == 2
+        tokens = mask.sum() if padded else torch.full((), ids.numel(), device=ids.device)
+        self._counted = self._counted + self.accelerator.gather_for_metrics(tokens).sum()
+
+    def _taken(self, mode: str) -> dict[str, float]:
+        """Means of what was noted beside the loss since they were last taken, and the tokens of training."""
+        self._total_train_tokens += int(self._counted) // self._tp_size
+        self._counted = 0
+        taken = {name: float(sum(values) / len(values)) for name, values in self._metrics[mode].items()}
+        self._metrics[mode].clear()
+        return {**taken, "num_tokens": float(self._total_train_tokens)}
 
     # --- metrics --------------------------------------------------------------------------------------------------
 
@@ -411,14 +422,12 @@ class InfoPOTrainer(PreferenceTraining, DPOTrainer):  # type: ignore[misc]
         """Adds what is counted beside the loss, under the prefix of this data set."""
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-        output.metrics.update({f"{prefix}_{name}": sum(v) / len(v) for name, v in self._metrics["eval"].items()})
-        self._metrics["eval"].clear()
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._taken("eval").items()})
         return output
 
     def _log(self, logs: dict[str, float], start_time: float | None) -> None:
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics["train"].items()}
-            self._metrics["train"].clear()
+            logs |= self._taken("train")
         super(DPOTrainer, self).log(logs, start_time)  # DPOTrainer's would guess the prefix from the model's mode
 
 
