@@ -16,7 +16,7 @@ from typing import Final
 TESTED: Final = {
     "torch": ("2.10.0", "2.15.0"),
     "triton": ("3.6.0", "3.9.0"),
-    "transformers": ("5.3.0", "5.24.0"),
+    "transformers": ("5.6.0", "5.24.0"),
     "trl": ("1.16.0", "1.16.0"),
     "peft": ("0.18.0", "0.21.2"),
     "accelerate": ("1.10.1", "1.15.0"),

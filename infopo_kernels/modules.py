@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +9,12 @@ from torch import Tensor, nn
 from infopo_kernels import checks
 from infopo_kernels.functional import infopo_loss, linear_preference_loss
 from infopo_kernels.objectives import InfoPO, Objective
-from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions
+from infopo_kernels.options import IGNORE_INDEX, KernelOptions, LogitOptions, arguments
 from infopo_kernels.output import InfoPOOutput, PreferenceOutput
 
 
 def _listed(*options: object) -> str:
-    return ", ".join(f"{key}={value!r}" for each in options for key, value in asdict(each).items())  # type: ignore[call-overload]
+    return ", ".join(f"{key}={value!r}" for each in options for key, value in arguments(each).items())
 
 
 class InfoPOLoss(nn.Module):
@@ -44,7 +43,7 @@ class InfoPOLoss(nn.Module):
     ) -> InfoPOOutput:
         """See `infopo_loss`; `kwargs` are its lengths and `num_pairs`."""
         return infopo_loss(
-            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, **asdict(self.options), **kwargs
+            chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, **arguments(self.options), **kwargs
         )
 
     def extra_repr(self) -> str:
@@ -95,8 +94,8 @@ class LinearPreferenceLoss(nn.Module):
             objective=self.objective,
             shift=self.shift,
             ignore_index=self.ignore_index,
-            **asdict(self.logit),
-            **asdict(self.kernel),
+            **arguments(self.logit),
+            **arguments(self.kernel),
             **kwargs,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 IGNORE_INDEX: Final = -100
 """Label of an unscored row inside the library; the public functions translate `ignore_index` to it."""
@@ -42,6 +42,11 @@ def require_bool(name: str, value: object) -> None:
     """Raise unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {type(value).__name__} {value!r}.")
+
+
+def arguments(options: Any) -> dict[str, Any]:
+    """A dataclass as keyword arguments. `asdict` would copy values, which torch.compile of torch 2.10 cannot trace."""
+    return {name: getattr(options, name) for name in type(options).__match_args__}
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,22 @@ def infopo_trainer(model: Any, arguments: Any, **options: Any) -> Any:
     return PreferenceTrainer(model, arguments, infopo=InfoPO(beta=0.1), **options)
 
 
+@pytest.mark.parametrize("make", [infopo_trainer, dpo_trainer])
+def test_a_loss_that_would_be_divided_twice_is_refused(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.2 to 5.5 have it: its plugin tells Accelerate the number of steps that Trainer divides by."""
+    plugin = transformers.trainer.GradientAccumulationPlugin
+    monkeypatch.setattr(
+        transformers.trainer, "GradientAccumulationPlugin", lambda **options: plugin(**{**options, "num_steps": 2})
+    )
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), gradient_accumulation_steps=2, report_to=[], use_cpu=True, remove_unused_columns=False
+    )
+    with pytest.raises(ValueError, match="gradients would be 2 times too small"):
+        make(tiny_model(), arguments, train_dataset=PAIRS, data_collator=PreferenceCollator())
+
+
 @pytest.mark.parametrize("make", [infopo_trainer, dpo_trainer, own_trainer])
 def test_accumulated_micro_batches_are_one_batch(make: Any, tmp_path: Path) -> None:
     changes, losses = [], []

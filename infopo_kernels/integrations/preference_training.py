@@ -119,6 +119,14 @@ class PreferenceTraining:
         # The loss is a mean over the pairs of a batch, so Trainer divides it by the accumulation steps. Its class
         # attribute `loss_is_scaled_for_ga` says the same, but transformers before 5.19 does not know it.
         self.model_accepts_loss_kwargs = False
+        divided = self.accelerator.gradient_accumulation_steps
+        if divided > 1 and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            # Trainer of transformers 5.2 to 5.5 tells Accelerate its number of steps.
+            raise ValueError(
+                f"Accelerate would divide the loss by its `gradient_accumulation_steps`, {divided}, after Trainer has: "
+                f"gradients would be {divided} times too small. Leave accumulation to Trainer "
+                f"(`gradient_accumulation_steps` of the training arguments), with transformers 5.6 or later."
+            )
         self._is_start = given is None or same_start(self.model, given)
         if self.args.n_gpu > 1:
             raise ValueError(

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -43,7 +43,7 @@ from infopo_kernels.integrations.logit_transform import known_logits, logit_opti
 from infopo_kernels.integrations.sealed import Sealed, least_cast, unsealed
 from infopo_kernels.libraries import import_failure, warn_untested
 from infopo_kernels.objectives import InfoPO, Objective
-from infopo_kernels.options import KernelOptions, LogitOptions
+from infopo_kernels.options import KernelOptions, LogitOptions, arguments
 from infopo_kernels.output import PreferenceOutput, TailSummary
 
 try:
@@ -366,12 +366,12 @@ def _forward(
     hidden, own = _hidden_states(self, head, attachment, args, kwargs)
     if rows is not None:
         hidden = hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)]
-    kernel = asdict(attachment.kernel)
+    kernel = arguments(attachment.kernel)
     report_tail = kernel.pop("report_tail")
     pools = kernel["tail_threshold"] > 0 and torch.is_grad_enabled()
     shared = {
         "shift": rows is None and shift_labels is None, "cu_seqlens": cu_seqlens, "sequence_group": sequence_group,
-        **asdict(attachment.logit), **kernel,
+        **arguments(attachment.logit), **kernel,
     }  # fmt: skip
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: VocabShard | None) -> tuple[Any, ...]:

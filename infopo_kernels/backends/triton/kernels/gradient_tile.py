@@ -294,15 +294,14 @@ def launch_gradient_tile(
     """
     head, tile = launch.head, launch.tiles.logits
     c, ld = g.shape
-    reports = tail is not None and tail.report is not None
+    reports, described = tail is not None and tail.report is not None, launch.sizes.descriptors
     arguments = launch.logit_arguments
-    # With 64 columns Triton 3.6 and 3.7 spilled on sm_90, with 32 and descriptors 3.7, with 32 of float32 and tanh 3.9
-    # on sm_100, with 32 and the statistics of a tail 3.9 on sm_90, with 16 and its probabilities as well, or float32
-    # and tanh, on sm_80.
-    capped_single = head.softcap is not None and head.hidden.dtype == torch.float32
-    narrow = (reports and tile.columns < 256) or (capped_single and tail is not None)
-    fewer = capped_single or tail is not None or (launch.sizes.descriptors and RELEASE == (3, 7))
-    most = 8 if narrow else 16 if fewer else 32
+    # With 64 columns Triton 3.6 and 3.7 spilled on sm_90. Of descriptors without a tail 3.7 takes 16 in its registers. Of
+    # float32 with tanh they hold 16, and 8 beside the statistics of a tail.
+    single = head.hidden.dtype == torch.float32
+    capped_single = head.softcap is not None and single
+    fewer = capped_single or (tail is not None and single) or (described and RELEASE == (3, 7) and tail is None)
+    most = 8 if capped_single and tail is not None else 16 if fewer else 32
     arguments["PART"] = min(arguments["PART"], most)
     start_product(
         gradient_tile_kernel,
