@@ -22,7 +22,6 @@ from benchmarks import records, report
 from benchmarks.gpu import offline
 from benchmarks.gpu.machine_code import Usage, usage
 from benchmarks.measure.fresh import in_fresh_process
-from infopo_kernels.backends.triton.launch import RELEASE
 from infopo_kernels.backends.triton.tiles import TARGETS
 
 PRODUCT_KERNELS: Final = (
@@ -63,11 +62,10 @@ class Row(Usage):
     def failures(self) -> list[str]:
         """The gates that this kernel does not pass."""
         target, failed = TARGETS[self.target], []
-        if RELEASE >= TAIL_WITHOUT_SPILLS or not self.constants.get("TAIL"):
-            if self.spills:
-                failed.append(f"{self.spills} spills")
-            if self.stack:
-                failed.append(f"{self.stack} bytes of stack")
+        if self.spills:
+            failed.append(f"{self.spills} spills")
+        if self.stack:
+            failed.append(f"{self.stack} bytes of stack")
         if self.shared > target.shared_memory:
             failed.append(f"{self.shared} bytes of shared memory, {target.shared_memory} are there")
         if self.kernel in PRODUCT_KERNELS and self.shape.dtype != torch.float32:
@@ -82,12 +80,6 @@ class Row(Usage):
         shape, options = self.shape, " with logit options" if self.shape.options else ""
         size = f"{shape.dtype}{options} ({shape.n} x {shape.h} x {shape.v})"
         return f"{self.target} {self.kernel} {size} {self.constants}: {'; '.join(self.failures())}"
-
-
-TAIL_WITHOUT_SPILLS = (3, 9)
-"""The first Triton with which kernels of a pooled tail have to keep all in registers. With 3.5 and 3.6
-`gradient_tile_kernel` spills there on sm_80 and sm_90 (2 to 55 times a thread): right, and slower. No part suits every
-version."""
 
 
 def _in_sample(shape: offline.Shape) -> bool:

@@ -57,6 +57,8 @@ class Sizes:
     """Whether logits are formed from gathered rows by tensor descriptors (`kernels/logits.py`)."""
     tail: bool
     """Whether the tail of G is pooled (`kernels/tail.py`)."""
+    gradient_part: int
+    """Columns of G that follow a product of logits at a time (`kernels/gradient_tile.py`)."""
 
     def filled(self, programs: int) -> float:
         """Share of the device that works on `programs` equal programs, one a multiprocessor, until the last is done."""
@@ -229,6 +231,9 @@ def prepare(head: Head) -> Launch:
     (rows, h), tiles = head.hidden.shape, target.products(single=single, aligned=whole, release=RELEASE)
     described = target.descriptors and whole and not single
     described = described and MIN_GATHERED * 2 * h <= head.workspace_bytes // 2
+    gradient_part = target.gradient_part(
+        tiles.logits, single=single, softcap=head.softcap is not None, tail=tail, described=described, release=RELEASE
+    )
     sizes = Sizes(
         rows,
         h,
@@ -241,6 +246,7 @@ def prepare(head: Head) -> Launch:
         library,
         described,
         tail,
+        gradient_part,
     )
     return Launch(head, sizes, precision)
 

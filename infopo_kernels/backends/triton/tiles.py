@@ -82,6 +82,22 @@ class Target:
         narrower = (replace(tile, part=tile.part // 2) for tile in (tiles.logits, tiles.hidden, tiles.weight))
         return Products(*narrower)
 
+    def gradient_part(
+        self, tile: Tile, *, single: bool, softcap: bool, tail: bool, described: bool, release: tuple[int, ...]
+    ) -> int:
+        """Columns of G that a thread takes at a time, of a tile of logits, with Triton's `release`.
+
+        As many as spilled no register with 3.6, 3.7 and 3.9: 64 did on sm_90 with 3.6 and 3.7. float32 with tanh takes
+        16, and 8 beside the statistics of a tail. 3.7 takes 16 on sm_90 with descriptors and no tail, where it holds 32
+        with one, and on sm_100 with one, where it holds 32 without.
+        """
+        if single:
+            most = (8 if tail else 16) if softcap else 16 if tail else 32
+        else:
+            fewer = not self.descriptors if tail else described
+            most = 16 if release == (3, 7) and fewer and tile.columns == 256 else 32
+        return min(tile.part, most)
+
 
 def _same(tile: Tile) -> Products:
     return Products(tile, tile, tile)

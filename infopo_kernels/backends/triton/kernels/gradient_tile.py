@@ -27,7 +27,7 @@ from infopo_kernels.backends.triton.kernels.logits import (
 )
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.kernels.tail import Tail, stats_of, store_tail_stats
-from infopo_kernels.backends.triton.launch import RELEASE, Launch, ceil_div, start_product
+from infopo_kernels.backends.triton.launch import Launch, ceil_div, start_product
 
 
 @triton.jit
@@ -294,15 +294,9 @@ def launch_gradient_tile(
     """
     head, tile = launch.head, launch.tiles.logits
     c, ld = g.shape
-    reports, described = tail is not None and tail.report is not None, launch.sizes.descriptors
+    reports = tail is not None and tail.report is not None
     arguments = launch.logit_arguments
-    # With 64 columns Triton 3.6 and 3.7 spilled on sm_90. Of descriptors without a tail 3.7 takes 16 in its registers. Of
-    # float32 with tanh they hold 16, and 8 beside the statistics of a tail.
-    single = head.hidden.dtype == torch.float32
-    capped_single = head.softcap is not None and single
-    fewer = capped_single or (tail is not None and single) or (described and RELEASE == (3, 7) and tail is None)
-    most = 8 if capped_single and tail is not None else 16 if fewer else 32
-    arguments["PART"] = min(arguments["PART"], most)
+    arguments["PART"] = launch.sizes.gradient_part
     start_product(
         gradient_tile_kernel,
         (launch.programs(ceil_div(c, tile.rows) * ceil_div(columns, tile.columns)),),

@@ -182,6 +182,8 @@ def launch_hidden_product(
     """Add G [C, ld] times the rows v0 .. v0 + columns of the head to `part` [slices, C, H] (or assign it); `tail`: of a
     compact G."""
     tile = launch.tiles.hidden
+    # Where compact columns are assigned, Triton 3.7 spills two registers of float32 on sm_100 in narrower parts.
+    columns_a_part = tile.part if tail is None or add else min(64, tile.columns)
     slices, c, h = part.shape
     weight = launch.head.weight[v0 : v0 + columns]
     words, number, means, pools, pool0 = (None, None, None, 0, 0)
@@ -210,7 +212,7 @@ def launch_hidden_product(
         BLOCK_N=tile.rows,
         BLOCK_H=tile.columns,
         BLOCK_V=tile.depth,
-        PART=tile.part,
+        PART=columns_a_part,
         GROUP=tile.group,
         **launch.product_arguments(tile),
         rows=c,
