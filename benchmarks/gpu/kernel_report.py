@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,7 @@ import triton
 
 from benchmarks import records, report
 from benchmarks.gpu import offline
-from benchmarks.gpu.machine_code import Usage, usage
+from benchmarks.gpu.machine_code import Usage, issued, usage
 from benchmarks.measure.fresh import in_fresh_process
 from infopo_kernels.backends.triton.tiles import TARGETS
 
@@ -115,17 +115,52 @@ def compile_all(targets: Iterable[str], sample: bool) -> list[Row]:
     Raises:
         RuntimeError: a kernel does not compile.
     """
+    return _in_processes(compile_one, [(target, sample) for target in targets])
 
-    def rows_of(target: str) -> list[Row]:
-        environment = {"TRITON_INTERPRET": "0"}
-        compiled = in_fresh_process(compile_one, (target, sample), timeout=7200.0, environment=environment)
-        if isinstance(compiled, dict):
-            raise RuntimeError(f"compiling for {target} failed:\n{compiled.get('traceback', compiled['failed'])}")
-        rows: list[Row] = compiled
-        return rows
+
+def _in_processes(compiler: Callable[[tuple[str, bool]], list[Any]], jobs: Sequence[tuple[str, bool]]) -> list[Any]:
+    """What `compiler` returns for each job, a target and a choice, one after the other."""
+
+    def found_by(job: tuple[str, bool]) -> list[Any]:
+        found = in_fresh_process(compiler, job, timeout=7200.0, environment={"TRITON_INTERPRET": "0"})
+        if isinstance(found, dict):
+            raise RuntimeError(f"compiling for {job[0]} failed:\n{found.get('traceback', found['failed'])}")
+        return list(found)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return [row for rows in pool.map(rows_of, targets) for row in rows]
+        return [each for found in pool.map(found_by, jobs) for each in found]
+
+
+LOGITS: Final = ("logprob_kernel", "softmax_tile_kernel", "gradient_tile_kernel")
+WAYS: Final = (
+    ("sm_80", False),
+    ("sm_90", False),
+    ("sm_90", True),
+    ("sm_100", False),
+    ("sm_100", True),
+    ("sm_120", False),
+)
+"""Targets whose instructions are counted, and whether descriptors load their operands."""
+
+
+def count_one(job: tuple[str, bool]) -> list[list[str]]:
+    """Lines of the table of instructions; in a process of its own, as above."""
+    name, descriptors = job
+    target = replace(TARGETS[name], descriptors=descriptors)
+    lines = []
+    for kernel in offline.compiled(target, [offline.Shape(16384, 4096, 128256, torch.bfloat16, False)]):
+        if kernel.name in LOGITS and not dict(kernel.constants).get("TAIL"):
+            found, used = issued(kernel.compiled), usage(kernel.compiled, target)
+            figures = [found.step, found.least, found.most, used.registers, used.spills]
+            loaded = "descriptors" if descriptors else "addresses"
+            lines.append([name, kernel.name.removesuffix("_kernel"), loaded, *map(str, figures)])
+    return lines
+
+
+def instructions() -> report.Table:
+    """Instructions of the kernels of logits: what a warp issues."""
+    heads = ["target", "kernel", "loads by", "a step", "behind, least", "behind, most", "registers", "spills"]
+    return report.Table("kernels", "instructions", heads, _in_processes(count_one, WAYS))
 
 
 def _table(target: str, rows: Sequence[Row]) -> report.Table:
@@ -146,8 +181,8 @@ def _group(row: Row) -> tuple[str, str]:
     return row.kernel, row.kind
 
 
-def markdown(rows: Sequence[Row], sample: bool = False) -> str:
-    """docs/kernels.md."""
+def markdown(rows: Sequence[Row], sample: bool = False, counted: report.Table | None = None) -> str:
+    """docs/kernels.md; `counted` is the table of instructions."""
     shapes = (
         f"a sample, {SAMPLE_RULE} (`make kernels` without `--sample` compiles everything)"
         if sample
@@ -181,6 +216,15 @@ def markdown(rows: Sequence[Row], sample: bool = False) -> str:
             f"{kib:.0f} KiB of shared memory and {registers} registers a thread at most.",
             report.markdown(_table(name, [row for row in rows if row.target == name])),
         ]
+    if counted is not None:
+        parts += [
+            "## Instructions of the kernels of logits",
+            "SASS of bfloat16 (16384 x 4096 x 128256, no logit options), whichever way the table takes: what a warp "
+            "issues for one step of the loop over the hidden size, and for a tile behind the product, where no label "
+            "and no end of the vocabulary lies in the tile (least) and where it does (most). With descriptors one "
+            "block serves both.",
+            report.markdown(counted),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -193,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     targets = arguments.target or (SAMPLE_TARGETS if arguments.sample else tuple(TARGETS))
     rows = compile_all(targets, arguments.sample)
-    page = markdown(rows, arguments.sample)
+    counted = None if arguments.sample or arguments.target else instructions()
+    page = markdown(rows, arguments.sample, counted)
     if arguments.output is not None:
         arguments.output.write_text(page)
     print(page)

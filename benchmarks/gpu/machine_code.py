@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 import subprocess
 import tempfile
@@ -45,6 +46,82 @@ def usage(kernel: Any, target: Target) -> Usage:
     return _nvidia(kernel, target) if target.backend == "cuda" else _amd(kernel, target)
 
 
+@dataclass(frozen=True)
+class Issued:
+    """Instructions that a warp issues for one tile of a product that exponentials follow."""
+
+    step: int
+    """For one step of the loop over the depth."""
+    least: int
+    """Behind the product, where nothing has to be masked or compared."""
+    most: int
+    """Behind the product, with masks and comparisons."""
+
+
+def issued(kernel: Any) -> Issued:
+    """Count them in the SASS of a CompiledKernel for NVIDIA: the shortest way round through a block with tensor-core
+    instructions, and the smallest and the largest block with exponentials that can follow it."""
+    blocks, after = _blocks(_sass(kernel))
+    count = {name: len(found) for name, found in blocks.items()}
+    products = [name for name, found in blocks.items() if any(re.match(_MMA, each) for each in found)]
+    ways = {name: _lengths(name, after, count) for name in products}
+    product = min((name for name in products if name in ways[name]), key=lambda name: ways[name][name])
+    exponentials = {name: sum(each.startswith("MUFU.EX2") for each in blocks[name]) for name in ways[product]}
+    tiles = [count[name] for name, found in exponentials.items() if 2 * found > max(exponentials.values())]
+    return Issued(ways[product][product], min(tiles), max(tiles))
+
+
+_MMA = r"(UTC\w*MMA|HGMMA|HMMA|QGMMA|OMMA)\b"
+
+
+def _sass(kernel: Any) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        return _run(triton.knobs.nvidia.nvdisasm, "-c", str(cubin))
+
+
+def _blocks(sass: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Basic blocks with their instructions, and the blocks that follow each."""
+    blocks: dict[str, list[str]] = {"": []}
+    after: dict[str, list[str]] = {"": []}
+    name, falls = "", True
+
+    def begin(following: str) -> None:
+        nonlocal name
+        if falls:
+            after[name].append(following)
+        name = following
+        blocks[name], after[name] = [], []
+
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            begin(label[1])
+            falls = True
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
+            blocks[name].append(found[2])
+            if found[2].split(".")[0] in ("BRA", "EXIT", "RET"):
+                target = re.search(r"`\((\.L_x_\d+)\)", found[3])
+                after[name] += [target[1]] if target else []
+                falls = found[1] is not None or re.search(r"\bU?P\d", found[3]) is not None
+                begin(f"{name}+")
+                falls = True
+    return blocks, after
+
+
+def _lengths(start: str, after: dict[str, list[str]], count: dict[str, int]) -> dict[str, int]:
+    """Instructions of the shortest way from behind `start` to the end of each block that can be reached."""
+    lengths: dict[str, int] = {}
+    waiting = [(count[name], name) for name in after[start]]
+    while waiting:
+        length, name = heapq.heappop(waiting)
+        if name not in lengths:
+            lengths[name] = length
+            for following in after[name]:
+                heapq.heappush(waiting, (length + count[following], following))
+    return lengths
+
+
 def _run(tool: Any, *arguments: str) -> str:
     return subprocess.run([tool.path, *arguments], check=True, capture_output=True, text=True).stdout
 
@@ -54,11 +131,11 @@ def _nvidia(kernel: Any, target: Target) -> Usage:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         resources = _run(triton.knobs.nvidia.cuobjdump, "-res-usage", str(cubin))
-        sass = _run(triton.knobs.nvidia.nvdisasm, "-c", str(cubin))
+    sass = _sass(kernel)
     found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
     assert found is not None, resources
     registers, stack = int(found[1]), int(found[2])
-    names = re.findall(r"\b(UTC\w*MMA|HGMMA|HMMA|QGMMA|OMMA)\b", sass)
+    names = re.findall(rf"\b{_MMA}", sass)
     tensor = ", ".join(f"{name} {names.count(name)}" for name in sorted(set(names)))
     return Usage(
         registers,
