@@ -1,4 +1,5 @@
-"""What must work in every environment, in seconds: the import, a loss, Triton's import, one kernel compiled.
+"""What must work in every environment, in seconds: the import, a loss, Triton's import, one kernel compiled, and what
+`make first-contact` would run on a GPU.
 
 Named so that pytest runs it only when asked: `make test-matrix` does, in environments that lack what other tests need.
 """
@@ -6,6 +7,9 @@ Named so that pytest runs it only when asked: `make test-matrix` does, in enviro
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: what is compiled is not interpreted
 
@@ -46,3 +50,14 @@ def test_a_kernel_compiles_for_a_gpu(dtype: torch.dtype) -> None:
     kernels = offline.compiled(target, [offline.Shape(64, 64, 500, dtype, False)])
     assert any("logprob" in kernel.name for kernel in kernels)
     assert all(kernel.compiled.asm["cubin"] for kernel in kernels)
+
+
+def test_first_contact_would_run() -> None:
+    """It imports what it needs and lists its sections, without a GPU."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks", "first-contact", "--dry-run"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for section in ("cases", "products", "kernels", "variants", "steps"):
+        assert f"\n{section} " in done.stdout
+    assert "tests collected" in done.stdout
