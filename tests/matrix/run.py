@@ -135,7 +135,8 @@ def run(name: str, tree: Path) -> Outcome:
     pip = [own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     extra = os.environ.get("TORCH_PIP_ARGS", "").split()
     wheel = next((tree / "wheels" / ("with" if cell["extension"] else "without")).glob("*.whl"))
-    for words in ([*pip, *extra, *packages(cell)], [*pip, "--no-deps", "--force-reinstall", wheel]):
+    newer = ["--upgrade"] if "newest" in (cell["torch"], cell["libraries"]) else []  # of an environment from before
+    for words in ([*pip, *extra, *newer, *packages(cell)], [*pip, "--no-deps", "--force-reinstall", wheel]):
         if subprocess.run(words, check=False).returncode:
             outcome.tests["all"], outcome.failed = "FAILED: pip could not install it", True
             return outcome
@@ -144,9 +145,10 @@ def run(name: str, tree: Path) -> Outcome:
     outcome.versions = {library: installed.get(library, "–") for library in SHOWN}
     outcome.python = subprocess.run([own, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
     for group in cell["tests"]:
+        began = time.monotonic()
         outcome.tests[group] = tested(own, tree, CELLS["groups"][group])
         outcome.failed |= outcome.tests[group].startswith("FAILED")
-        print(f"{name}, {group}: {outcome.tests[group]}", flush=True)
+        print(f"{name}, {group}: {outcome.tests[group]}, {time.monotonic() - began:.0f} s", flush=True)
     return outcome
 
 
@@ -154,19 +156,17 @@ def tested(python: Path, tree: Path, arguments: list[str]) -> str:
     """pytest's last line in short; its output where a test failed."""
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    began = time.monotonic()
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
         return f"FAILED: no end after {SECONDS} s"
-    took = f", {time.monotonic() - began:.0f} s"
     if done.returncode:
         print(done.stdout[-8000:] + done.stderr[-2000:], flush=True)
         counts = re.findall(r"\d+ (?:failed|passed|errors?)", done.stdout.splitlines()[-1] if done.stdout else "")
-        return f"FAILED: {', '.join(counts) or 'no tests were run'}{took}"
-    return ", ".join(re.findall(r"\d+ (?:passed|skipped)", done.stdout.splitlines()[-1])) + took
+        return f"FAILED: {', '.join(counts) or 'no tests were run'}"
+    return ", ".join(re.findall(r"\d+ (?:passed|skipped)", done.stdout.splitlines()[-1]))
 
 
 def table(outcomes: list[Outcome]) -> str:
