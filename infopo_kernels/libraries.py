@@ -1,7 +1,8 @@
 """Which releases of other libraries were tested, and what is said where one is missing, broken or outside the range.
 
 pip enforces the floors and ceilings in pyproject.toml. `make test-matrix` runs the tests at both ends of each range
-below. A release outside its range is not refused: a newer one mostly works, and its user should know that nobody tried.
+below. A release outside its range is not refused where what is needed is there: a newer one mostly works, and its user
+should know that nobody tried.
 """
 
 from __future__ import annotations
@@ -76,9 +77,9 @@ def require_methods(library: str, owner: type, names: tuple[str, ...]) -> None:
     if missing := [name for name in names if not hasattr(owner, name)]:
         oldest, newest = TESTED[library]
         raise ImportError(
-            f"{owner.__name__} of {library} {_installed(library) or '(no version)'} has no "
-            f"{' and no '.join(f'`{name}`' for name in missing)}, where infopo_kernels adds its checks; they would not "
-            f"run. Install {library} {oldest} to {newest}.",
+            f"{owner.__name__} with {library} {_installed(library) or '(no version)'} has no "
+            f"{' and no '.join(f'`{name}`' for name in missing)}; infopo_kernels overrides it, and what it adds there "
+            f"would never run. Install {library} {oldest} to {newest}.",
             name=library,
         )
 

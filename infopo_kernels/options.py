@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 IGNORE_INDEX: Final = -100
@@ -46,7 +46,7 @@ def require_bool(name: str, value: object) -> None:
 
 def arguments(options: Any) -> dict[str, Any]:
     """A dataclass as keyword arguments. `asdict` would copy values, which torch.compile of torch 2.10 cannot trace."""
-    return {name: getattr(options, name) for name in type(options).__match_args__}
+    return {each.name: getattr(options, each.name) for each in fields(options)}
 
 
 @dataclass(frozen=True)

@@ -89,16 +89,17 @@ def test_numbers_of_sequences_are_on_the_host(packed: bool, several: bool) -> No
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("kind", ["transformers", "trl"])
-def test_a_step_of_the_trainers(kind: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compute_loss` of every step but the first, which reads what it checks."""
+@pytest.mark.parametrize("kind", ["transformers", "trl", "trl with a router"])
+def test_the_loss_of_the_trainers(kind: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compute_loss` of every step but the first, which reads what it checks. The step reads the loss behind it."""
     checks, fixtures = (
         pytest.importorskip(f"tests.{name}") for name in ("test_integrations_checks", "training_fixtures")
     )
     monkeypatch.setattr(functional, "_autocast", lambda *tensors: tensors)
-    if kind == "trl":
+    if kind.startswith("trl"):
         trl = pytest.importorskip("tests.test_integrations_trl")
-        fixtures.save_tiny_model(tmp_path / "model")
+        router = {"architecture": "mixtral", "num_local_experts": 4, "output_router_logits": True}
+        fixtures.save_tiny_model(tmp_path / "model", **(router if "router" in kind else {}))
         options = trl.config(tmp_path, padding_free=packed)
         trainer = trl.InfoPOTrainer(str(tmp_path / "model"), args=options, train_dataset=trl.dataset())
     else:
@@ -109,6 +110,7 @@ def test_a_step_of_the_trainers(kind: str, packed: bool, tmp_path: Path, monkeyp
     models = trainer.model, trainer.ref_model
     for model in models:
         model.set_attn_implementation("eager")  # the default reads the mask
+        model.set_experts_implementation("batched_mm")  # the default takes no float32 without storage
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch)

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.gpu import kernel_report, offline
+from benchmarks.gpu.machine_code import issued_in
 from infopo_kernels.backends.base import Gradients, Head, TailReport, Wanted
 from infopo_kernels.backends.triton.kernels.logprob import logprob_chunk, slices_of
 from infopo_kernels.backends.triton.launch import Launch, prepare, target_for
@@ -65,6 +66,35 @@ def test_gates_can_fail() -> None:
         ({"wide": 0}, "no 16-byte access"),
     ):
         assert said in dataclasses.replace(good, **change).failures()[0]
+
+
+SASS = """
+.text.some_kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HMMA.16816.F32 R4, R4, R8, R4 ;
+.L_x_0:
+        /*0020*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0030*/                   HMMA.16816.F32 R4, R4, R8, R4 ;
+        /*0040*/              @!P0 BRA `(.L_x_0) ;
+        /*0050*/                   ISETP.GE.AND P1, PT, R0, R2, PT ;
+        /*0060*/                   BRA.U !UP0, `(.L_x_1) ;
+        /*0070*/                   MUFU.EX2 R4, R4 ;
+        /*0080*/                   FSEL R4, R4, RZ, P1 ;
+        /*0090*/                   FADD R5, R5, R4 ;
+        /*00a0*/                   BRA `(.L_x_2) ;
+.L_x_1:
+        /*00b0*/                   MUFU.EX2 R4, R4 ;
+        /*00c0*/                   FADD R5, R5, R4 ;
+.L_x_2:
+        /*00d0*/                   STG.E desc[UR4][R2.64], R5 ;
+        /*00e0*/                   EXIT ;
+"""
+
+
+def test_instructions_of_a_step_and_behind_a_tile() -> None:
+    """A loop of 3, then a masked block of 4 and one of 2; neither the first product nor what follows both is taken."""
+    found = issued_in(SASS)
+    assert (found.step, found.least, found.most) == (3, 2, 4)
 
 
 def test_backend_never_needs_a_value_on_the_host() -> None:

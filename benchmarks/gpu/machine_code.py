@@ -59,9 +59,14 @@ class Issued:
 
 
 def issued(kernel: Any) -> Issued:
-    """Count them in the SASS of a CompiledKernel for NVIDIA: the shortest way round through a block with tensor-core
+    """Count them in a CompiledKernel for NVIDIA."""
+    return issued_in(_sass(kernel))
+
+
+def issued_in(sass: str) -> Issued:
+    """Count them in what nvdisasm lists: the shortest way round through a block with tensor-core
     instructions, and the smallest and the largest block with exponentials that can follow it."""
-    blocks, after = _blocks(_sass(kernel))
+    blocks, after = _blocks(sass)
     count = {name: len(found) for name, found in blocks.items()}
     products = [name for name, found in blocks.items() if any(re.match(_MMA, each) for each in found)]
     ways = {name: _lengths(name, after, count) for name in products}

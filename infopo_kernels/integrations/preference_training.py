@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from infopo_kernels.integrations import first_step
@@ -38,13 +38,13 @@ from infopo_kernels.integrations.step import (
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import LinearLogpsOutput, causal_model
-from infopo_kernels.libraries import require_methods
 from infopo_kernels.objectives import Objective
 from infopo_kernels.output import PreferenceOutput
 
 logger = logging.getLogger(__name__)
 
-require_methods("transformers", Trainer, ("_set_signature_columns_if_needed", "_prepare_inputs", "_get_grad_norm"))
+OVERRIDDEN: Final = ("_set_signature_columns_if_needed", "_prepare_inputs", "_get_grad_norm")
+"""Private methods of Trainer that `PreferenceTraining` overrides."""
 
 _FEATURE_COLUMNS: Final = (
     "prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask", "weight", "ref_chosen_logps",
@@ -123,8 +123,8 @@ class PreferenceTraining:
         if divided > 1 and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             # Trainer of transformers 5.2 to 5.5 tells Accelerate its number of steps.
             raise ValueError(
-                f"Accelerate would divide the loss by its `gradient_accumulation_steps`, {divided}, after Trainer has: "
-                f"gradients would be {divided} times too small. Leave accumulation to Trainer "
+                f"Accelerate would divide the loss once more than Trainer, by its `gradient_accumulation_steps` "
+                f"({divided}): gradients would be {divided} times too small. Leave accumulation to Trainer "
                 f"(`gradient_accumulation_steps` of the training arguments), with transformers 5.6 or later."
             )
         self._is_start = given is None or same_start(self.model, given)

@@ -16,7 +16,7 @@ from infopo_kernels.integrations.step import (
     split_inputs,
 )
 from infopo_kernels.integrations.transformers import attach_linear_logps, is_attached
-from infopo_kernels.libraries import import_failure, warn_untested
+from infopo_kernels.libraries import import_failure, require_methods, warn_untested
 from infopo_kernels.objectives import InfoPO, Objective
 from infopo_kernels.options import KernelOptions
 
@@ -24,10 +24,11 @@ try:
     from accelerate.utils import extract_model_from_parallel
     from transformers import Trainer
 
-    from infopo_kernels.integrations.preference_training import PreferenceTraining
+    from infopo_kernels.integrations.preference_training import OVERRIDDEN, PreferenceTraining
 except ImportError as error:
     raise import_failure(__name__, ("transformers", "accelerate"), "train", error) from error
 warn_untested("transformers", "accelerate", "peft")
+require_methods("transformers", Trainer, OVERRIDDEN)
 
 
 def compute_infopo_loss(

@@ -32,11 +32,12 @@ try:
     from trl.trainer.utils import get_config_model_id, use_adapter
 
     from infopo_kernels.integrations.first_step import computing_type
-    from infopo_kernels.integrations.preference_training import PreferenceTraining
+    from infopo_kernels.integrations.preference_training import OVERRIDDEN, PreferenceTraining
     from infopo_kernels.integrations.randomness import check_no_neftune
 except ImportError as error:
     raise import_failure(__name__, ("trl", "transformers", "accelerate", "datasets"), "trl", error) from error
 warn_untested("trl", "transformers", "accelerate", "datasets", "peft")
+require_methods("transformers", DPOTrainer, OVERRIDDEN)
 require_methods("trl", DPOTrainer, ("_prepare_dataset", "_precompute_ref_logps", "_compute_loss"))
 
 _LOSSES: Final = ("infopo", "sigmoid", "ipo", "simpo", "sft")

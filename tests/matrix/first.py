@@ -1,4 +1,4 @@
-"""What must work in every environment, in seconds: the import, a loss, Triton's import, one kernel compiled, and what
+"""What must work in every environment, in a minute: the import, a loss, Triton's import, one kernel compiled, and what
 `make first-contact` would run on a GPU.
 
 Named so that pytest runs it only when asked: `make test-matrix` does, in environments that lack what other tests need.

@@ -29,7 +29,7 @@ RECORD = ROOT / "benchmarks" / "results" / "matrix.md"
 CELLS = tomllib.loads((Path(__file__).parent / "cells.toml").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SHOWN = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets")
-TOOLS = ("pytest", "hypothesis", "numpy", "rich", "setuptools>=77", "packaging")
+TOOLS = ("pytest", "hypothesis", "numpy", "setuptools>=77", "packaging")
 SECONDS = 3600
 """A group of tests that takes longer hangs."""
 

@@ -85,17 +85,18 @@ class Target:
     def gradient_part(
         self, tile: Tile, *, single: bool, softcap: bool, tail: bool, described: bool, release: tuple[int, ...]
     ) -> int:
-        """Columns of G that a thread takes at a time, of a tile of logits, with Triton's `release`.
+        """Columns of G that follow a product of logits at a time, of a tile of logits, with Triton's `release`.
 
-        As many as spilled no register with 3.6, 3.7 and 3.9: 64 did on sm_90 with 3.6 and 3.7. float32 with tanh takes
-        16, and 8 beside the statistics of a tail. 3.7 takes 16 on sm_90 with descriptors and no tail, where it holds 32
-        with one, and on sm_100 with one, where it holds 32 without.
+        As many as spilled no register with 3.6, 3.7 and 3.9. 64 did on sm_90 with 3.6 and 3.7. float32 takes 16 with
+        tanh and 8 with the statistics of a tail, 16 bits take 16 with both. 3.7 takes 16 on sm_90 with descriptors and
+        no tail, where it holds 32 with one, and on sm_100 with one, where it holds 32 without.
         """
         if single:
-            most = (8 if tail else 16) if softcap else 16 if tail else 32
+            most = 8 if tail else 16 if softcap else 32
         else:
             fewer = not self.descriptors if tail else described
-            most = 16 if release == (3, 7) and fewer and tile.columns == 256 else 32
+            fewer = release == (3, 7) and fewer and tile.columns == 256
+            most = 16 if fewer or (tail and softcap) else 32
         return min(tile.part, most)
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from infopo_kernels.backends.triton.kernels.logits import column_parts, grouped_tile
 from infopo_kernels.backends.triton.kernels.rows import LiveRows
 from infopo_kernels.backends.triton.kernels.tail import Tail
-from infopo_kernels.backends.triton.launch import FUSED, Launch, Sizes, ceil_div, pools_of, start_product
+from infopo_kernels.backends.triton.launch import FUSED, RELEASE, Launch, Sizes, ceil_div, pools_of, start_product
 
 STORE_ROWS, STORE_COLUMNS = 8, 256
 """Tile of the rounding pass: a warp writes 512 contiguous bytes of one row."""
@@ -183,7 +183,8 @@ def launch_hidden_product(
     compact G."""
     tile = launch.tiles.hidden
     # Where compact columns are assigned, Triton 3.7 spills two registers of float32 on sm_100 in narrower parts.
-    columns_a_part = tile.part if tail is None or add else min(64, tile.columns)
+    widened = RELEASE == (3, 7) and launch.precision == "ieee" and tail is not None and not add
+    columns_a_part = min(64, tile.columns) if widened else tile.part
     slices, c, h = part.shape
     weight = launch.head.weight[v0 : v0 + columns]
     words, number, means, pools, pool0 = (None, None, None, 0, 0)
