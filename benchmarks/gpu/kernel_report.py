@@ -37,8 +37,8 @@ TENSOR_CORES: Final = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx
 """What a product of 16-bit inputs must be made of; HMMA where not named."""
 
 SAMPLE_RULE: Final = (
-    "one hidden size and vocabulary (4096, 128256), 16384 rows, bfloat16 without and with logit options and float32 "
-    "with them; both types with them, aligned to nothing; targets sm_80, sm_90, sm_100 and gfx942"
+    "one hidden size and vocabulary (4096, 128256), 16384 rows, bfloat16 without logit options and float32 with "
+    "them; both types with them, aligned to nothing; targets sm_80, sm_90, sm_100 and gfx942"
 )
 SAMPLE_TARGETS: Final = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -86,7 +86,7 @@ def _in_sample(shape: offline.Shape) -> bool:
     if shape.tf32:
         return False
     if (shape.n, shape.h, shape.v) == (16384, 4096, 128256):
-        return shape.dtype == torch.bfloat16 or (shape.dtype == torch.float32 and shape.options)
+        return (shape.dtype, shape.options) in ((torch.bfloat16, False), (torch.float32, True))
     return shape.h == 577 and shape.dtype != torch.float16 and shape.options
 
 
