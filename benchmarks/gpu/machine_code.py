@@ -6,6 +6,8 @@ import heapq
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,8 @@ class Issued:
 
 def issued(kernel: Any) -> Issued:
     """Count them in a CompiledKernel for NVIDIA."""
-    return issued_in(_sass(kernel))
+    with _cubin(kernel) as cubin:
+        return issued_in(_sass(cubin))
 
 
 def issued_in(sass: str) -> Issued:
@@ -79,11 +82,17 @@ def issued_in(sass: str) -> Issued:
 _MMA = r"(UTC\w*MMA|HGMMA|HMMA|QGMMA|OMMA)\b"
 
 
-def _sass(kernel: Any) -> str:
+@contextmanager
+def _cubin(kernel: Any) -> Iterator[str]:
+    """The path of the kernel's machine code as a file."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        return _run(triton.knobs.nvidia.nvdisasm, "-c", str(cubin))
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        yield str(path)
+
+
+def _sass(cubin: str) -> str:
+    return _run(triton.knobs.nvidia.nvdisasm, "-c", cubin)
 
 
 def _blocks(sass: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -132,11 +141,9 @@ def _run(tool: Any, *arguments: str) -> str:
 
 
 def _nvidia(kernel: Any, target: Target) -> Usage:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        resources = _run(triton.knobs.nvidia.cuobjdump, "-res-usage", str(cubin))
-    sass = _sass(kernel)
+    with _cubin(kernel) as cubin:
+        resources = _run(triton.knobs.nvidia.cuobjdump, "-res-usage", cubin)
+        sass = _sass(cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
     assert found is not None, resources
     registers, stack = int(found[1]), int(found[2])

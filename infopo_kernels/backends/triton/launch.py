@@ -57,8 +57,6 @@ class Sizes:
     """Whether logits are formed from gathered rows by tensor descriptors (`kernels/logits.py`)."""
     tail: bool
     """Whether the tail of G is pooled (`kernels/tail.py`)."""
-    gradient_part: int
-    """Columns of G that follow a product of logits at a time (`kernels/gradient_tile.py`)."""
 
     def filled(self, programs: int) -> float:
         """Share of the device that works on `programs` equal programs, one a multiprocessor, until the last is done."""
@@ -88,6 +86,8 @@ class Launch:
     sizes: Sizes
     precision: str
     """`input_precision` of float32 products: "ieee", or "tf32" where torch allows it."""
+    gradient_part: int
+    """Columns of G that follow a product of logits at a time (`kernels/gradient_tile.py`)."""
 
     @property
     def tiles(self) -> Products:
@@ -246,9 +246,8 @@ def prepare(head: Head) -> Launch:
         library,
         described,
         tail,
-        gradient_part,
     )
-    return Launch(head, sizes, precision)
+    return Launch(head, sizes, precision, gradient_part)
 
 
 def _library_wanted(target: Target, *, single: bool) -> bool:

@@ -296,7 +296,7 @@ def launch_gradient_tile(
     c, ld = g.shape
     reports = tail is not None and tail.report is not None
     arguments = launch.logit_arguments
-    arguments["PART"] = launch.sizes.gradient_part
+    arguments["PART"] = launch.gradient_part
     start_product(
         gradient_tile_kernel,
         (launch.programs(ceil_div(c, tile.rows) * ceil_div(columns, tile.columns)),),
